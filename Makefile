@@ -1,0 +1,52 @@
+# `make demo` and `make test` need nothing but Python 3.11 or later, make and network access for pip:
+# both build the environment in .venv first. Another interpreter: make test PYTHON=python3.13
+
+PYTHON ?= python3
+EXTRAS := lint,plot,test
+
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow test-gpu lint format clean
+
+help:
+	@echo "make demo       compare the five architectures on the bundled LoRAs: a table and a chart"
+	@echo "make test       tests and docstring examples, with branch coverage"
+	@echo "make test-slow  the tests that take longer, which 'make test' leaves out"
+	@echo "make test-gpu   the tests that need a CUDA device"
+	@echo "make lint       ruff, format check, mypy"
+	@echo "make format     let ruff format the code and mend what it can"
+	@echo "make venv       only build the environment in .venv"
+	@echo "make clean      remove the environment and caches"
+
+venv: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python examples/compare_architectures.py
+
+test: $(READY)
+	$(BIN)/python -m pytest --cov
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage htmlcov build dist *.egg-info
