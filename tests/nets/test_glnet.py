@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sklora.nets import GLNet
+
+GROUPS = [(3, 8, 6), (1, 5, 5), (2, 6, 8)]
+KINDS = ["sign_relu", "sigmoid", "silu"]
+
+
+def make_net(dtype=torch.float64, **parameters):
+    torch.manual_seed(0)
+    net = GLNet(GROUPS, **{"n_outputs": 3, "hidden_dim": 4, "mlp_hidden": (8,)} | parameters)
+    with torch.no_grad():
+        net.module_scale.copy_(torch.rand_like(net.module_scale) + 0.5)
+        net.standardize.mean.normal_()
+    return net.to(dtype)
+
+
+def reference(net, factors, gate):
+    """The formulas, one module of one adapter at a time, updates formed."""
+    rows = []
+    for adapter in range(factors[0][0].shape[2]):
+        features = []
+        for group, (U, V) in enumerate(factors):
+            for member in range(U.shape[0]):
+                module = sum(members for members, _, _ in GROUPS[:group]) + member
+                u, v = U[member, :, adapter], V[member, :, adapter]
+                scale = net.module_scale[module]
+                u = scale * net.embed[group].phi[member] @ u
+                v = scale * net.embed[group].psi[member] @ v
+                for layer in net.layers:
+                    update = u @ v.T
+                    row = gate(update.sum(1) / len(v) ** 0.5)
+                    column = gate(update.sum(0) / len(u) ** 0.5)
+                    u = layer.phi[module] @ (row[:, None] * u)
+                    v = layer.psi[module] @ (column[:, None] * v)
+                features.append((u @ v.T).flatten())
+        rows.append(torch.cat(features))
+    standardized = (torch.stack(rows) - net.standardize.mean) / net.standardize.scale
+    return net.mlp(standardized)
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 3])
+def test_batched_by_shape_is_a_loop_over_modules(n_layers, random_factors):
+    net = make_net(n_layers=n_layers)
+    factors = random_factors(GROUPS, batch=4, rank=3)
+    torch.testing.assert_close(net(factors), reference(net, factors, torch.sigmoid))
+
+
+@pytest.mark.parametrize("head", ["flatten", "mean"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("dtype", "condition", "tolerance"),
+    [(torch.float64, 1e4, 1e-8), (torch.float32, 1e2, 1e-3)],
+    ids=["float64", "float32"],
+)
+def test_theorem_1_is_invariant(
+    kind, head, dtype, condition, tolerance, random_factors, random_gauges, turn
+):
+    net = make_net(dtype, nonlinearity=kind, head=head, n_layers=3)
+    factors = random_factors(GROUPS, batch=6, rank=3, dtype=dtype)
+    turned = [
+        tuple(factor.to(dtype) for factor in turn(U, V, random_gauges(U, condition)))
+        for U, V in factors
+    ]
+    moved = max((one[0] - other[0]).abs().max() for one, other in zip(turned, factors, strict=True))
+    assert moved > 1.0
+    torch.testing.assert_close(net(turned), net(factors), rtol=tolerance, atol=tolerance)
+
+
+def test_theorem_1_a_bias_would_break_it(random_factors, random_gauges, turn):
+    net = make_net()
+    for layer in net.embed:
+        layer.register_forward_hook(lambda _layer, _inputs, pair: (pair[0] + 1, pair[1] + 1))
+    factors = random_factors(GROUPS, batch=6, rank=3)
+    turned = [turn(U, V, random_gauges(U, 10.0)) for U, V in factors]
+    assert (net(turned) - net(factors)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("head", ["flatten", "mean"])
+def test_zero_columns_change_nothing(head, random_factors):
+    net = make_net(head=head)
+    factors = random_factors(GROUPS, batch=4, rank=2)
+    padded = [
+        (torch.nn.functional.pad(U, (0, extra)), torch.nn.functional.pad(V, (0, extra)))
+        for extra, (U, V) in enumerate(factors)
+    ]
+    torch.testing.assert_close(net(padded), net(factors))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 7])
+def test_takes_any_rank(rank, random_factors):
+    assert make_net()(random_factors(GROUPS, batch=4, rank=rank)).shape == (4, 3)
+
+
+def test_a_missing_module_is_the_zero_update(random_factors):
+    net = make_net()
+    factors = random_factors(GROUPS, batch=4, rank=2)
+    zero = [(factors[0][0], torch.zeros_like(factors[0][1])), *factors[1:]]
+    other = [(torch.zeros_like(factors[0][0]), factors[0][1]), *factors[1:]]
+    torch.testing.assert_close(net(zero), net(other))
+
+
+def test_every_adapter_stands_alone(random_factors):
+    net = make_net()
+    factors = random_factors(GROUPS, batch=4, rank=2)
+    one = [(U[:, :, 2:3], V[:, :, 2:3]) for U, V in factors]
+    torch.testing.assert_close(net(one), net(factors)[2:3])
+
+
+def test_side_features_join_the_invariants(random_factors):
+    net = make_net(n_side=2)
+    factors = random_factors(GROUPS, batch=4, rank=2)
+    side = torch.randn(4, 2, dtype=torch.float64)
+    features = net.features(factors, side)
+    assert features.shape == (4, 6 * 16 + 2)
+    torch.testing.assert_close(features[:, -2:], side)
+    assert not torch.allclose(net(factors, side), net(factors, side + 1))
+
+
+@pytest.mark.parametrize("head", ["flatten", "mean"])
+@pytest.mark.parametrize("kind", ["sigmoid", "silu"])
+def test_gradients(kind, head, random_factors):
+    torch.manual_seed(0)
+    net = GLNet([(2, 3, 4), (1, 2, 2)], 2, 2, 2, kind, head, mlp_hidden=()).double()
+    names, parameters = zip(*net.named_parameters(), strict=True)
+    factors = random_factors([(2, 3, 4), (1, 2, 2)], batch=2, rank=2)
+
+    def outputs(U1, V1, U2, V2, *values):
+        state = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(net, state, ([(U1, V1), (U2, V2)],))
+
+    inputs = [*factors[0], *factors[1], *parameters]
+    torch.autograd.gradcheck(outputs, [t.detach().clone().requires_grad_() for t in inputs])
+
+
+def test_every_parameter_gets_a_gradient(random_factors):
+    net = make_net(n_layers=3)
+    net(random_factors(GROUPS, batch=4, rank=2)).pow(2).sum().backward()
+    assert all(torch.count_nonzero(p.grad) for p in net.parameters())
+
+
+def test_weights_do_not_depend_on_the_rank():
+    assert sum(p.numel() for p in make_net(n_layers=1).embed.parameters()) == sum(
+        members * 4 * (n + m) for members, n, m in GROUPS
+    )
+
+
+def test_unknown_options_are_named():
+    with pytest.raises(ValueError, match="kind is 'relu'"):
+        make_net(nonlinearity="relu")
+    with pytest.raises(ValueError, match="kind is 'max'"):
+        make_net(head="max")
+
+
+def test_exports_with_any_batch_size_and_rank(random_factors):
+    net = make_net()
+    dynamic = torch.export.Dim.DYNAMIC
+    shapes = {"factors": [({2: dynamic, 3: dynamic},) * 2 for _ in GROUPS]}
+    program = torch.export.export(
+        net, (random_factors(GROUPS, batch=4, rank=3),), dynamic_shapes=shapes
+    )
+    factors = random_factors(GROUPS, batch=7, rank=2)
+    torch.testing.assert_close(program.module()(factors), net(factors))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_same_outputs_on_cuda(random_factors):
+    net = make_net()
+    factors = random_factors(GROUPS, batch=4, rank=2)
+    expected = net(factors)
+    outputs = net.cuda()([(U.cuda(), V.cuda()) for U, V in factors])
+    torch.testing.assert_close(outputs.cpu(), expected)
