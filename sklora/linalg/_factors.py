@@ -1,0 +1,57 @@
+"""What every kernel asks of its factors, and the sign convention that they share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def check_factors(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """Both factors of an update in one dtype, float32 or float64.
+
+    Parameters
+    ----------
+    U : Tensor of shape (..., n, r)
+    V : Tensor of shape (..., m, r)
+
+    Returns
+    -------
+    U, V : Tensor
+        The same numbers in their common dtype; half precision becomes float32.
+
+    Raises
+    ------
+    ValueError
+        When the two have different ranks, fewer than two dimensions, or are not floating point.
+    """
+    if U.ndim < 2 or V.ndim < 2 or U.shape[-1] != V.shape[-1]:
+        raise ValueError(
+            f"U of shape {tuple(U.shape)} and V of shape {tuple(V.shape)} are not the factors of "
+            "one update: expected (..., n, r) and (..., m, r) with the same r."
+        )
+    dtype = torch.promote_types(U.dtype, V.dtype)
+    if dtype in _HALF:
+        dtype = torch.float32
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"factors must be floating point, got U {U.dtype} and V {V.dtype}.")
+    return U.to(dtype), V.to(dtype)
+
+
+def rounding_level(U: Tensor, V: Tensor) -> Tensor:
+    """Size (...) of what rounding the factors in their own dtype does to ``U V^T``.
+
+    Singular values below it say nothing about the update. It grows with the condition of the gauge,
+    as the rounding error itself does: ``eps ||U||_F ||V||_F``.
+    """
+    eps = torch.finfo(U.dtype).eps
+    sizes: Tensor = torch.linalg.matrix_norm(U.double()) * torch.linalg.matrix_norm(V.double())
+    return eps * sizes
+
+
+def column_signs(A: Tensor) -> Tensor:
+    """Signs (..., 1, k) that make the largest entry of each column of ``A`` positive."""
+    largest = A.abs().argmax(dim=-2, keepdim=True)
+    signs = torch.sign(A.gather(-2, largest))
+    return torch.where(signs == 0, torch.ones_like(signs), signs)

@@ -1,0 +1,134 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sklora.linalg import apply_gauge, balance, spectrum
+
+
+def gauged_tolerance(U, V, dtype):
+    """What rounding these factors does to their update, with a margin of ten."""
+    return 10 * torch.finfo(dtype).eps * (U.norm() * V.norm()).item()
+
+
+def test_gauge_is_the_dense_formula_and_keeps_the_update(
+    make_factors, make_gauge, dtype, condition
+):
+    U, V = make_factors(0, 9, 7, 4, batch=(5,), dtype=dtype)
+    R = make_gauge(1, 4, condition, batch=(5,))
+    moved_U, moved_V = apply_gauge(U, V, R)
+    assert moved_U.dtype == moved_V.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    inverse_transpose = np.linalg.inv(R.numpy()).swapaxes(-1, -2)
+    np.testing.assert_allclose(
+        moved_U, U.double().numpy() @ R.numpy(), rtol=0, atol=4 * eps * condition
+    )
+    # The reference's own inverse is good to condition * eps of its size, sqrt(condition).
+    np.testing.assert_allclose(
+        moved_V, V.double().numpy() @ inverse_transpose, rtol=0, atol=4 * eps * condition**1.5
+    )
+    np.testing.assert_allclose(
+        moved_U.double() @ moved_V.double().mT,
+        U.double() @ V.double().mT,
+        rtol=0,
+        atol=gauged_tolerance(moved_U, moved_V, dtype),
+    )
+
+
+def test_gauge_broadcasts_and_composes(make_factors, make_gauge):
+    U, V = make_factors(2, 6, 5, 3, batch=(4, 2))
+    R, S = make_gauge(3, 3, 10.0), make_gauge(4, 3, 10.0, batch=(2,))
+    twice = apply_gauge(*apply_gauge(U, V, R), S)
+    once = apply_gauge(U, V, R @ S)
+    for actual, expected in zip(twice, once, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-12)
+
+
+def test_gauge_rejects_wrong_shapes_and_singular_matrices(make_factors):
+    U, V = make_factors(5, 6, 5, 3)
+    with pytest.raises(ValueError, match=r"rank 3 has shape \(..., 3, 3\), got \(2, 2\)"):
+        apply_gauge(U, V, torch.eye(2))
+    with pytest.raises(torch.linalg.LinAlgError):
+        apply_gauge(U, V, torch.zeros(3, 3))
+
+
+def test_balanced_factors_are_the_dense_singular_value_decomposition(make_factors, dtype):
+    U, V = make_factors(6, 9, 7, 3, batch=(4,), dtype=dtype)
+    left, right = balance(U, V)
+    assert left.dtype == right.dtype == dtype
+    A, s, Bh = np.linalg.svd((U.double() @ V.double().mT).numpy(), full_matrices=False)
+    rows = np.abs(A[..., :3]).argmax(axis=-2, keepdims=True)
+    signs = np.sign(np.take_along_axis(A[..., :3], rows, axis=-2))
+    lengths = signs * np.sqrt(s[:, None, :3])
+    atol = {torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    np.testing.assert_allclose(left, A[..., :3] * lengths, atol=atol)
+    np.testing.assert_allclose(right, Bh[:, :3].swapaxes(-1, -2) * lengths, atol=atol)
+
+
+def test_balance_is_invariant_to_badly_conditioned_gauges(
+    make_factors, make_gauge, dtype, condition
+):
+    U, V = make_factors(7, 20, 16, 4, batch=(5,))
+    gauged = apply_gauge(U, V, make_gauge(8, 4, condition, batch=(5,)))
+    rounded = [factor.to(dtype) for factor in gauged]
+    # Singular vectors move by the rounding over the smallest gap, here above 1.
+    atol = 10 * gauged_tolerance(*rounded, dtype)
+    for actual, expected in zip(balance(*rounded), balance(U, V), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(("n", "m", "r"), [(2, 7, 5), (7, 2, 5), (3, 3, 3), (1, 1, 2)])
+def test_balance_with_rank_above_the_shape_ends_in_zero_columns(make_factors, dtype, n, m, r):
+    U, V = make_factors(9, n, m, r, dtype=dtype)
+    left, right = balance(U, V)
+    assert left.shape == U.shape
+    assert right.shape == V.shape
+    assert (left[:, min(n, m) :] == 0).all()
+    assert (right[:, min(n, m) :] == 0).all()
+    np.testing.assert_allclose(left @ right.mT, U @ V.mT, atol=gauged_tolerance(U, V, dtype))
+
+
+def test_balance_moves_padding_and_lost_rank_to_exact_zeros_at_the_end(
+    make_factors, make_gauge, dtype, condition
+):
+    U, V = make_factors(10, 9, 7, 4)
+    U[:, 3] = U[:, 0] - U[:, 1]
+    V[:, 3] = 2 * V[:, 1]  # ranks of the update: columns 0, 1, 2 and a multiple
+    V[:, 2] = 0
+    padded = (torch.nn.functional.pad(factor, (1, 1)) for factor in (U, V))
+    U, V = (A.to(dtype) for A in apply_gauge(*padded, make_gauge(11, 6, condition)))
+    left, right = balance(U, V)
+    true_rank = np.linalg.matrix_rank((U.double() @ V.double().mT).numpy(), tol=1e-3)
+    assert true_rank == 2
+    assert (left[:, true_rank:] == 0).all()
+    assert (right[:, true_rank:] == 0).all()
+    np.testing.assert_allclose(
+        left.double() @ right.double().mT,
+        U.double() @ V.double().mT,
+        rtol=0,
+        atol=gauged_tolerance(U, V, dtype),
+    )
+
+
+def test_balance_of_zero_updates_and_empty_input(make_factors):
+    U, V = make_factors(12, 5, 4, 2, batch=(3,))
+    for factor in balance(torch.zeros_like(U), V):
+        assert (factor == 0).all()
+    assert balance(U[:0], V[:0])[0].shape == (0, 5, 2)
+    assert balance(U[..., :0], V[..., :0])[1].shape == (3, 4, 0)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1), n=st.integers(1, 8), m=st.integers(1, 8), r=st.integers(1, 5)
+)
+def test_balanced_properties(make_factors, seed, n, m, r):
+    """Equal diagonal Grams on both sides that hold the spectrum, and the update unchanged."""
+    U, V = make_factors(seed, n, m, r)
+    left, right = balance(U, V)
+    expected = torch.diag(spectrum(U, V))
+    atol = 1e-11 * (1 + expected.max().item())
+    np.testing.assert_allclose(left.mT @ left, expected, atol=atol)
+    np.testing.assert_allclose(right.mT @ right, expected, atol=atol)
+    np.testing.assert_allclose(left @ right.mT, U @ V.mT, atol=atol)
+    assert (left.gather(0, left.abs().argmax(0, keepdim=True)) >= 0).all()

@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sklora.linalg.products as products
+from sklora.linalg import (
+    apply_gauge,
+    column_sums,
+    dense_product,
+    frobenius_norm,
+    inner_product,
+    pairwise_inner_products,
+    row_sums,
+    squared_norm,
+)
+
+RTOL = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def dense(U, V):
+    return U.double().numpy() @ V.double().numpy().swapaxes(-1, -2)
+
+
+def test_every_product_equals_its_dense_form(make_factors, dtype):
+    U, V = make_factors(0, 9, 7, 3, batch=(4, 2), dtype=dtype)
+    U2, V2 = make_factors(1, 9, 7, 5, batch=(4, 2), dtype=dtype)
+    update, other = dense(U, V), dense(U2, V2)
+    cases = [
+        (dense_product(U, V), update),
+        (row_sums(U, V), update.sum(-1)),
+        (column_sums(U, V), update.sum(-2)),
+        (squared_norm(U, V), (update**2).sum((-2, -1))),
+        (frobenius_norm(U, V), np.linalg.norm(update, axis=(-2, -1))),
+        (inner_product(U, V, U2, V2), (update * other).sum((-2, -1))),
+        (pairwise_inner_products(U, V, U2, V2), np.einsum("agij,bgij->ab", update, other)),
+    ]
+    for actual, expected in cases:
+        assert actual.dtype == dtype
+        np.testing.assert_allclose(
+            actual, expected, rtol=0, atol=RTOL[dtype] * np.abs(expected).max()
+        )
+
+
+def test_norms_and_inner_products_survive_bad_gauges(make_factors, make_gauge, dtype, condition):
+    U, V = make_factors(2, 12, 9, 4, batch=(6,))
+    gauged = [A.to(dtype) for A in apply_gauge(U, V, make_gauge(3, 4, condition, batch=(6,)))]
+    update = dense(*gauged)
+    # In float64 the Gram matrices square the condition: 1e-16 * 1e8.
+    rtol = {torch.float32: 1e-6, torch.float64: 1e-7}[dtype]
+    np.testing.assert_allclose(
+        frobenius_norm(*gauged), np.linalg.norm(update, axis=(-2, -1)), rtol=rtol
+    )
+    plain = [U.to(dtype), V.to(dtype)]
+    expected = (update * dense(*plain)).sum((-2, -1))
+    np.testing.assert_allclose(inner_product(*gauged, *plain), expected, rtol=rtol)
+
+
+def test_row_sums_survive_bad_gauges(make_factors, make_gauge, dtype, condition):
+    U, V = (
+        A.to(dtype) for A in apply_gauge(*make_factors(4, 12, 9, 4), make_gauge(5, 4, condition))
+    )
+    atol = 10 * torch.finfo(dtype).eps * (U.norm() * V.norm()).item()
+    np.testing.assert_allclose(row_sums(U, V), dense(U, V).sum(-1), rtol=0, atol=atol)
+    np.testing.assert_allclose(column_sums(U, V), dense(U, V).sum(-2), rtol=0, atol=atol)
+
+
+def test_zero_update_from_nonzero_factors_has_no_negative_norm(make_factors, make_gauge, dtype):
+    U, V = make_factors(6, 9, 7, 4)
+    U[:, 2:], V[:, 2:] = U[:, :2], -V[:, :2]
+    gauged = [A.to(dtype) for A in apply_gauge(U, V, make_gauge(7, 4, 10.0))]
+    norm = frobenius_norm(*gauged)
+    assert norm >= 0
+    assert norm <= 1e-4 * gauged[0].norm() * gauged[1].norm()
+    assert frobenius_norm(torch.zeros_like(U), V) == 0
+
+
+def test_zero_padding_the_rank_changes_nothing(make_factors, dtype):
+    U, V = make_factors(8, 9, 7, 3, batch=(4,), dtype=dtype)
+    padded = [torch.nn.functional.pad(factor, (0, 2)) for factor in (U, V)]
+    for function in (dense_product, row_sums, column_sums, squared_norm, frobenius_norm):
+        np.testing.assert_allclose(function(*padded), function(U, V), rtol=RTOL[dtype], atol=1e-6)
+
+
+def test_pairs_in_small_blocks_equal_one_block(make_factors, monkeypatch):
+    U, V = make_factors(9, 6, 5, 2, batch=(7, 3))
+    U2, V2 = make_factors(10, 6, 5, 4, batch=(5, 3))
+    expected = pairwise_inner_products(U, V, U2, V2)
+    monkeypatch.setattr(products, "_PAIR_ENTRIES", 100)
+    np.testing.assert_allclose(pairwise_inner_products(U, V, U2, V2), expected, rtol=1e-12)
+
+
+def test_pairs_without_middle_dimensions_and_with_empty_stacks(make_factors):
+    U, V = make_factors(11, 6, 5, 2, batch=(4,))
+    grams = pairwise_inner_products(U, V, U, V)
+    np.testing.assert_allclose(grams.diagonal(), squared_norm(U, V), rtol=1e-12)
+    assert pairwise_inner_products(U[:0], V[:0], U, V).shape == (0, 4)
+    assert (pairwise_inner_products(U[..., :0], V[..., :0], U, V) == 0).all()
+
+
+def test_half_precision_comes_out_as_float32(make_factors):
+    U, V = make_factors(12, 6, 5, 2, dtype=torch.bfloat16)
+    assert dense_product(U, V).dtype == torch.float32
+    assert inner_product(U, V, U.double(), V.double()).dtype == torch.float64
+
+
+def test_rejects_updates_that_do_not_match(make_factors):
+    U, V = make_factors(13, 6, 5, 2, batch=(4,))
+    with pytest.raises(ValueError, match=r"\(6, 5\) and \(3, 5\) have no inner product"):
+        inner_product(U, V, U[:, :3], V)
+    with pytest.raises(ValueError, match=r"\(6, 5\) and \(6, 4\) have no inner product"):
+        pairwise_inner_products(U, V, U, V[:, :4])
+    with pytest.raises(ValueError, match="same middle dimensions"):
+        pairwise_inner_products(U, V, U[0], V[0])
+    with pytest.raises(ValueError, match="same r"):
+        dense_product(U, V[..., :1])
+
+
+@given(seed=st.integers(0, 2**32 - 1), r1=st.integers(1, 4), r2=st.integers(1, 4))
+def test_inner_product_properties(make_factors, seed, r1, r2):
+    """Symmetric, bilinear in the update, within Cauchy-Schwarz."""
+    U1, V1 = make_factors(seed, 5, 4, r1)
+    U2, V2 = make_factors(seed + 1, 5, 4, r2)
+    product = inner_product(U1, V1, U2, V2)
+    bound = frobenius_norm(U1, V1) * frobenius_norm(U2, V2)
+    assert abs(product) <= bound * (1 + 1e-12)
+    atol = 1e-12 * bound.item()
+    np.testing.assert_allclose(inner_product(U2, V2, U1, V1), product, rtol=0, atol=atol)
+    np.testing.assert_allclose(inner_product(-3 * U1, V1, U2, V2), -3 * product, atol=3 * atol)
+    joined = torch.cat([U1, U2], dim=-1), torch.cat([V1, V2], dim=-1)  # the sum of the updates
+    expected = squared_norm(U1, V1) + 2 * product + squared_norm(U2, V2)
+    np.testing.assert_allclose(squared_norm(*joined), expected, atol=10 * atol)
