@@ -1,0 +1,181 @@
+"""From factors, adapter by adapter, to flat rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from sklora._layout import Factors, LoRALayout
+from sklora._stores import compute_dtype
+
+Adapter = dict[str, Factors]
+Side = dict[str, NDArray[Any]]
+
+
+def flat_from_factors(
+    factors: Iterable[Mapping[str, tuple[ArrayLike, ArrayLike]]],
+    *,
+    layout: LoRALayout | None,
+    side: Iterable[Mapping[str, ArrayLike]] | None,
+    base_model: str | None,
+    dtype: DTypeLike | None,
+) -> tuple[NDArray[Any], LoRALayout, NDArray[np.intp]]:
+    """Check factors and lay them out as flat rows.
+
+    Parameters
+    ----------
+    factors, layout, side, base_model, dtype
+        As for `LoRACollection.from_factors`.
+
+    Returns
+    -------
+    flat : ndarray of shape (N, width)
+    layout : LoRALayout
+    ranks : ndarray of shape (N, n_modules)
+    """
+    adapters = [_checked(row, mapping) for row, mapping in enumerate(factors)]
+    sides = [{}] * len(adapters) if side is None else [_vectors(mapping) for mapping in side]
+    if len(sides) != len(adapters):
+        raise ValueError(f"{len(adapters)} adapters have side features of {len(sides)}.")
+    if layout is None:
+        layout = _inferred_layout(adapters, sides, base_model)
+    elif base_model is not None and layout.base_model not in (None, base_model):
+        raise ValueError(
+            f"base_model={base_model!r}, but the layout is of {layout.base_model!r}; "
+            "pass one of the two."
+        )
+    target = _common_dtype(adapters, sides) if dtype is None else np.dtype(dtype)
+    compute_dtype(target)
+    flat = np.zeros((len(adapters), layout.width), target)
+    ranks = np.zeros((len(adapters), layout.n_modules), np.intp)
+    for row, (adapter, vectors) in enumerate(zip(adapters, sides, strict=True)):
+        _check_against(row, adapter, layout)
+        for position, name in enumerate(layout.names):
+            if name in adapter:
+                ranks[row, position] = adapter[name][0].shape[1]
+                _place(flat[row : row + 1], layout, position, adapter[name])
+        flat[row, layout.side_slice] = _side_row(row, vectors, layout)
+        _check_overflow(row, flat[row], layout)
+    ranks.flags.writeable = False
+    return flat, layout, ranks
+
+
+def _place(row: NDArray[Any], layout: LoRALayout, position: int, factors: Factors) -> None:
+    with np.errstate(over="ignore"):
+        for place, factor in zip(layout._factors_at(row, position), factors, strict=True):
+            place[0, :, : factor.shape[1]] = factor
+
+
+def _checked(row: int, mapping: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Adapter:
+    if not isinstance(mapping, Mapping):
+        raise TypeError(
+            f"adapter {row} is a {type(mapping).__name__}; pass a sequence of mappings "
+            "{module: (U, V)}, or a flat array to LoRACollection.from_array."
+        )
+    return {name: _checked_factors(row, name, pair) for name, pair in mapping.items()}
+
+
+def _checked_factors(row: int, name: str, pair: tuple[ArrayLike, ArrayLike]) -> Factors:
+    where = f"module {name!r} of adapter {row}"
+    try:
+        U, V = (np.asarray(factor) for factor in pair)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{where} is no pair of factors; pass (U, V) with U (n, r) and V (m, r)."
+        ) from None
+    shapes = f"U {U.shape} and V {V.shape}"
+    if U.ndim != 2 or V.ndim != 2:
+        raise ValueError(f"{where} has {shapes}; factors are matrices U (n, r) and V (m, r).")
+    if U.shape[1] != V.shape[1]:
+        raise ValueError(
+            f"{where} has {shapes}, of inner ranks {U.shape[1]} and {V.shape[1]}; the update is "
+            "U V^T, so both must have r columns: transpose the factor that holds r rows."
+        )
+    if not U.shape[1]:
+        raise ValueError(
+            f"{where} has {shapes}, of rank 0; leave a module out to say that its update is zero."
+        )
+    for factor in (U, V):
+        compute_dtype(factor.dtype)
+        if not np.isfinite(factor).all():
+            raise ValueError(
+                f"{where} with {shapes} has NaN or infinity; leave the adapter out, or mend it."
+            )
+    return U, V
+
+
+def _vectors(mapping: Mapping[str, ArrayLike]) -> Side:
+    return {name: np.asarray(values).reshape(-1) for name, values in mapping.items()}
+
+
+def _inferred_layout(
+    adapters: Sequence[Adapter], sides: Sequence[Side], base_model: str | None
+) -> LoRALayout:
+    if not adapters:
+        raise ValueError("no adapters are given; an empty collection needs layout=.")
+    first: dict[str, tuple[int, int, int]] = {}
+    ranks: dict[str, int] = {}
+    for row, adapter in enumerate(adapters):
+        for name, (U, V) in adapter.items():
+            n, m, earlier = first.setdefault(name, (len(U), len(V), row))
+            if (n, m) != (len(U), len(V)):
+                raise ValueError(
+                    f"module {name!r} has updates of shape ({n}, {m}) in adapter {earlier} and of "
+                    f"shape ({len(U)}, {len(V)}) in adapter {row}; adapters of different base "
+                    "models make different collections."
+                )
+            ranks[name] = max(ranks.get(name, 0), U.shape[1])
+    if not first:
+        raise ValueError("no adapter has a module; pass layout= to say what is zero.")
+    modules = [(name, n, m, ranks[name]) for name, (n, m, _) in first.items()]
+    widths = {name: len(vector) for vectors in sides for name, vector in vectors.items()}
+    return LoRALayout(modules, side=widths.items(), base_model=base_model)
+
+
+def _common_dtype(adapters: Sequence[Adapter], sides: Sequence[Side]) -> np.dtype[Any]:
+    dtypes = {factor.dtype for adapter in adapters for pair in adapter.values() for factor in pair}
+    if not dtypes:
+        return np.dtype(np.float32)
+    common = np.result_type(*dtypes, *({v.dtype for side in sides for v in side.values()}))
+    return common if common.kind not in "iub" else compute_dtype(common)
+
+
+def _check_against(row: int, adapter: Adapter, layout: LoRALayout) -> None:
+    expected = {module.name: module for module in layout.modules}
+    for name, (U, V) in adapter.items():
+        if name not in expected:
+            raise ValueError(
+                f"module {name!r} of adapter {row}, with U {U.shape} and V {V.shape}, is not in "
+                "the layout; leave it out, or leave layout out."
+            )
+        module = expected[name]
+        if (module.n, module.m) != (len(U), len(V)) or U.shape[1] > module.rank:
+            raise ValueError(
+                f"module {name!r} of adapter {row} has U {U.shape} and V {V.shape}, but the layout "
+                f"has room for U ({module.n}, {module.rank}) and V ({module.m}, {module.rank}); "
+                "raise its ranks with layout.with_ranks, or leave layout out."
+            )
+
+
+def _side_row(row: int, vectors: Side, layout: LoRALayout) -> NDArray[Any]:
+    sizes = {name: len(vector) for name, vector in vectors.items()}
+    if sizes != dict(layout.side):
+        raise ValueError(
+            f"adapter {row} has side features {sizes}, but {dict(layout.side)} are expected; every "
+            "adapter needs all of them."
+        )
+    parts = [vectors[name] for name, _ in layout.side]
+    return np.concatenate(parts) if parts else np.empty(0)
+
+
+def _check_overflow(row: int, flat: NDArray[Any], layout: LoRALayout) -> None:
+    finite = np.isfinite(flat)
+    if not finite.all():
+        where = layout.column_name(int(finite.argmin()))
+        raise ValueError(
+            f"adapter {row} has numbers in {where} that {flat.dtype} cannot hold; "
+            "pass another dtype."
+        )

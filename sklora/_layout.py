@@ -1,0 +1,591 @@
+"""What the columns of a collection mean: modules, their factors, and side features."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Factors = tuple[NDArray[Any], NDArray[Any]]
+
+
+class LoRAModule(NamedTuple):
+    """One adapted module: the update ``U V^T (n, m)``, with ``U (n, rank)`` and ``V (m, rank)``.
+
+    Attributes
+    ----------
+    name : str
+    n : int
+        Rows of the update: the output side.
+    m : int
+        Columns of the update: the input side.
+    rank : int
+        The largest rank that the flat columns have room for.
+    """
+
+    name: str
+    n: int
+    m: int
+    rank: int
+
+
+class ModuleGroup(NamedTuple):
+    """Modules of one shape, which are computed together.
+
+    Attributes
+    ----------
+    n, m : int
+        Shape of the updates.
+    rank : int
+        The largest among its modules.
+    index : tuple of int
+        Where its modules stand in ``layout.modules``.
+    """
+
+    n: int
+    m: int
+    rank: int
+    index: tuple[int, ...]
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class LoRALayout:
+    """The modules behind the columns of a flat array of LoRA weights.
+
+    A row is ``U1.ravel(), V1.ravel(), U2.ravel(), V2.ravel(), ..., side``, with every factor
+    zero-padded to the rank of its module. Layouts are immutable, hashable and picklable.
+
+    Parameters
+    ----------
+    modules : iterable of (name, n, m, rank)
+        Every update is ``U V^T (n, m)``, with ``U (n, rank)`` and ``V (m, rank)``.
+    side : iterable of (name, size), default=()
+        Features that are no factors, such as the magnitudes of DoRA: `size` columns each, at the end
+        of the row.
+    base_model : str or None, default=None
+        What the adapters were trained on. Layouts of different base models do not match.
+
+    Attributes
+    ----------
+    modules : tuple of LoRAModule
+    side : tuple of (str, int)
+    base_model : str or None
+    has_plain_rows : bool
+        Whether the row itself is the one update, with ``V = 1`` implied; see `rows`.
+
+    Raises
+    ------
+    ValueError
+        When there is no module, a name is used twice, or a size is less than one.
+    TypeError
+        When a name is no string or a size no integer.
+
+    Examples
+    --------
+    >>> from sklora import LoRALayout
+    >>> layout = LoRALayout([("q", 8, 6, 2), ("v", 8, 6, 2), ("out", 6, 8, 2)])
+    >>> layout
+    LoRALayout(n_modules=3, width=84)
+    >>> layout.factor_slices[0]
+    (slice(0, 16, None), slice(16, 28, None))
+    >>> layout.groups
+    (ModuleGroup(n=8, m=6, rank=2, index=(0, 1)), ModuleGroup(n=6, m=8, rank=2, index=(2,)))
+    """
+
+    modules: tuple[LoRAModule, ...]
+    side: tuple[tuple[str, int], ...]
+    base_model: str | None
+    has_plain_rows: bool
+
+    def __init__(
+        self,
+        modules: Iterable[tuple[str, int, int, int]],
+        *,
+        side: Iterable[tuple[str, int]] = (),
+        base_model: str | None = None,
+    ) -> None:
+        checked = tuple(
+            LoRAModule(name, *(_size(value, f"module {name!r}: {what}") for what, value in sizes))
+            for name, *numbers in modules
+            for sizes in [zip(("n", "m", "rank"), numbers, strict=True)]
+        )
+        if not checked:
+            raise ValueError("a layout has at least one module, got none.")
+        columns = tuple((name, _size(size, f"side feature {name!r}: size")) for name, size in side)
+        _check_names("module", [module.name for module in checked])
+        _check_names("side feature", [name for name, _ in columns])
+        object.__setattr__(self, "modules", checked)
+        object.__setattr__(self, "side", columns)
+        object.__setattr__(self, "base_model", base_model)
+        object.__setattr__(self, "has_plain_rows", False)
+
+    @classmethod
+    def rows(cls, n_features: int) -> LoRALayout:
+        """Give the layout of plain rows: each is one update ``(n_features, 1)`` with ``V = 1``.
+
+        ``V`` has no columns, so that the width is `n_features`.
+
+        Parameters
+        ----------
+        n_features : int
+
+        Returns
+        -------
+        LoRALayout
+            Of one module, named ``"row"``.
+
+        Raises
+        ------
+        ValueError
+            When `n_features` is less than one.
+
+        Examples
+        --------
+        >>> from sklora import LoRALayout
+        >>> LoRALayout.rows(5)
+        LoRALayout(n_modules=1, width=5, has_plain_rows=True)
+        """
+        layout = cls([("row", n_features, 1, 1)])
+        object.__setattr__(layout, "has_plain_rows", True)
+        return layout
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the cached properties, so that equal layouts have equal pickles and hashes.
+        return {
+            "modules": tuple(tuple(module) for module in self.modules),
+            "side": self.side,
+            "base_model": self.base_model,
+            "has_plain_rows": self.has_plain_rows,
+        }
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__init__(  # type: ignore[misc]
+            state["modules"], side=state["side"], base_model=state["base_model"]
+        )
+        object.__setattr__(self, "has_plain_rows", state["has_plain_rows"])
+
+    def __repr__(self) -> str:
+        parts = [f"n_modules={self.n_modules}", f"width={self.width}"]
+        if self.side:
+            parts.append(f"n_side={self.n_side}")
+        if self.base_model is not None:
+            parts.append(f"base_model={self.base_model!r}")
+        if self.has_plain_rows:
+            parts.append("has_plain_rows=True")
+        return f"LoRALayout({', '.join(parts)})"
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the modules, in order."""
+        return tuple(module.name for module in self.modules)
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """The largest rank of every module."""
+        return tuple(module.rank for module in self.modules)
+
+    @property
+    def n_modules(self) -> int:
+        """How many modules there are."""
+        return len(self.modules)
+
+    @cached_property
+    def n_side(self) -> int:
+        """How many columns the side features take, all together."""
+        return sum(size for _, size in self.side)
+
+    @cached_property
+    def width(self) -> int:
+        """How many columns a flat row has."""
+        return self.factor_slices[-1][1].stop + self.n_side
+
+    @cached_property
+    def factor_slices(self) -> tuple[tuple[slice, slice], ...]:
+        """Columns of ``U`` and of ``V`` for every module; those of an implied ``V`` are empty."""
+        slices, start = [], 0
+        for module in self.modules:
+            middle = start + module.n * module.rank
+            stop = middle if self.has_plain_rows else middle + module.m * module.rank
+            slices.append((slice(start, middle), slice(middle, stop)))
+            start = stop
+        return tuple(slices)
+
+    @cached_property
+    def side_slice(self) -> slice:
+        """Columns of the side features, which are the last."""
+        return slice(self.width - self.n_side, self.width)
+
+    @cached_property
+    def groups(self) -> tuple[ModuleGroup, ...]:
+        """Modules of equal ``(n, m)`` together, in the order in which the shapes first appear."""
+        members: dict[tuple[int, int], list[int]] = {}
+        for position, module in enumerate(self.modules):
+            members.setdefault((module.n, module.m), []).append(position)
+        return tuple(
+            ModuleGroup(n, m, max(self.ranks[position] for position in index), tuple(index))
+            for (n, m), index in members.items()
+        )
+
+    def unpack(self, flat: NDArray[Any]) -> list[Factors]:
+        """Cut flat rows into factors, stacked by group.
+
+        Parameters
+        ----------
+        flat : ndarray of shape (N, width)
+
+        Returns
+        -------
+        list of (U, V)
+            For every group, of ``M`` modules, ``U (N, M, n, rank)`` and ``V (N, M, m, rank)``:
+            new arrays of the dtype of `flat`, zero-padded to the rank of the group.
+
+        Raises
+        ------
+        ValueError
+            When `flat` is not 2-D or has another width.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from sklora import LoRALayout
+        >>> layout = LoRALayout([("q", 2, 1, 1), ("v", 2, 1, 1)])
+        >>> [(U, V)] = layout.unpack(np.arange(6.0)[None])
+        >>> U[0, :, :, 0], V[0, :, :, 0]
+        (array([[0., 1.], [3., 4.]]), array([[2.], [5.]]))
+        """
+        self._check_width(flat)
+        n_rows = len(flat)
+        stacks = []
+        for group in self.groups:
+            U = np.zeros((n_rows, len(group.index), group.n, group.rank), flat.dtype)
+            V = np.zeros((n_rows, len(group.index), group.m, group.rank), flat.dtype)
+            for place, position in enumerate(group.index):
+                rank = self.ranks[position]
+                U[:, place, :, :rank], V[:, place, :, :rank] = self._factors_at(flat, position)
+            stacks.append((U, V))
+        return stacks
+
+    def pack(self, factors: Sequence[Factors], side: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Lay factors out as flat rows: the inverse of `unpack`.
+
+        Parameters
+        ----------
+        factors : sequence of (U, V)
+            For every group, of ``M`` modules, ``U (N, M, n, R)`` and ``V (N, M, m, R)``. What
+            exceeds the rank of a module has to be zero.
+        side : ndarray of shape (N, n_side) or None, default=None
+            The side features, if the layout has any.
+
+        Returns
+        -------
+        ndarray of shape (N, width)
+            Where the layout has plain rows, the update ``U V^T`` itself, for which ``V = 1``.
+
+        Raises
+        ------
+        ValueError
+            When there are not as many pairs as groups, a shape does not fit, a factor would be cut
+            off, or side features are missing or too many.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from sklora import LoRALayout
+        >>> layout = LoRALayout([("q", 2, 1, 1), ("v", 2, 1, 1)])
+        >>> layout.pack(layout.unpack(np.arange(6.0)[None]))
+        array([[0., 1., 2., 3., 4., 5.]])
+        """
+        n_rows = self._check_factors(factors)
+        arrays = [array for pair in factors for array in pair]
+        dtype = np.result_type(*arrays)
+        flat = np.empty((n_rows, self.width), dtype)
+        for group, (U, V) in zip(self.groups, factors, strict=True):
+            for place, position in enumerate(group.index):
+                rank = self.ranks[position]
+                one_U, one_V = U[:, place], V[:, place]
+                if one_U[..., rank:].any() or one_V[..., rank:].any():
+                    raise ValueError(
+                        f"module {self.names[position]!r}: factors of rank {one_U.shape[-1]} do "
+                        f"not fit into the layout's rank {rank}; make room with with_ranks."
+                    )
+                if self.has_plain_rows:
+                    one_U = one_U * one_V
+                place_U, place_V = self._factors_at(flat, position)
+                place_U[...] = one_U[..., :rank]
+                place_V[...] = one_V[..., :rank]
+        expected = (n_rows, self.n_side)
+        if self.n_side if side is None else side.shape != expected:
+            found = "none" if side is None else f"an array of shape {side.shape}"
+            raise ValueError(f"side features of shape {expected} are needed, got {found}.")
+        if side is not None:
+            flat[:, self.side_slice] = side
+        return flat
+
+    def infer_ranks(self, flat: NDArray[Any]) -> NDArray[np.intp]:
+        """Find the rank of every update from the zero columns that its factors end in.
+
+        Parameters
+        ----------
+        flat : ndarray of shape (N, width)
+
+        Returns
+        -------
+        ndarray of shape (N, n_modules), of intp
+            The place of the last column that is not zero in both factors; 0 where there is none,
+            which is the zero update of a module that the adapter lacks. Plain rows have rank 1.
+
+        Raises
+        ------
+        ValueError
+            When `flat` is not 2-D or has another width.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from sklora import LoRALayout
+        >>> layout = LoRALayout([("q", 1, 1, 2), ("v", 1, 1, 2)])
+        >>> layout.infer_ranks(np.array([[0.0, 0.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0]]))
+        array([[1, 0]])
+        """
+        self._check_width(flat)
+        ranks = np.ones((len(flat), self.n_modules), np.intp)
+        if self.has_plain_rows:
+            return ranks
+        for position in range(self.n_modules):
+            U, V = self._factors_at(flat, position)
+            used = (U != 0).any(axis=1) | (V != 0).any(axis=1)
+            last = self.ranks[position] - used[:, ::-1].argmax(axis=1)
+            ranks[:, position] = np.where(used.any(axis=1), last, 0)
+        return ranks
+
+    def with_ranks(self, ranks: Iterable[int]) -> LoRALayout:
+        """Give the layout of the same modules with other largest ranks.
+
+        Parameters
+        ----------
+        ranks : iterable of int
+            One for every module.
+
+        Returns
+        -------
+        LoRALayout
+
+        Raises
+        ------
+        ValueError
+            When there are more or fewer ranks than modules, or one is less than one.
+
+        Examples
+        --------
+        >>> from sklora import LoRALayout
+        >>> LoRALayout([("q", 8, 6, 2)]).with_ranks([4]).ranks
+        (4,)
+        """
+        ranks = tuple(ranks)
+        if len(ranks) != self.n_modules:
+            raise ValueError(
+                f"{self.n_modules} ranks are needed, one for every module, got {len(ranks)}."
+            )
+        return self.with_shapes(
+            [(module.n, module.m, rank) for module, rank in zip(self.modules, ranks, strict=True)]
+        )
+
+    def with_shapes(self, shapes: Iterable[tuple[int, int, int]]) -> LoRALayout:
+        """Give the layout of modules of the same names with other shapes and ranks.
+
+        Parameters
+        ----------
+        shapes : iterable of (n, m, rank)
+            One for every module.
+
+        Returns
+        -------
+        LoRALayout
+            With the side features and base model of this one. Plain rows stay plain if their new
+            shape is ``(n, 1)`` and their rank 1.
+
+        Raises
+        ------
+        ValueError
+            When there are more or fewer shapes than modules, or a size is less than one.
+
+        Examples
+        --------
+        >>> from sklora import LoRALayout
+        >>> LoRALayout([("q", 8, 6, 2)]).with_shapes([(4, 4, 2)]).modules
+        (LoRAModule(name='q', n=4, m=4, rank=2),)
+        """
+        shapes = list(shapes)
+        if len(shapes) != self.n_modules:
+            raise ValueError(
+                f"{self.n_modules} shapes are needed, one for every module, got {len(shapes)}."
+            )
+        layout = LoRALayout(
+            [(name, *shape) for name, shape in zip(self.names, shapes, strict=True)],
+            side=self.side,
+            base_model=self.base_model,
+        )
+        if self.has_plain_rows and shapes[0][1:] == (1, 1):
+            object.__setattr__(layout, "has_plain_rows", True)
+        return layout
+
+    def check_same_modules(self, other: LoRALayout) -> None:
+        """Check that another layout has the modules of this one; ranks may differ.
+
+        Parameters
+        ----------
+        other : LoRALayout
+
+        Raises
+        ------
+        ValueError
+            When base models, modules or side features differ; the message names the first module
+            that does, both shapes and the remedy.
+
+        Examples
+        --------
+        >>> from sklora import LoRALayout
+        >>> LoRALayout([("q", 8, 6, 2)]).check_same_modules(LoRALayout([("q", 8, 4, 2)]))
+        Traceback (most recent call last):
+        ValueError: module 'q' has updates of shape (8, 4), but (8, 6) is expected. ...
+        """
+        if self is other:
+            return
+        remedy = (
+            "Build the collection with LoRACollection.from_factors(..., layout=estimator.layout_), "
+            "for which a module that an adapter lacks is the zero update, or fit again."
+        )
+        if None not in (self.base_model, other.base_model) and self.base_model != other.base_model:
+            raise ValueError(
+                f"the adapters are of base model {other.base_model!r}, but {self.base_model!r} is "
+                "expected: their modules mean different things. Fit one estimator per base model."
+            )
+        if self.has_plain_rows != other.has_plain_rows:
+            expected, found = (
+                f"plain rows of {layout.width} features" if layout.has_plain_rows else repr(layout)
+                for layout in (self, other)
+            )
+            raise ValueError(f"X is {found}, but {expected} is expected. {remedy}")
+        for expected_module, module in zip(self.modules, other.modules, strict=False):
+            if expected_module[:3] != module[:3]:
+                _raise_other_module(expected_module, module, remedy)
+        if self.n_modules != other.n_modules:
+            longer = max(self, other, key=lambda layout: layout.n_modules)
+            extra = longer.modules[min(self.n_modules, other.n_modules)]
+            state = "is missing" if longer is self else "is not expected"
+            raise ValueError(
+                f"module {extra.name!r} of shape ({extra.n}, {extra.m}) {state}: there are "
+                f"{other.n_modules} modules, and {self.n_modules} are expected. {remedy}"
+            )
+        if self.side != other.side:
+            raise ValueError(
+                f"side features are {list(other.side)}, but {list(self.side)} are expected. "
+                "Pass the same ones to LoRACollection.from_factors(..., side=...)."
+            )
+
+    def column_name(self, column: int) -> str:
+        """Say what a column belongs to, for messages: ``module 'q'`` or ``side feature 'scale'``."""
+        for name, (_, V_columns) in zip(self.names, self.factor_slices, strict=True):
+            if column < V_columns.stop:
+                return f"module {name!r}"
+        stop = self.side_slice.start
+        for name, size in self.side:
+            stop += size
+            if column < stop:
+                return f"side feature {name!r}"
+        raise IndexError(f"column {column} of {self.width}.")
+
+    def _factors_at(self, flat: NDArray[Any], position: int) -> Factors:
+        """Give views of one module in flat rows: ``U (N, n, rank)`` and ``V (N, m, rank)``."""
+        module = self.modules[position]
+        U_columns, V_columns = self.factor_slices[position]
+        U = flat[:, U_columns].reshape(len(flat), module.n, module.rank)
+        if self.has_plain_rows:
+            return U, np.ones((len(flat), 1, 1), flat.dtype)
+        return U, flat[:, V_columns].reshape(len(flat), module.m, module.rank)
+
+    def _check_width(self, flat: NDArray[Any]) -> None:
+        if flat.ndim != 2 or flat.shape[1] != self.width:
+            raise ValueError(
+                f"the layout's {self.n_modules} modules need rows of {self.width} columns, "
+                f"got an array of shape {flat.shape}."
+            )
+
+    def _check_factors(self, factors: Sequence[Factors]) -> int:
+        """Check shapes of stacked factors, and give the number of rows."""
+        if len(factors) != len(self.groups):
+            raise ValueError(
+                f"{len(self.groups)} pairs (U, V) are needed, one for every group of modules of "
+                f"one shape, got {len(factors)}."
+            )
+        n_rows = len(factors[0][0])
+        for group, (U, V) in zip(self.groups, factors, strict=True):
+            for letter, array, size in (("U", U, group.n), ("V", V, group.m)):
+                expected = (n_rows, len(group.index), size)
+                if array.ndim != 4 or array.shape[:3] != expected or array.shape[3] != U.shape[3]:
+                    raise ValueError(
+                        f"{letter} of the modules of shape ({group.n}, {group.m}), of which the "
+                        f"first is {self.names[group.index[0]]!r}, has shape {array.shape}, but "
+                        f"{(*expected, 'rank')} is expected, with one rank for U and V."
+                    )
+        return n_rows
+
+
+def relay(flat: NDArray[Any], source: LoRALayout, target: LoRALayout) -> NDArray[Any]:
+    """Lay flat rows of one layout out in another that has the same modules with other ranks.
+
+    Parameters
+    ----------
+    flat : ndarray of shape (N, source.width)
+    source, target : LoRALayout
+        Where the rank of the target is less, the columns beyond are dropped.
+
+    Returns
+    -------
+    ndarray of shape (N, target.width)
+    """
+    result = np.zeros((len(flat), target.width), flat.dtype)
+    for position in range(target.n_modules):
+        given = source._factors_at(flat, position)
+        for factor, place in zip(given, target._factors_at(result, position), strict=True):
+            rank = min(factor.shape[-1], place.shape[-1])
+            place[..., :rank] = factor[..., :rank]
+    result[:, target.side_slice] = flat[:, source.side_slice]
+    return result
+
+
+def _size(value: Any, what: str) -> int:
+    try:
+        size = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{what} must be an integer, got {value!r}.") from None
+    if size < 1:
+        raise ValueError(f"{what} must be at least 1, got {size}.")
+    return size
+
+
+def _check_names(what: str, names: Sequence[Any]) -> None:
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a {what} must be a string, got {name!r}.")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{what} {twice!r} is named twice; names must be unique.")
+
+
+def _raise_other_module(expected: LoRAModule, found: LoRAModule, remedy: str) -> None:
+    expected_shape, shape = f"({expected.n}, {expected.m})", f"({found.n}, {found.m})"
+    if expected.name == found.name:
+        raise ValueError(
+            f"module {found.name!r} has updates of shape {shape}, but {expected_shape} is "
+            f"expected. {remedy}"
+        )
+    raise ValueError(
+        f"module {found.name!r} of shape {shape} is where module {expected.name!r} of shape "
+        f"{expected_shape} is expected. {remedy}"
+    )
