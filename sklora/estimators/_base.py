@@ -1,0 +1,349 @@
+"""What the four network estimators share: parameters, fitting, fitted state, and raw outputs."""
+
+from __future__ import annotations
+
+from abc import ABCMeta, abstractmethod
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import _check_sample_weight, check_consistent_length, check_is_fitted
+from torch import Tensor, nn
+
+from sklora._base import atomic_fit, resolve_device
+from sklora.collection import LoRALayout, check_loras
+from sklora.estimators._training import (
+    OPTIMIZERS,
+    History,
+    LossKind,
+    OptimizerState,
+    TrainingData,
+    TrainingSettings,
+    iter_blocks,
+    seeded,
+    split_validation,
+    train,
+    training_batch_size,
+)
+
+
+class BaseNetEstimator(BaseEstimator, metaclass=ABCMeta):
+    """Shell around one network.
+
+    One subclass says which network, how flat rows enter it and what its training statistics are;
+    another says how targets are encoded and outputs decoded. Fitted state is arrays, numbers and
+    strings only.
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "hidden_dim": [Interval(Integral, 1, None, closed="left")],
+        "dropout": [Interval(Real, 0, 1, closed="left")],
+        "lr": [Interval(Real, 0, None, closed="neither")],
+        "weight_decay": [Interval(Real, 0, None, closed="left")],
+        "optimizer": [StrOptions(set(OPTIMIZERS))],
+        "max_epochs": [Interval(Integral, 1, None, closed="left")],
+        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "early_stopping": ["boolean"],
+        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
+        "patience": [Interval(Integral, 1, None, closed="left")],
+        "callbacks": [list, tuple, None],
+        "warm_start": ["boolean"],
+        "device": [str, torch.device],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+        "layout": [LoRALayout, None],
+    }
+
+    _net_type: ClassVar[type[nn.Module]]
+    _accepted_rank: ClassVar[Literal["any", "fitted"]]
+
+    layout_: LoRALayout
+    weights_: dict[str, NDArray[Any]]
+    architecture_: dict[str, Any]
+    history_: History
+    n_iter_: int
+    optimizer_state_: OptimizerState
+    n_outputs_: int
+
+    def __init__(
+        self,
+        *,
+        hidden_dim: int,
+        n_layers: int,
+        nonlinearity: str,
+        dropout: float,
+        lr: float,
+        weight_decay: float,
+        optimizer: str,
+        max_epochs: int,
+        batch_size: int,
+        early_stopping: bool,
+        validation_fraction: float,
+        patience: int,
+        callbacks: Sequence[Any] | None,
+        warm_start: bool,
+        device: str | torch.device,
+        random_state: int | np.random.RandomState | None,
+        verbose: int,
+        layout: LoRALayout | None,
+    ) -> None:
+        self.hidden_dim = hidden_dim
+        self.n_layers = n_layers
+        self.nonlinearity = nonlinearity
+        self.dropout = dropout
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.optimizer = optimizer
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.patience = patience
+        self.callbacks = callbacks
+        self.warm_start = warm_start
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+        self.layout = layout
+
+    # What a network brings.
+
+    @abstractmethod
+    def _architecture(self, layout: LoRALayout, n_outputs: int) -> dict[str, Any]:
+        """Give the keyword arguments of the network."""
+
+    @abstractmethod
+    def _forward(
+        self, net: nn.Module, layout: LoRALayout, dtype: torch.dtype
+    ) -> Callable[[Tensor], Tensor]:
+        """Give the map from flat rows of a layout to the outputs of a network of some dtype."""
+
+    @abstractmethod
+    def _calibrate(self, net: nn.Module, data: TrainingData) -> None:
+        """Set the network's buffers from the training rows."""
+
+    @abstractmethod
+    def _entries_per_adapter(self, layout: LoRALayout) -> int:
+        """Give about how many numbers one adapter occupies on its way through the network."""
+
+    # What a kind of target brings.
+
+    @property
+    @abstractmethod
+    def _loss(self) -> LossKind: ...
+
+    @property
+    @abstractmethod
+    def _n_outputs(self) -> int:
+        """Number of outputs of the network, once the targets are learnt."""
+
+    @abstractmethod
+    def _check_targets(self, y: Any) -> NDArray[Any]:
+        """Give the targets as an array ``(N,)`` or ``(N, K)``, or say what is wrong with them."""
+
+    @abstractmethod
+    def _learn_targets(
+        self, y: NDArray[Any], weights: NDArray[np.float64], classes: ArrayLike | None
+    ) -> None:
+        """Learn classes, or mean and scale, from checked targets."""
+
+    @abstractmethod
+    def _encode(
+        self, y: NDArray[Any], weights: NDArray[np.float64]
+    ) -> tuple[NDArray[Any], NDArray[np.float64]]:
+        """Give checked targets as the loss reads them, and its weights ``(N, 1)`` or ``(N, K)``."""
+
+    # Fitting.
+
+    @atomic_fit
+    def fit(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
+        """Train the network, from new weights or, with `warm_start`, from those of the last fit.
+
+        Parameters
+        ----------
+        X : LoRACollection or array-like of shape (n_adapters, n_features)
+            Adapters, or flat rows of `layout`.
+        y : array-like of shape (n_adapters,) or (n_adapters, n_targets)
+            Targets.
+        sample_weight : array-like of shape (n_adapters,), optional
+            Weights of the adapters in the loss. Those of weight zero are left out entirely.
+
+        Returns
+        -------
+        self : object
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            When a parameter, `X`, `y` or `sample_weight` is not as it must be, or training
+            diverges. The estimator stays as it was.
+        """
+        self._validate_params()
+        resume = self.warm_start and hasattr(self, "weights_")
+        history, _ = self._train(X, y, sample_weight, resume=resume)
+        self.history_ = history
+        self.n_iter_ = len(history)
+        if hasattr(self, "optimizer_state_"):
+            del self.optimizer_state_
+        return self
+
+    def _partial_fit(
+        self,
+        X: Any,
+        y: ArrayLike,
+        sample_weight: ArrayLike | None,
+        classes: ArrayLike | None = None,
+    ) -> None:
+        """Train for one epoch at a constant learning rate, on all rows."""
+        self._validate_params()
+        resume = hasattr(self, "weights_")
+        history, state = self._train(
+            X, y, sample_weight, resume=resume, classes=classes, one_epoch=True
+        )
+        self.history_ = [*(self.history_ if resume else []), *history]
+        self.n_iter_ = len(self.history_)
+        self.optimizer_state_ = state
+
+    def _train(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: ArrayLike | None,
+        *,
+        resume: bool,
+        classes: ArrayLike | None = None,
+        one_epoch: bool = False,
+    ) -> tuple[History, OptimizerState]:
+        device = resolve_device(self.device)
+        random_state = check_random_state(self.random_state)
+        seed = random_state.randint(np.iinfo(np.int32).max)
+        data = self._training_data(X, y, sample_weight, classes, reset=not resume)
+        training, validation = data, None
+        if self.early_stopping and not one_epoch:
+            training, validation = self._split(data, random_state)
+        with seeded(seed, device):
+            net = self._resumed_net() if resume else self._new_net(data, device)
+            result = train(
+                net.to(device),
+                self._forward(net, data.loras.layout, torch.float32),
+                self._loss,
+                training,
+                validation,
+                self._settings(len(training.loras), one_epoch),
+                device=device,
+                optimizer_state=getattr(self, "optimizer_state_", None) if one_epoch else None,
+            )
+        self.weights_ = {k: v.cpu().numpy().copy() for k, v in net.state_dict().items()}
+        return result
+
+    def _training_data(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: ArrayLike | None,
+        classes: ArrayLike | None,
+        *,
+        reset: bool,
+    ) -> TrainingData:
+        loras = check_loras(self, X, reset=reset, rank=self._accepted_rank)
+        if y is None:
+            raise ValueError(
+                f"{type(self).__name__} requires y to be passed, but the target y is None."
+            )
+        y = self._check_targets(y)
+        check_consistent_length(loras, y)
+        weights = _check_sample_weight(
+            sample_weight, loras, dtype=np.float64, ensure_non_negative=True
+        )
+        if not weights.any():
+            raise ValueError("sample_weight is zero for every adapter; give some a weight.")
+        if reset:
+            self._learn_targets(y, weights, classes)
+        targets, loss_weights = self._encode(y, weights)
+        kept = np.flatnonzero(weights)
+        if len(kept) < len(weights):
+            # Not read at all, so that a weight of zero is the same as leaving the row out.
+            loras, targets, loss_weights = loras[kept], targets[kept], loss_weights[kept]
+        loss_weights = (loss_weights / loss_weights.mean()).astype(np.float32)
+        return TrainingData(loras, targets, loss_weights)
+
+    def _split(
+        self, data: TrainingData, random_state: np.random.RandomState
+    ) -> tuple[TrainingData, TrainingData | None]:
+        training, validation = split_validation(
+            data.targets.reshape(len(data.targets), -1),
+            self.validation_fraction,
+            random_state,
+            classes=self._loss == "cross_entropy",
+        )
+        if validation is None:
+            return data, None
+        return data.take(training), data.take(validation)
+
+    def _new_net(self, data: TrainingData, device: torch.device) -> nn.Module:
+        self.n_outputs_ = self._n_outputs
+        self.architecture_ = self._architecture(self.layout_, self.n_outputs_)
+        net = self._net_type(**self.architecture_).to(device)
+        self._calibrate(net, data)
+        return net
+
+    def _resumed_net(self) -> nn.Module:
+        wanted = self._architecture(self.layout_, self.n_outputs_)
+        for name, value in wanted.items():
+            if value != self.architecture_[name]:
+                raise ValueError(
+                    f"{name} is {value!r}, but this estimator was fitted with "
+                    f"{self.architecture_[name]!r}. Set it back, or fit with warm_start=False."
+                )
+        return self._fitted_net()
+
+    def _settings(self, n_rows: int, one_epoch: bool) -> TrainingSettings:
+        return TrainingSettings(
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            optimizer=self.optimizer,
+            max_epochs=1 if one_epoch else self.max_epochs,
+            batch_size=training_batch_size(n_rows, self.batch_size),
+            patience=self.patience,
+            callbacks=self.callbacks or (),
+            verbose=int(self.verbose),
+            decay=not one_epoch,
+        )
+
+    # Fitted state.
+
+    @property
+    def net_(self) -> nn.Module:
+        """The fitted network, a new copy in float64 on `device`, ready to evaluate."""
+        check_is_fitted(self, "weights_")
+        device = resolve_device(self.device)
+        # Apple's GPUs have no float64.
+        return self._fitted_net().double().eval().to("cpu" if device.type == "mps" else device)
+
+    def _fitted_net(self) -> nn.Module:
+        # On the meta device, weights that are replaced at once cost no time and no random numbers.
+        with torch.device("meta"):
+            net = self._net_type(**self.architecture_)
+        state = {name: torch.tensor(value) for name, value in self.weights_.items()}
+        net.load_state_dict(state, assign=True)
+        return net
+
+    def _outputs(self, X: Any) -> NDArray[np.float64]:
+        """Give the network's outputs ``(N, n_outputs)``, in float64, block by block."""
+        check_is_fitted(self, "weights_")
+        loras = check_loras(self, X, reset=False, rank=self._accepted_rank)
+        net = self.net_
+        device = next(net.buffers()).device
+        forward = self._forward(net, loras.layout, torch.float64)
+        outputs = np.empty((len(loras), self.n_outputs_))
+        with torch.inference_mode():
+            for rows, block in iter_blocks(loras, device, self._entries_per_adapter(loras.layout)):
+                outputs[rows] = forward(block).cpu().numpy()
+        return outputs

@@ -1,0 +1,412 @@
+"""How every network is trained: batches, loss, validation rows, and a skorch net of them all."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from skorch import NeuralNet, NeuralNetClassifier, NeuralNetRegressor
+from skorch.callbacks import EarlyStopping, LRScheduler
+from skorch.helper import predefined_split
+from torch import Tensor, nn
+
+from sklora.collection import LoRACollection
+
+LossKind = Literal["cross_entropy", "binary_cross_entropy", "squared_error"]
+History = list[dict[str, Any]]
+OptimizerState = dict[str, NDArray[Any]]
+
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adamw": (torch.optim.AdamW, {}),
+    "adam": (torch.optim.Adam, {}),
+    "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+}
+# Where a user's scoring callback finds the predictions it expects.
+_SKORCH_NETS: dict[LossKind, type[NeuralNet]] = {
+    "cross_entropy": NeuralNetClassifier,
+    "binary_cross_entropy": NeuralNet,
+    "squared_error": NeuralNetRegressor,
+}
+# On fewer validation rows than this, early stopping would follow noise.
+_MIN_VALIDATION_ROWS = 10
+
+
+class TrainingData(NamedTuple):
+    """Adapters, encoded targets ``(N,)`` or ``(N, K)``, loss weights ``(N, 1)`` or ``(N, K)``."""
+
+    loras: LoRACollection
+    targets: NDArray[Any]
+    weights: NDArray[np.floating[Any]]
+
+    @property
+    def adapter_weights(self) -> NDArray[np.floating[Any]]:
+        """Weight ``(N,)`` of each adapter, over its outputs."""
+        weights: NDArray[np.floating[Any]] = self.weights.mean(axis=1)
+        return weights
+
+    def take(self, rows: NDArray[np.intp]) -> TrainingData:
+        """Give some rows: a view of the adapters, a copy of the rest."""
+        return TrainingData(self.loras[rows], self.targets[rows], self.weights[rows])
+
+
+class LoRADataset(torch.utils.data.Dataset[Any]):
+    """Whole batches, each read from the collection at once.
+
+    A batch is ``({"rows": (B, width), "weight": (B, K)}, targets)``. The rows stay flat until they
+    are on the device: one transfer moves them, and every kind of network starts from them.
+
+    Parameters
+    ----------
+    data : TrainingData
+    """
+
+    def __init__(self, data: TrainingData) -> None:
+        # By these names skorch finds the classes, and what a scoring callback scores on.
+        self.X, self.y, self.weights = data
+
+    def __len__(self) -> int:
+        return len(self.X)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
+        """Read one batch."""
+        picked = np.asarray(indices)
+        rows, weight = _as_tensor(self.X.read(picked)), torch.from_numpy(self.weights[picked])
+        return {"rows": rows, "weight": weight}, torch.from_numpy(self.y[picked])
+
+
+class WeightedForward(nn.Module):
+    """Hands the loss weights through, so that they reach the loss beside the outputs.
+
+    Parameters
+    ----------
+    net : torch.nn.Module
+        The network that is trained.
+    forward : callable
+        From flat rows ``(B, width)`` to outputs ``(B, K)``, by way of `net`.
+    """
+
+    def __init__(self, net: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net = net
+        self.forward_rows = forward
+
+    def forward(self, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Give outputs and weights."""
+        return self.forward_rows(rows), weight
+
+
+class WeightedLoss(nn.Module):
+    r"""Mean of weighted losses, :math:`\frac{1}{BK} \sum_{bk} w_{bk} \ell(f_{bk}, y_{bk})`.
+
+    The divisor is the size of the batch, not the sum of its weights, so that the gradient is an
+    unbiased estimate of that of the whole training set.
+
+    Parameters
+    ----------
+    kind : {"cross_entropy", "binary_cross_entropy", "squared_error"}
+        The loss of one output; outputs are logits for the first two.
+    """
+
+    def __init__(self, kind: LossKind) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, prediction: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        """Give the loss of one batch, a scalar."""
+        outputs, weight = prediction
+        if self.kind == "cross_entropy":
+            losses = nn.functional.cross_entropy(outputs, target, reduction="none")[:, None]
+        elif self.kind == "binary_cross_entropy":
+            losses = nn.functional.binary_cross_entropy_with_logits(
+                outputs, target, reduction="none"
+            )
+        else:
+            losses = (outputs - target).square()
+        return (weight * losses).mean()
+
+
+class TrainingSettings(NamedTuple):
+    """What an estimator's constructor says about training, by the same names.
+
+    `decay` is whether the learning rate falls along half a cosine over `max_epochs`.
+    """
+
+    lr: float
+    weight_decay: float
+    optimizer: str
+    max_epochs: int
+    batch_size: int
+    patience: int
+    callbacks: Sequence[Any]
+    verbose: int
+    decay: bool = True
+
+
+def train(
+    net: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    loss: LossKind,
+    training: TrainingData,
+    validation: TrainingData | None,
+    settings: TrainingSettings,
+    *,
+    device: torch.device,
+    optimizer_state: OptimizerState | None = None,
+) -> tuple[History, OptimizerState]:
+    """Train a network in place.
+
+    Parameters
+    ----------
+    net : torch.nn.Module
+        The network, with its weights.
+    forward : callable
+        From flat rows ``(B, width)`` to outputs ``(B, K)``, by way of `net`.
+    loss : {"cross_entropy", "binary_cross_entropy", "squared_error"}
+        What is minimised.
+    training : TrainingData
+    validation : TrainingData or None
+        Where given, training stops after `patience` epochs without progress on it, and the weights
+        of the best epoch are restored.
+    settings : TrainingSettings
+    device : torch.device
+    optimizer_state : dict of ndarray, optional
+        What an earlier call returned, to go on from.
+
+    Returns
+    -------
+    history : list of dict
+        One for every epoch, without its batches.
+    optimizer_state : dict of ndarray
+        The optimizer's moments, named ``"{parameter}/{moment}"``.
+
+    Raises
+    ------
+    ValueError
+        When the weights end up infinite or NaN.
+    """
+    callbacks = copy.deepcopy(list(settings.callbacks))
+    if settings.decay:
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR
+        callbacks.append(("lr_schedule", LRScheduler(cosine, T_max=settings.max_epochs)))
+    if validation is not None:
+        # Last, because it ends the epoch for whatever follows it.
+        stopping = EarlyStopping(patience=settings.patience, load_best=True)
+        callbacks.append(("early_stopping", stopping))
+    skorch_net = _compose(net, forward, loss, settings, callbacks, device)
+    if validation is not None:
+        skorch_net.set_params(train_split=predefined_split(LoRADataset(validation)))
+    skorch_net.initialize()
+    if optimizer_state is not None:
+        _restore_optimizer(skorch_net.optimizer_, optimizer_state)
+    skorch_net.partial_fit(LoRADataset(training))
+    _check_finite(net, settings.lr)
+    history = [{k: v for k, v in row.items() if k != "batches"} for row in skorch_net.history]
+    return history, _optimizer_state(skorch_net.optimizer_)
+
+
+def _compose(
+    net: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    loss: LossKind,
+    settings: TrainingSettings,
+    callbacks: list[Any],
+    device: torch.device,
+) -> NeuralNet:
+    optimizer, optimizer_options = OPTIMIZERS[settings.optimizer]
+    options: dict[str, Any] = {
+        "optimizer__weight_decay": settings.weight_decay,
+        "optimizer__fused": device.type in ("cpu", "cuda"),
+        **{f"optimizer__{name}": value for name, value in optimizer_options.items()},
+    }
+    if not settings.verbose:
+        # Without a reader, these would format a table row and score every epoch for nobody.
+        options["callbacks__print_log"] = None
+        if loss == "cross_entropy":
+            options["callbacks__valid_acc"] = None
+    return _SKORCH_NETS[loss](
+        WeightedForward(net, forward),
+        criterion=WeightedLoss(loss),
+        optimizer=optimizer,
+        lr=settings.lr,
+        max_epochs=settings.max_epochs,
+        batch_size=settings.batch_size,
+        iterator_train__shuffle=True,
+        iterator_train__collate_fn=_as_it_is,
+        iterator_valid__collate_fn=_as_it_is,
+        train_split=None,
+        callbacks=callbacks,
+        device=device,
+        verbose=settings.verbose,
+        **options,
+    )
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> OptimizerState:
+    return {
+        f"{parameter}/{moment}": value.cpu().numpy()
+        for parameter, moments in optimizer.state_dict()["state"].items()
+        for moment, value in moments.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, state: OptimizerState) -> None:
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        parameter, moment = name.split("/")
+        moments.setdefault(int(parameter), {})[moment] = torch.tensor(value)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+
+
+def _check_finite(net: nn.Module, lr: float) -> None:
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in net.parameters()):
+        raise ValueError(
+            f"Training diverged: the weights became infinite or NaN with lr={lr}. Use a smaller "
+            "lr, or rescale X and y."
+        )
+
+
+def split_validation(
+    keys: NDArray[Any],
+    fraction: float,
+    random_state: np.random.RandomState,
+    *,
+    classes: bool,
+) -> tuple[NDArray[np.intp], NDArray[np.intp] | None]:
+    """Choose the rows to validate on, stratified by target.
+
+    The rows are sorted by target and every ``1/fraction``-th is taken. So classes, label sets and
+    quantiles of a regression target all keep their shares, whatever their number.
+
+    Parameters
+    ----------
+    keys : ndarray of shape (N, K)
+        Targets; the first column sorts first.
+    fraction : float
+        Share of the rows; at least 10 rows are taken.
+    random_state : RandomState
+    classes : bool
+        Whether rows of one key are a class, which must not leave the training rows entirely.
+
+    Returns
+    -------
+    training, validation : ndarray of int
+        Sorted. `validation` is None when there are too few rows to spare any.
+    """
+    n_rows = len(keys)
+    n_validation = max(round(fraction * n_rows), _MIN_VALIDATION_ROWS)
+    if n_validation > max(fraction, 1 / 3) * n_rows:
+        return np.arange(n_rows), None
+    shuffled = random_state.permutation(n_rows)
+    ordered = shuffled[np.lexsort(keys[shuffled].T[::-1])]
+    steps = np.arange(n_validation) + random_state.uniform()
+    chosen = np.zeros(n_rows, dtype=bool)
+    chosen[ordered[np.floor(steps * n_rows / n_validation).astype(np.intp)]] = True
+    if classes:
+        chosen &= np.isin(keys[:, 0], keys[~chosen, 0])
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+def training_batch_size(n_rows: int, batch_size: int) -> int:
+    """Give the batch size that leaves at least 4 steps in an epoch.
+
+    Parameters
+    ----------
+    n_rows : int
+        Number of training rows.
+    batch_size : int
+        The largest allowed.
+
+    Returns
+    -------
+    int
+    """
+    return min(batch_size, math.ceil(n_rows / 4))
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch inside the block, and leave its generators outside as they were.
+
+    Parameters
+    ----------
+    seed : int
+    device : torch.device
+        Its generator is seeded besides the CPU's.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def iter_blocks(
+    loras: LoRACollection, device: torch.device, entries_per_adapter: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Read flat rows ``(B, width)`` block by block, within scikit-learn's `working_memory`.
+
+    Parameters
+    ----------
+    loras : LoRACollection
+    device : torch.device
+        Where the blocks go.
+    entries_per_adapter : int
+        How many float64 numbers one adapter occupies in what is done with it.
+
+    Yields
+    ------
+    rows : slice
+    block : Tensor of shape (B, width)
+    """
+    for rows in loras.iter_batches(bytes_per_adapter=8 * entries_per_adapter):
+        yield rows, _as_tensor(loras.read(rows)).to(device)
+
+
+def weighted_moments(
+    blocks: Iterable[tuple[Tensor, NDArray[np.floating[Any]]]],
+) -> tuple[Tensor, Tensor]:
+    """Find mean and standard deviation of every column, in float64, one block at a time.
+
+    Parameters
+    ----------
+    blocks : iterator of (values, weights)
+        A Tensor of shape ``(B, F)`` and an ndarray of shape ``(B,)``.
+
+    Returns
+    -------
+    mean, scale : Tensor of shape (F,)
+    """
+    total, mean, squares = 0.0, torch.zeros(()), torch.zeros(())
+    for values, weights in blocks:
+        x = values.double()
+        w = torch.from_numpy(weights).to(x)[:, None]
+        weight = float(w.sum())
+        if weight == 0:
+            continue
+        block_mean = (w * x).sum(0) / weight
+        shift = block_mean - mean
+        total += weight
+        mean = mean + shift * (weight / total)
+        squares = squares + (w * (x - block_mean).square()).sum(0)
+        squares = squares + shift.square() * (weight * (total - weight) / total)
+    return mean, (squares / total).sqrt()
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _as_tensor(block: NDArray[Any]) -> Tensor:
+    """Give a block as a tensor, copied only when it is read-only."""
+    return torch.from_numpy(block if block.flags.writeable else block.copy())

@@ -1,0 +1,309 @@
+"""GLNetClassifier and GLNetRegressor: what no gauge changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
+from typing import Any, ClassVar, get_args
+
+import numpy as np
+import torch
+from sklearn.utils._param_validation import Interval, StrOptions
+from torch import Tensor, nn
+
+from sklora.collection import LoRALayout
+from sklora.estimators._base import BaseNetEstimator
+from sklora.estimators._docs import document
+from sklora.estimators._targets import (
+    CLASS_WEIGHT_CONSTRAINT,
+    ClassWeight,
+    NetClassifier,
+    NetRegressor,
+)
+from sklora.estimators._training import TrainingData, iter_blocks, weighted_moments
+from sklora.linalg import squared_norm
+from sklora.nets import GLNet
+from sklora.nets.equivariant import GateKind, HeadKind
+
+Factors = list[tuple[Tensor, Tensor]]
+
+
+class _GLNetEstimator(BaseNetEstimator):
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **BaseNetEstimator._parameter_constraints,
+        "n_layers": [Interval(Integral, 1, None, closed="left")],
+        "nonlinearity": [StrOptions(set(get_args(GateKind)))],
+        "head": [StrOptions(set(get_args(HeadKind)))],
+        "mlp_hidden": [Interval(Integral, 1, None, closed="left"), tuple],
+    }
+    _net_type = GLNet
+    _accepted_rank = "any"
+
+    head: HeadKind
+    mlp_hidden: int | tuple[int, ...]
+
+    def _architecture(self, layout: LoRALayout, n_outputs: int) -> dict[str, Any]:
+        mlp_hidden = self.mlp_hidden if isinstance(self.mlp_hidden, tuple) else (self.mlp_hidden,)
+        return {
+            "groups": tuple((len(group.index), group.n, group.m) for group in layout.groups),
+            "n_outputs": n_outputs,
+            "hidden_dim": self.hidden_dim,
+            "n_layers": self.n_layers,
+            "nonlinearity": self.nonlinearity,
+            "head": self.head,
+            "mlp_hidden": mlp_hidden,
+            "dropout": self.dropout,
+            "n_side": layout.n_side,
+        }
+
+    def _forward(
+        self, net: nn.Module, layout: LoRALayout, dtype: torch.dtype
+    ) -> Callable[[Tensor], Tensor]:
+        return lambda rows: net(*cut_factors(rows.to(dtype), layout))
+
+    def _calibrate(self, net: nn.Module, data: TrainingData) -> None:
+        assert isinstance(net, GLNet)
+        layout, device = data.loras.layout, net.module_scale.device
+        entries = self._entries_per_adapter(layout)
+
+        def factors() -> Iterator[tuple[slice, Factors, Tensor | None]]:
+            for rows, block in iter_blocks(data.loras, device, entries):
+                yield rows, *cut_factors(block.to(torch.float32), layout)
+
+        weights = data.adapter_weights
+        square, _ = weighted_moments(
+            (_mean_square_entries(pairs), weights[rows]) for rows, pairs, _ in factors()
+        )
+        # Each factor takes half of what makes the entries of U V^T have unit size.
+        scale = square.pow(-0.25)
+        net.module_scale.copy_(torch.where(square > 0, scale, torch.ones_like(scale)))
+        with torch.no_grad():
+            net.standardize.set_moments(
+                *weighted_moments(
+                    (net.features(pairs, side), weights[rows]) for rows, pairs, side in factors()
+                )
+            )
+
+    def _entries_per_adapter(self, layout: LoRALayout) -> int:
+        hidden = 2 * self.hidden_dim * max(layout.ranks)
+        products = self.hidden_dim**2 if self.head == "flatten" else 1
+        return 3 * layout.width + layout.n_modules * (4 * hidden + 3 * products)
+
+
+def cut_factors(rows: Tensor, layout: LoRALayout) -> tuple[Factors, Tensor | None]:
+    """Cut flat rows into module-major factors.
+
+    Parameters
+    ----------
+    rows : Tensor of shape (B, width)
+        Flat adapters.
+    layout : LoRALayout
+        What the columns mean.
+
+    Returns
+    -------
+    factors : list of (U, V)
+        One pair for every group of modules of one shape, ``U (M, n, B, r)`` and ``V (M, m, B, r)``;
+        smaller ranks are padded with zeros.
+    side : Tensor of shape (B, n_side) or None
+        The side features.
+    """
+    if layout.has_plain_rows:
+        return [(rows.T[None, :, :, None], rows.new_ones(1, 1, len(rows), 1))], None
+    factors = []
+    for group in layout.groups:
+        U = rows.new_zeros(len(group.index), group.n, len(rows), group.rank)
+        V = rows.new_zeros(len(group.index), group.m, len(rows), group.rank)
+        for member, module in enumerate(group.index):
+            rank = layout.modules[module].rank
+            for factor, columns in zip((U, V), layout.factor_slices[module], strict=True):
+                cut = rows[:, columns].reshape(len(rows), -1, rank)
+                factor[member, :, :, :rank] = cut.transpose(0, 1)
+        factors.append((U, V))
+    return factors, rows[:, layout.side_slice] if layout.n_side else None
+
+
+def _mean_square_entries(factors: Factors) -> Tensor:
+    """Give ``||U V^T||_F^2 / (n m)`` of every adapter and module, ``(B, M)``."""
+    squares = [
+        squared_norm(U.transpose(1, 2), V.transpose(1, 2)) / (U.shape[1] * V.shape[1])
+        for U, V in factors
+    ]
+    return torch.cat(squares).T
+
+
+@document
+class GLNetClassifier(NetClassifier, _GLNetEstimator):
+    """Classifier of LoRA adapters that no gauge changes.
+
+    The paper's ``gl-net``: equivariant layers with gates between them, the invariant products
+    ``U V^T`` of what they give, and a multilayer perceptron (:class:`~sklora.nets.GLNet`). The
+    prediction is that of the update, whichever factors it is given by, of whatever rank.
+    Each module is scaled by the training root mean square of ``||U V^T||_F``, and the features that
+    the perceptron reads are standardised; all of these are invariant too.
+
+    Parameters
+    ----------
+    $gl_architecture
+    $training
+    $class_weights
+    $running
+
+    Attributes
+    ----------
+    $classes
+    $attributes
+
+    See Also
+    --------
+    GLNetRegressor : The same for numbers.
+    MLPNetClassifier : A perceptron on flat rows, not invariant.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklora.estimators import GLNetClassifier
+    >>> X = np.random.default_rng(0).normal(size=(40, 5))
+    >>> y = np.where(X[:, 0] > 0, "up", "down")
+    >>> model = GLNetClassifier(random_state=0, device="cpu").fit(X, y)
+    >>> model.predict([[3, 0, 0, 0, 0], [-3, 0, 0, 0, 0]])
+    array(['up', 'down'], dtype='<U4')
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **_GLNetEstimator._parameter_constraints,
+        **CLASS_WEIGHT_CONSTRAINT,
+    }
+
+    def __init__(
+        self,
+        *,
+        hidden_dim: int = 32,
+        n_layers: int = 2,
+        nonlinearity: GateKind = "sigmoid",
+        head: HeadKind = "flatten",
+        mlp_hidden: int | tuple[int, ...] = 128,
+        dropout: float = 0.0,
+        lr: float = 1e-3,
+        weight_decay: float = 1e-2,
+        optimizer: str = "adamw",
+        max_epochs: int = 100,
+        batch_size: int = 64,
+        early_stopping: bool = True,
+        validation_fraction: float = 0.15,
+        patience: int = 15,
+        callbacks: Sequence[Any] | None = None,
+        class_weight: ClassWeight = None,
+        warm_start: bool = False,
+        device: str | torch.device = "auto",
+        random_state: int | np.random.RandomState | None = None,
+        verbose: int = 0,
+        layout: LoRALayout | None = None,
+    ) -> None:
+        super().__init__(
+            hidden_dim=hidden_dim,
+            n_layers=n_layers,
+            nonlinearity=nonlinearity,
+            dropout=dropout,
+            lr=lr,
+            weight_decay=weight_decay,
+            optimizer=optimizer,
+            max_epochs=max_epochs,
+            batch_size=batch_size,
+            early_stopping=early_stopping,
+            validation_fraction=validation_fraction,
+            patience=patience,
+            callbacks=callbacks,
+            warm_start=warm_start,
+            device=device,
+            random_state=random_state,
+            verbose=verbose,
+            layout=layout,
+        )
+        self.head = head
+        self.mlp_hidden = mlp_hidden
+        self.class_weight = class_weight
+
+
+@document
+class GLNetRegressor(NetRegressor, _GLNetEstimator):
+    """Regressor of LoRA adapters that no gauge changes.
+
+    The paper's ``gl-net``: equivariant layers with gates between them, the invariant products
+    ``U V^T`` of what they give, and a multilayer perceptron (:class:`~sklora.nets.GLNet`). The
+    prediction is that of the update, whichever factors it is given by, of whatever rank.
+    Each module is scaled by the training root mean square of ``||U V^T||_F``, and the features that
+    the perceptron reads are standardised; all of these are invariant too.
+
+    Parameters
+    ----------
+    $gl_architecture
+    $training
+    $running
+
+    Attributes
+    ----------
+    $targets
+    $attributes
+
+    See Also
+    --------
+    GLNetClassifier : The same for classes and labels.
+    MLPNetRegressor : A perceptron on flat rows, not invariant.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklora.estimators import GLNetRegressor
+    >>> X = np.random.default_rng(0).normal(size=(40, 5))
+    >>> model = GLNetRegressor(random_state=0, device="cpu").fit(X, X[:, 0])
+    >>> model.predict([[1, 0, 0, 0, 0]]).shape
+    (1,)
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_dim: int = 32,
+        n_layers: int = 2,
+        nonlinearity: GateKind = "sigmoid",
+        head: HeadKind = "flatten",
+        mlp_hidden: int | tuple[int, ...] = 128,
+        dropout: float = 0.0,
+        lr: float = 1e-3,
+        weight_decay: float = 1e-2,
+        optimizer: str = "adamw",
+        max_epochs: int = 100,
+        batch_size: int = 64,
+        early_stopping: bool = True,
+        validation_fraction: float = 0.15,
+        patience: int = 15,
+        callbacks: Sequence[Any] | None = None,
+        warm_start: bool = False,
+        device: str | torch.device = "auto",
+        random_state: int | np.random.RandomState | None = None,
+        verbose: int = 0,
+        layout: LoRALayout | None = None,
+    ) -> None:
+        super().__init__(
+            hidden_dim=hidden_dim,
+            n_layers=n_layers,
+            nonlinearity=nonlinearity,
+            dropout=dropout,
+            lr=lr,
+            weight_decay=weight_decay,
+            optimizer=optimizer,
+            max_epochs=max_epochs,
+            batch_size=batch_size,
+            early_stopping=early_stopping,
+            validation_fraction=validation_fraction,
+            patience=patience,
+            callbacks=callbacks,
+            warm_start=warm_start,
+            device=device,
+            random_state=random_state,
+            verbose=verbose,
+            layout=layout,
+        )
+        self.head = head
+        self.mlp_hidden = mlp_hidden
