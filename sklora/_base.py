@@ -22,8 +22,8 @@ def atomic_fit(
     Parameters
     ----------
     method : callable
-        A method such as `fit` or `partial_fit` that sets attributes of its object. It is to bind new
-        values, not to change old ones in place: attributes are put back, not what they hold.
+        A method such as `fit` or `partial_fit` that sets attributes of its object. It is to bind
+        new values, not to change old ones in place: attributes are put back, not what they hold.
 
     Returns
     -------
@@ -49,7 +49,7 @@ def atomic_fit(
     """
 
     @functools.wraps(method)
-    def wrapper(self: Self, *args: P.args, **kwargs: P.kwargs) -> T:
+    def wrapper(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> T:
         before = vars(self).copy()
         try:
             return method(self, *args, **kwargs)

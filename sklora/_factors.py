@@ -1,8 +1,8 @@
-"""From factors, adapter by adapter, to flat rows."""
+"""Between single adapters, as mappings of factors, and flat rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,59 @@ from sklora._stores import compute_dtype
 
 Adapter = dict[str, Factors]
 Side = dict[str, NDArray[Any]]
+
+
+class LoRAAdapter(Mapping[str, Factors]):
+    """One adapter: a mapping from module name to ``(U (n, r), V (m, r))`` at its true rank.
+
+    Modules that the adapter lacks are no keys. Indexing a `LoRACollection` gives adapters, and
+    `LoRACollection.from_factors` takes them.
+
+    Parameters
+    ----------
+    row : ndarray of shape (width,)
+    layout : LoRALayout
+    ranks : ndarray of shape (n_modules,)
+    id : object
+
+    Attributes
+    ----------
+    id : object
+        What the adapter is called.
+    side : dict of str to ndarray
+        Its side features.
+    """
+
+    def __init__(
+        self, row: NDArray[Any], layout: LoRALayout, ranks: NDArray[np.intp], id: Any
+    ) -> None:
+        self.id = id
+        self._row = row[None]
+        self._layout = layout
+        self._positions = {
+            name: (position, int(rank))
+            for position, (name, rank) in enumerate(zip(layout.names, ranks, strict=True))
+            if rank
+        }
+        self.side: dict[str, NDArray[Any]] = {}
+        start = layout.side_slice.start
+        for name, size in layout.side:
+            self.side[name] = row[start : start + size]
+            start += size
+
+    def __getitem__(self, module: str) -> Factors:
+        position, rank = self._positions[module]
+        U, V = self._layout._factors_at(self._row, position)
+        return U[0, :, :rank], V[0, :, :rank]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._positions)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __repr__(self) -> str:
+        return f"LoRAAdapter(id={self.id!r}, n_modules={len(self)})"
 
 
 def flat_from_factors(

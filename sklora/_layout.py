@@ -2,55 +2,23 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sklora._modules import (
+    LoRAModule,
+    ModuleGroup,
+    checked_modules,
+    checked_side,
+    raise_first_difference,
+)
+
 Factors = tuple[NDArray[Any], NDArray[Any]]
-
-
-class LoRAModule(NamedTuple):
-    """One adapted module: the update ``U V^T (n, m)``, with ``U (n, rank)`` and ``V (m, rank)``.
-
-    Attributes
-    ----------
-    name : str
-    n : int
-        Rows of the update: the output side.
-    m : int
-        Columns of the update: the input side.
-    rank : int
-        The largest rank that the flat columns have room for.
-    """
-
-    name: str
-    n: int
-    m: int
-    rank: int
-
-
-class ModuleGroup(NamedTuple):
-    """Modules of one shape, which are computed together.
-
-    Attributes
-    ----------
-    n, m : int
-        Shape of the updates.
-    rank : int
-        The largest among its modules.
-    index : tuple of int
-        Where its modules stand in ``layout.modules``.
-    """
-
-    n: int
-    m: int
-    rank: int
-    index: tuple[int, ...]
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -65,8 +33,8 @@ class LoRALayout:
     modules : iterable of (name, n, m, rank)
         Every update is ``U V^T (n, m)``, with ``U (n, rank)`` and ``V (m, rank)``.
     side : iterable of (name, size), default=()
-        Features that are no factors, such as the magnitudes of DoRA: `size` columns each, at the end
-        of the row.
+        Features that are no factors, such as the magnitudes of DoRA: `size` columns each, at the
+        end of the row.
     base_model : str or None, default=None
         What the adapters were trained on. Layouts of different base models do not match.
 
@@ -109,18 +77,8 @@ class LoRALayout:
         side: Iterable[tuple[str, int]] = (),
         base_model: str | None = None,
     ) -> None:
-        checked = tuple(
-            LoRAModule(name, *(_size(value, f"module {name!r}: {what}") for what, value in sizes))
-            for name, *numbers in modules
-            for sizes in [zip(("n", "m", "rank"), numbers, strict=True)]
-        )
-        if not checked:
-            raise ValueError("a layout has at least one module, got none.")
-        columns = tuple((name, _size(size, f"side feature {name!r}: size")) for name, size in side)
-        _check_names("module", [module.name for module in checked])
-        _check_names("side feature", [name for name, _ in columns])
-        object.__setattr__(self, "modules", checked)
-        object.__setattr__(self, "side", columns)
+        object.__setattr__(self, "modules", checked_modules(modules))
+        object.__setattr__(self, "side", checked_side(side))
         object.__setattr__(self, "base_model", base_model)
         object.__setattr__(self, "has_plain_rows", False)
 
@@ -202,7 +160,7 @@ class LoRALayout:
     @cached_property
     def width(self) -> int:
         """How many columns a flat row has."""
-        return self.factor_slices[-1][1].stop + self.n_side
+        return int(self.factor_slices[-1][1].stop) + self.n_side
 
     @cached_property
     def factor_slices(self) -> tuple[tuple[slice, slice], ...]:
@@ -454,42 +412,11 @@ class LoRALayout:
         Traceback (most recent call last):
         ValueError: module 'q' has updates of shape (8, 4), but (8, 6) is expected. ...
         """
-        if self is other:
-            return
-        remedy = (
-            "Build the collection with LoRACollection.from_factors(..., layout=estimator.layout_), "
-            "for which a module that an adapter lacks is the zero update, or fit again."
-        )
-        if None not in (self.base_model, other.base_model) and self.base_model != other.base_model:
-            raise ValueError(
-                f"the adapters are of base model {other.base_model!r}, but {self.base_model!r} is "
-                "expected: their modules mean different things. Fit one estimator per base model."
-            )
-        if self.has_plain_rows != other.has_plain_rows:
-            expected, found = (
-                f"plain rows of {layout.width} features" if layout.has_plain_rows else repr(layout)
-                for layout in (self, other)
-            )
-            raise ValueError(f"X is {found}, but {expected} is expected. {remedy}")
-        for expected_module, module in zip(self.modules, other.modules, strict=False):
-            if expected_module[:3] != module[:3]:
-                _raise_other_module(expected_module, module, remedy)
-        if self.n_modules != other.n_modules:
-            longer = max(self, other, key=lambda layout: layout.n_modules)
-            extra = longer.modules[min(self.n_modules, other.n_modules)]
-            state = "is missing" if longer is self else "is not expected"
-            raise ValueError(
-                f"module {extra.name!r} of shape ({extra.n}, {extra.m}) {state}: there are "
-                f"{other.n_modules} modules, and {self.n_modules} are expected. {remedy}"
-            )
-        if self.side != other.side:
-            raise ValueError(
-                f"side features are {list(other.side)}, but {list(self.side)} are expected. "
-                "Pass the same ones to LoRACollection.from_factors(..., side=...)."
-            )
+        if self is not other:
+            raise_first_difference(self, other)
 
     def column_name(self, column: int) -> str:
-        """Say what a column belongs to, for messages: ``module 'q'`` or ``side feature 'scale'``."""
+        """Say what a column belongs to: ``module 'q'`` or ``side feature 'scale'``."""
         for name, (_, V_columns) in zip(self.names, self.factor_slices, strict=True):
             if column < V_columns.stop:
                 return f"module {name!r}"
@@ -557,35 +484,3 @@ def relay(flat: NDArray[Any], source: LoRALayout, target: LoRALayout) -> NDArray
             place[..., :rank] = factor[..., :rank]
     result[:, target.side_slice] = flat[:, source.side_slice]
     return result
-
-
-def _size(value: Any, what: str) -> int:
-    try:
-        size = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{what} must be an integer, got {value!r}.") from None
-    if size < 1:
-        raise ValueError(f"{what} must be at least 1, got {size}.")
-    return size
-
-
-def _check_names(what: str, names: Sequence[Any]) -> None:
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"the name of a {what} must be a string, got {name!r}.")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{what} {twice!r} is named twice; names must be unique.")
-
-
-def _raise_other_module(expected: LoRAModule, found: LoRAModule, remedy: str) -> None:
-    expected_shape, shape = f"({expected.n}, {expected.m})", f"({found.n}, {found.m})"
-    if expected.name == found.name:
-        raise ValueError(
-            f"module {found.name!r} has updates of shape {shape}, but {expected_shape} is "
-            f"expected. {remedy}"
-        )
-    raise ValueError(
-        f"module {found.name!r} of shape {shape} is where module {expected.name!r} of shape "
-        f"{expected_shape} is expected. {remedy}"
-    )

@@ -6,9 +6,11 @@ import mmap
 import os
 from typing import Any, NamedTuple, Protocol
 
-import ml_dtypes as _ml_dtypes  # noqa: F401  (tells NumPy of bfloat16 and its safe casts)
+import ml_dtypes  # noqa: F401  (tells NumPy that bfloat16 casts safely to float32)
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+import sklearn
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+from sklearn.utils import gen_batches
 
 from sklora._layout import LoRALayout
 
@@ -101,7 +103,7 @@ class ArrayStore:
         return compute_dtype(self.array.dtype)
 
     def read(self, rows: Rows) -> NDArray[Any]:
-        """Copy rows."""
+        """Copy rows, in the dtype they are computed with."""
         block = self.array[rows]
         return block.astype(self.dtype, order="C", copy=np.may_share_memory(block, self.array))
 
@@ -121,7 +123,7 @@ class FileSpan(NamedTuple):
 
     @classmethod
     def of(cls, array: NDArray[Any]) -> FileSpan | None:
-        """Find the file behind an array; None if there is none, or it does not hold what one reads."""
+        """Find the file behind an array; None if none holds what reading the array gives."""
         owner: Any = array
         while isinstance(owner, np.ndarray) and not isinstance(owner.base, mmap.mmap):
             owner = owner.base
@@ -141,26 +143,24 @@ class FileSpan(NamedTuple):
 class MemmapStore:
     """Rows of a file that is mapped into memory, read when asked for.
 
-    Its pickle holds where the rows are, not what they are; whoever unpickles it maps the file again.
+    Its pickle holds where the rows are, not what they are: unpickling maps the file again.
 
     Parameters
     ----------
+    array : ndarray of shape (N_file, width)
+        A view of a memory map.
     span : FileSpan
-        An array ``(N_file, width)``.
+        Where that array lies.
     layout : LoRALayout
     ranks : ndarray of shape (N, n_modules)
     ids : ndarray of shape (N,)
     rows : ndarray of shape (N,) or None, default=None
         Which rows of the array these are; None for all.
-
-    Raises
-    ------
-    OSError
-        When the file cannot be read.
     """
 
     def __init__(
         self,
+        array: NDArray[Any],
         span: FileSpan,
         layout: LoRALayout,
         ranks: NDArray[np.intp],
@@ -171,8 +171,8 @@ class MemmapStore:
         self.layout = layout
         self.ranks = ranks
         self.ids = ids
+        self._array = array
         self._rows = rows
-        self._array = span.open()
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -187,17 +187,18 @@ class MemmapStore:
     def subset(self, rows: NDArray[np.intp]) -> MemmapStore:
         """Give some rows of the same file."""
         inner = rows if self._rows is None else self._rows[rows]
-        return MemmapStore(self.span, self.layout, self.ranks[rows], self.ids[rows], inner)
+        ranks, ids = self.ranks[rows], self.ids[rows]
+        return MemmapStore(self._array, self.span, self.layout, ranks, ids, inner)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # For joblib.Memory, which hashes the pickle: other contents are another collection.
+        full = bool((self.ranks == self.layout.ranks).all())
+        ranks = len(self.ranks) if full else self.ranks
+        # joblib.Memory tells inputs apart by their pickles, so they show when the file changed.
         changed = os.stat(self.span.path).st_mtime_ns
-        uniform = bool((self.ranks == self.layout.ranks).all())
-        ranks = len(self.ranks) if uniform else self.ranks
-        return _open_store, (self.span, self.layout, ranks, self.ids, self._rows, changed)
+        return _map_again, (self.span, self.layout, ranks, self.ids, self._rows, changed)
 
 
-def _open_store(
+def _map_again(
     span: FileSpan,
     layout: LoRALayout,
     ranks: NDArray[np.intp] | int,
@@ -205,7 +206,91 @@ def _open_store(
     rows: NDArray[np.intp] | None,
     changed: int,
 ) -> MemmapStore:
-    del changed
+    """Unpickle; `changed` is there for whoever hashes the pickle."""
     if isinstance(ranks, int):
         ranks = np.tile(np.array(layout.ranks, np.intp), (ranks, 1))
-    return MemmapStore(span, layout, ranks, ids, rows)
+    return MemmapStore(span.open(), span, layout, ranks, ids, rows)
+
+
+def rows_per_block(bytes_per_row: float) -> int:
+    """Give how many rows fit into scikit-learn's `working_memory`; at least one."""
+    available = sklearn.get_config()["working_memory"] * 2**20
+    return max(1, int(available // bytes_per_row))
+
+
+def store_of_array(
+    array: NDArray[Any], layout: LoRALayout, ranks: ArrayLike | None, ids: ArrayLike | None
+) -> Store:
+    """Check an array and what is said of it, as for `LoRACollection.from_array`.
+
+    Parameters
+    ----------
+    array : ndarray of shape (N, width)
+        In memory, or a view of a memory map.
+    layout : LoRALayout
+    ranks : array-like of shape (N, n_modules) or None
+        None to infer them, which reads the array once, in blocks.
+    ids : array-like of shape (N,) or None
+
+    Returns
+    -------
+    Store
+    """
+    dtype = compute_dtype(array.dtype)
+    layout._check_width(array)
+    ids = checked_ids(ids, len(array))
+    if ranks is None:
+        known = np.empty((len(array), layout.n_modules), np.intp)
+        for rows in gen_batches(len(array), rows_per_block(layout.width * dtype.itemsize)):
+            known[rows] = layout.infer_ranks(np.asarray(array[rows]))
+        known.flags.writeable = False
+    else:
+        known = _checked_ranks(ranks, len(array), layout)
+    span = FileSpan.of(array)
+    array = np.asarray(array)
+    if span is None:
+        return ArrayStore(array, layout, known, ids)
+    return MemmapStore(array, span, layout, known, ids)
+
+
+def checked_ids(ids: ArrayLike | None, n_adapters: int) -> NDArray[Any]:
+    """Check ids; by default they are 0, 1, 2, ..."""
+    checked = np.arange(n_adapters) if ids is None else np.array(ids)
+    if checked.shape != (n_adapters,):
+        raise ValueError(
+            f"ids of shape {checked.shape} do not name {n_adapters} adapters one by one; "
+            f"pass {n_adapters} ids, or ids=None to count them."
+        )
+    checked.flags.writeable = False
+    return checked
+
+
+def _checked_ranks(ranks: ArrayLike, n_adapters: int, layout: LoRALayout) -> NDArray[np.intp]:
+    given = np.array(ranks)
+    if given.shape != (n_adapters, layout.n_modules) or given.dtype.kind not in "iu":
+        raise ValueError(
+            f"ranks must be integers of shape ({n_adapters}, {layout.n_modules}), one for every "
+            f"adapter and module, got shape {given.shape} and dtype {given.dtype}."
+        )
+    wrong = (given < 0) | (given > np.array(layout.ranks))
+    if wrong.any():
+        row, position = np.argwhere(wrong)[0]
+        name, n, m, rank = layout.modules[position]
+        raise ValueError(
+            f"adapter {row} is said to have rank {given[row, position]} in module {name!r}, for "
+            f"which the layout has U ({n}, {rank}) and V ({m}, {rank}); ranks are from 0, for a "
+            f"module that the adapter lacks, to {rank}."
+        )
+    checked = given.astype(np.intp)
+    checked.flags.writeable = False
+    return checked
+
+
+def available_memory() -> int | None:
+    """Give the bytes of memory that can be had without swapping; None where that is unknown."""
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None

@@ -1,0 +1,147 @@
+"""The modules of a layout, and what tells two layouts apart."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+    from sklora._layout import LoRALayout
+
+_REMEDY = (
+    "Build the collection with LoRACollection.from_factors(..., layout=estimator.layout_), for "
+    "which a module that an adapter lacks is the zero update, or fit again."
+)
+
+
+class LoRAModule(NamedTuple):
+    """One adapted module: the update ``U V^T (n, m)``, with ``U (n, rank)`` and ``V (m, rank)``.
+
+    Attributes
+    ----------
+    name : str
+    n : int
+        Rows of the update: the output side.
+    m : int
+        Columns of the update: the input side.
+    rank : int
+        The largest rank that the flat columns have room for.
+    """
+
+    name: str
+    n: int
+    m: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class ModuleGroup:
+    """Modules of one shape, which are computed together.
+
+    Attributes
+    ----------
+    n, m : int
+        Shape of the updates.
+    rank : int
+        The largest among its modules.
+    index : tuple of int
+        Where its modules stand in ``layout.modules``.
+    """
+
+    n: int
+    m: int
+    rank: int
+    index: tuple[int, ...]
+
+
+def checked_modules(modules: Iterable[Sequence[Any]]) -> tuple[LoRAModule, ...]:
+    """Check descriptions ``(name, n, m, rank)`` of modules, as for `LoRALayout`."""
+    checked = []
+    for module in modules:
+        if len(module) != 4:
+            raise ValueError(f"a module is described by (name, n, m, rank), got {module!r}.")
+        name, *sizes = module
+        n, m, rank = (
+            _checked_size(size, f"{what} of module {name!r}")
+            for what, size in zip(("n", "m", "rank"), sizes, strict=True)
+        )
+        checked.append(LoRAModule(name, n, m, rank))
+    if not checked:
+        raise ValueError("a layout has at least one module, got none.")
+    _check_names("module", [module.name for module in checked])
+    return tuple(checked)
+
+
+def checked_side(side: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+    """Check descriptions ``(name, size)`` of side features, as for `LoRALayout`."""
+    checked = tuple(
+        (name, _checked_size(size, f"size of side feature {name!r}")) for name, size in side
+    )
+    _check_names("side feature", [name for name, _ in checked])
+    return checked
+
+
+def raise_first_difference(expected: LoRALayout, found: LoRALayout) -> None:
+    """Raise ValueError for the first difference, if there is one in more than ranks."""
+    labels = expected.base_model, found.base_model
+    if None not in labels and labels[0] != labels[1]:
+        raise ValueError(
+            f"the adapters are of base model {labels[1]!r}, but {labels[0]!r} is expected: their "
+            "modules mean different things. Fit one estimator per base model."
+        )
+    if expected.has_plain_rows != found.has_plain_rows:
+        wanted, given = (
+            f"plain rows of {layout.width} features" if layout.has_plain_rows else repr(layout)
+            for layout in (expected, found)
+        )
+        raise ValueError(f"the weights are {given}, but {wanted} is expected. {_REMEDY}")
+    for wanted_module, module in zip(expected.modules, found.modules, strict=False):
+        if wanted_module[:3] != module[:3]:
+            _raise_other_module(wanted_module, module)
+    if expected.n_modules != found.n_modules:
+        longer = max(expected, found, key=lambda layout: layout.n_modules)
+        extra = longer.modules[min(expected.n_modules, found.n_modules)]
+        raise ValueError(
+            f"module {extra.name!r} of shape ({extra.n}, {extra.m}) is "
+            f"{'missing' if longer is expected else 'not expected'}: there are {found.n_modules} "
+            f"modules, and {expected.n_modules} are expected. {_REMEDY}"
+        )
+    if expected.side != found.side:
+        raise ValueError(
+            f"side features are {list(found.side)}, but {list(expected.side)} are expected. "
+            "Pass the same ones to LoRACollection.from_factors(..., side=...)."
+        )
+
+
+def _raise_other_module(expected: LoRAModule, found: LoRAModule) -> NoReturn:
+    expected_shape, shape = f"({expected.n}, {expected.m})", f"({found.n}, {found.m})"
+    if expected.name == found.name:
+        raise ValueError(
+            f"module {found.name!r} has updates of shape {shape}, but {expected_shape} is "
+            f"expected. {_REMEDY}"
+        )
+    raise ValueError(
+        f"module {found.name!r} of shape {shape} is where module {expected.name!r} of shape "
+        f"{expected_shape} is expected. {_REMEDY}"
+    )
+
+
+def _checked_size(value: Any, what: str) -> int:
+    try:
+        size = operator.index(value)
+    except TypeError:
+        raise TypeError(f"the {what} must be an integer, got {value!r}.") from None
+    if size < 1:
+        raise ValueError(f"the {what} must be at least 1, got {size}.")
+    return size
+
+
+def _check_names(what: str, names: Sequence[Any]) -> None:
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a {what} must be a string, got {name!r}.")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{what} {twice!r} is named twice; names must be unique.")
