@@ -1,0 +1,280 @@
+"""The estimator shells that the featurizers share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils import Tags
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sklora._base import atomic_fit, resolve_device
+from sklora.collection import LoRACollection, LoRALayout, ModuleGroup, check_loras
+from sklora.transform._blocks import BlockFunction, GroupFactors, map_blocks
+
+
+class Featurizer(TransformerMixin, BaseEstimator):
+    """Parameters, validation and the way through the blocks: what is the same for all.
+
+    A subclass learns in ``_fit``, and names and computes its columns in ``_column_names`` and
+    ``_transform``, from adapters that have been validated.
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "device": [str, torch.device],
+        "n_jobs": [None, Integral],
+        "layout": [None, LoRALayout],
+    }
+
+    device: str | torch.device
+    n_jobs: int | None
+    layout: LoRALayout | None
+    layout_: LoRALayout
+    n_features_in_: int
+
+    @atomic_fit
+    def fit(self, X: LoRACollection | ArrayLike, y: Any = None) -> Self:
+        """Learn the layout of the adapters, and what else the transformation needs.
+
+        Parameters
+        ----------
+        X : LoRACollection or array-like of shape (n_adapters, width)
+            A plain array is read by the parameter `layout`.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        self : object
+
+        Raises
+        ------
+        ValueError
+            When a parameter or X is not valid. The estimator is then as it was before.
+        """
+        self._validate_params()
+        resolve_device(self.device)
+        self._fit(check_loras(self, X, reset=True))
+        return self
+
+    def transform(self, X: LoRACollection | ArrayLike) -> Any:
+        """Turn adapters into an array.
+
+        Parameters
+        ----------
+        X : LoRACollection or array-like of shape (n_adapters, width)
+            Adapters of the modules that `fit` saw; a collection may have other ranks.
+
+        Returns
+        -------
+        ndarray of shape (n_adapters, n_features_out)
+            Of the dtype of X, or the data frame that `set_output` asks for.
+
+        Raises
+        ------
+        ValueError
+            When X is not valid, or has other modules than `fit` saw.
+        """
+        return self._transform(self._check(X))
+
+    def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
+        """Names of the columns of the array that `transform` gives for an array.
+
+        Parameters
+        ----------
+        input_features : None
+            Ignored: the names come from the layout.
+
+        Returns
+        -------
+        ndarray of shape (n_features_out,), of str
+        """
+        check_is_fitted(self)
+        return np.array(self._column_names(), dtype=object)
+
+    def __sklearn_tags__(self) -> Tags:
+        """Tags for scikit-learn: float32 stays float32."""
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+    def _fit(self, X: LoRACollection) -> None:
+        """Learn from validated adapters."""
+
+    def _transform(self, X: LoRACollection) -> NDArray[Any]:
+        raise NotImplementedError
+
+    def _column_names(self) -> list[str]:
+        raise NotImplementedError
+
+    def _check(self, X: LoRACollection | ArrayLike) -> LoRACollection:
+        check_is_fitted(self)
+        return check_loras(self, X, reset=False)
+
+    def _map(self, function: BlockFunction, X: LoRACollection, n_columns: int) -> NDArray[Any]:
+        return map_blocks(
+            function, X, n_columns, device=resolve_device(self.device), n_jobs=self.n_jobs
+        )
+
+
+class WeightsToFeatures(Featurizer):
+    """Every module gives some columns; side features follow as the last.
+
+    A subclass says what the columns of a module are in ``_feature_names`` and
+    ``_module_features``.
+    """
+
+    def _feature_names(self, position: int) -> Sequence[str]:
+        """What the columns of the module at this position are called."""
+        raise NotImplementedError
+
+    def _module_features(self, U: Tensor, V: Tensor) -> Tensor:
+        """Features (B, M, C) of modules of one shape. C may be other than in `fit`."""
+        raise NotImplementedError
+
+    def _feature_counts(self) -> list[int]:
+        return [len(self._feature_names(position)) for position in range(self.layout_.n_modules)]
+
+    def _column_names(self) -> list[str]:
+        names = [
+            f"{name}:{feature}"
+            for position, name in enumerate(self.layout_.names)
+            for feature in self._feature_names(position)
+        ]
+        return names + _side_names(self.layout_)
+
+    def _transform(self, X: LoRACollection) -> NDArray[Any]:
+        counts = self._feature_counts()
+        stops = np.cumsum(counts)
+
+        def features(factors: GroupFactors, side: NDArray[Any], rows: slice) -> NDArray[Any]:
+            block = np.empty((len(side), stops[-1] + side.shape[1]), X.dtype)
+            block[:, stops[-1] :] = side
+            for group, (U, V) in zip(X.layout.groups, factors, strict=True):
+                values = self._module_features(U, V)
+                widest = max(counts[position] for position in group.index)
+                # A negative padding cuts: the ranks here may exceed those that fit saw.
+                columns = pad(values, (0, widest - values.shape[-1])).cpu().numpy()
+                for place, position in enumerate(group.index):
+                    count, stop = counts[position], stops[position]
+                    block[:, stop - count : stop] = columns[:, place, :count]
+            return block
+
+        return self._map(features, X, int(stops[-1]) + self.layout_.n_side)
+
+
+class _CollectionsStay:
+    """Gives a collection for a collection, whatever `set_output` asks for.
+
+    Scikit-learn wraps the `transform` that a TransformerMixin defines, and would make a data frame
+    of the collection, which has lost its layout. It leaves alone what a plain class defines.
+    """
+
+    def fit_transform(self, X: LoRACollection | ArrayLike, y: Any = None) -> Any:
+        """Fit to adapters, and transform them.
+
+        Parameters
+        ----------
+        X : LoRACollection or array-like of shape (n_adapters, width)
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        LoRACollection or ndarray
+            What `transform` gives.
+
+        Raises
+        ------
+        ValueError
+            When a parameter or X is not valid. The estimator is then as it was before.
+        """
+        return self.fit(X, y).transform(X)  # type: ignore[attr-defined]
+
+    def transform(self, X: LoRACollection | ArrayLike) -> Any:
+        """Turn adapters into adapters: a collection into a collection, an array into an array.
+
+        Parameters
+        ----------
+        X : LoRACollection or array-like of shape (n_adapters, width)
+            Adapters of the modules that `fit` saw.
+
+        Returns
+        -------
+        LoRACollection or ndarray of shape (n_adapters, n_features_out)
+            A collection for a collection, with its ids and side features; `set_output` does not
+            apply to it. A flat array for an array, or the data frame that `set_output` asks for.
+
+        Raises
+        ------
+        ValueError
+            When X is not valid, or has other modules than `fit` saw.
+        """
+        if isinstance(X, LoRACollection):
+            return self._moved(self._check(X))  # type: ignore[attr-defined]
+        return super().transform(X)  # type: ignore[misc]
+
+
+class WeightsToWeights(_CollectionsStay, Featurizer):
+    """Factors become other factors of the same modules; ids and side features stay.
+
+    A subclass says what the result looks like in ``_output_layout`` and ``_output_ranks``, and
+    computes it in ``_move``.
+    """
+
+    def _output_layout(self, layout: LoRALayout) -> LoRALayout:
+        """Layout of the result for adapters of this layout."""
+        raise NotImplementedError
+
+    def _output_ranks(self, ranks: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Ranks of the result for adapters of these ranks."""
+        raise NotImplementedError
+
+    def _move(
+        self, group: ModuleGroup, U: Tensor, V: Tensor, ranks: NDArray[np.intp]
+    ) -> tuple[Tensor, Tensor]:
+        """New factors of modules of one shape, whose true ranks are (B, M)."""
+        raise NotImplementedError
+
+    def _column_names(self) -> list[str]:
+        layout = self._output_layout(self.layout_)
+        names = [
+            f"{module.name}:{factor}{row},{column}"
+            for module in layout.modules
+            for factor, size in (("U", module.n), ("V", 0 if layout.has_plain_rows else module.m))
+            for row in range(size)
+            for column in range(module.rank)
+        ]
+        return names + _side_names(layout)
+
+    def _transform(self, X: LoRACollection) -> NDArray[Any]:
+        return np.asarray(self._moved(X))
+
+    def _moved(self, X: LoRACollection) -> LoRACollection:
+        layout, ranks = self._output_layout(X.layout), X.ranks
+
+        def weights(factors: GroupFactors, side: NDArray[Any], rows: slice) -> NDArray[Any]:
+            moved = [
+                self._move(group, U, V, ranks[rows][:, group.index])
+                for group, (U, V) in zip(X.layout.groups, factors, strict=True)
+            ]
+            return layout.pack([(U.cpu().numpy(), V.cpu().numpy()) for U, V in moved], side)
+
+        flat = self._map(weights, X, layout.width)
+        return LoRACollection.from_array(flat, layout, ranks=self._output_ranks(ranks), ids=X.ids)
+
+
+def _side_names(layout: LoRALayout) -> list[str]:
+    """Names of the columns of side features: the feature's own if it has one column."""
+    return [
+        name if size == 1 else f"{name}:{column}"
+        for name, size in layout.side
+        for column in range(size)
+    ]

@@ -1,0 +1,187 @@
+"""The o-align architecture's features: factors rotated onto a template."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from torch import Tensor
+
+from sklora.collection import LoRACollection, LoRALayout, ModuleGroup
+from sklora.linalg import procrustes
+from sklora.transform._base import WeightsToWeights
+
+
+class OAlign(WeightsToWeights):
+    r"""Rotate the factors of every update onto those of a template adapter.
+
+    For every module the orthogonal :math:`Q` that minimises
+    :math:`\|U Q - U_0\|_F^2 + \|V Q - V_0\|_F^2` is :math:`A B^\top`, where
+    :math:`A S B^\top = U^\top U_0 + V^\top V_0`, and the factors become
+    :math:`(U Q, V Q)`: the same update. The result is invariant to O(r), reflections included, but
+    not to GL(r): two adapters with the same updates whose factors differ in scale or shear stay
+    different.
+
+    Parameters
+    ----------
+    template : "random" or int, default="random"
+        The adapter to align to: its position among those that `fit` is given, or one drawn from
+        those that have the largest rank in every module. Where no adapter has, as when adapters
+        lack different modules, every module draws its own template.
+    random_state : int, RandomState instance or None, default=None
+        Draws the template.
+    device : str or torch.device, default="auto"
+        Where to compute. ``"auto"`` uses CUDA where there is one.
+    n_jobs : int or None, default=None
+        Blocks of adapters to work on at once, in threads.
+    layout : LoRALayout or None, default=None
+        What the columns of a plain array mean. ``None`` takes each row for one update of shape
+        ``(n_features, 1)``, which has no gauge to fix and stays as it is. Collections bring their
+        own.
+
+    Attributes
+    ----------
+    template_ : dict of str to (ndarray, ndarray)
+        Factors ``U0 (n, r0)`` and ``V0 (m, r0)`` of every module, by name.
+    template_index_ : ndarray of shape (n_modules,), of int
+        Position of the template of every module among the adapters that `fit` was given.
+    layout_ : LoRALayout
+        Modules seen by `fit`.
+    n_features_in_ : int
+        Width of X seen by `fit`.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Only when X was a data frame with string column names.
+
+    See Also
+    --------
+    sklora.linalg.procrustes : The computation.
+
+    Notes
+    -----
+    A rank below the template's is aligned to it with orthonormal rows, and is the template's
+    afterwards; a rank above it is an error. A collection gives a collection, an array a flat array.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklora.collection import LoRACollection
+    >>> from sklora.transform import OAlign
+    >>> U, V = np.array([[1.0, 0.0], [0.0, 2.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> swap = np.array([[0.0, 1.0], [1.0, 0.0]])
+    >>> X = LoRACollection.from_factors([{"q": (U, V)}, {"q": (U @ swap, V @ swap)}])
+    >>> aligned = OAlign(template=0).fit_transform(X)
+    >>> np.allclose(aligned[1]["q"][0], U)
+    True
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **WeightsToWeights._parameter_constraints,
+        "template": [StrOptions({"random"}), Interval(Integral, 0, None, closed="left")],
+        "random_state": ["random_state"],
+    }
+
+    def __init__(
+        self,
+        template: str | int = "random",
+        *,
+        random_state: int | np.random.RandomState | None = None,
+        device: str | torch.device = "auto",
+        n_jobs: int | None = None,
+        layout: LoRALayout | None = None,
+    ) -> None:
+        self.template = template
+        self.random_state = random_state
+        self.device = device
+        self.n_jobs = n_jobs
+        self.layout = layout
+
+    def _fit(self, X: LoRACollection) -> None:
+        index = self._choose(X.ranks)
+        self.template_index_ = index
+        self.template_ = {}
+        adapters = {position: X[position] for position in np.unique(index).tolist()}
+        for module, position in zip(X.layout.modules, index.tolist(), strict=True):
+            zero = np.zeros((module.n, 0), X.dtype), np.zeros((module.m, 0), X.dtype)
+            U0, V0 = adapters[position].get(module.name, zero)
+            self.template_[module.name] = U0.copy(), V0.copy()
+        self._check_ranks(X)
+
+    def _choose(self, ranks: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Position (n_modules,) of every module's template."""
+        n_adapters, n_modules = ranks.shape
+        if not isinstance(self.template, str):
+            if self.template >= n_adapters:
+                raise ValueError(
+                    f"template={self.template}, but there are {n_adapters} adapters; pass a "
+                    "position from 0 to one less, or 'random'."
+                )
+            return np.full(n_modules, self.template, np.intp)
+        rng = check_random_state(self.random_state)
+        largest = ranks == ranks.max(axis=0)
+        full = np.flatnonzero(largest.all(axis=1))
+        if len(full):
+            return np.full(n_modules, rng.choice(full), np.intp)
+        return np.array([rng.choice(np.flatnonzero(column)) for column in largest.T], np.intp)
+
+    @property
+    def _template_ranks(self) -> NDArray[np.intp]:
+        return np.array([self.template_[name][0].shape[1] for name in self.layout_.names], np.intp)
+
+    def _check_ranks(self, X: LoRACollection) -> None:
+        too_high = np.argwhere(X.ranks > self._template_ranks)
+        if not len(too_high):
+            return
+        row, position = too_high[0].tolist()
+        module = X.layout.modules[position]
+        rank, template_rank = X.ranks[row, position], self._template_ranks[position]
+        [id] = X.ids[[row]].tolist()
+        raise ValueError(
+            f"module {module.name!r} of adapter {id!r} has rank {rank}, with U ({module.n}, {rank}) "
+            f"and V ({module.m}, {rank}), but the template has rank {template_rank}. Fit with an "
+            "adapter of at least that rank as template, or use an architecture that takes any rank "
+            "(svd, dense, gl-net)."
+        )
+
+    def _output_layout(self, layout: LoRALayout) -> LoRALayout:
+        return layout.with_ranks(np.maximum(self._template_ranks, 1).tolist())
+
+    def _output_ranks(self, ranks: NDArray[np.intp]) -> NDArray[np.intp]:
+        return np.where(ranks > 0, self._template_ranks, 0)
+
+    def _moved(self, X: LoRACollection) -> LoRACollection:
+        self._check_ranks(X)
+        return super()._moved(X)
+
+    def _move(
+        self, group: ModuleGroup, U: Tensor, V: Tensor, ranks: NDArray[np.intp]
+    ) -> tuple[Tensor, Tensor]:
+        template_ranks = self._template_ranks[list(group.index)]
+        U0, V0 = (self._stacked_template(group, side, U) for side in (0, 1))
+        moved_U = U.new_zeros((*U.shape[:-1], U0.shape[-1]))
+        moved_V = V.new_zeros((*V.shape[:-1], V0.shape[-1]))
+        # Padding would make the cross product singular, so every pair of true ranks goes by itself.
+        pairs = np.stack([ranks, np.broadcast_to(template_ranks, ranks.shape)], axis=-1)
+        for rank, template_rank in np.unique(pairs.reshape(-1, 2), axis=0).tolist():
+            which = (pairs == (rank, template_rank)).all(axis=-1)
+            rows, modules = (torch.from_numpy(axis).to(U.device) for axis in which.nonzero())
+            one_U, one_V = U[rows, modules, :, :rank], V[rows, modules, :, :rank]
+            Q = procrustes(
+                one_U, one_V, U0[modules, :, :template_rank], V0[modules, :, :template_rank]
+            )
+            moved_U[rows, modules, :, :template_rank] = one_U @ Q
+            moved_V[rows, modules, :, :template_rank] = one_V @ Q
+        return moved_U, moved_V
+
+    def _stacked_template(self, group: ModuleGroup, side: int, like: Tensor) -> Tensor:
+        """One side of the template of modules of one shape, zero-padded to a common rank."""
+        factors = [self.template_[self.layout_.names[place]][side] for place in group.index]
+        rank = max(1, *(factor.shape[1] for factor in factors))
+        stack = np.zeros((len(factors), factors[0].shape[0], rank), factors[0].dtype)
+        for padded, factor in zip(stack, factors, strict=True):
+            padded[:, : factor.shape[1]] = factor
+        return torch.from_numpy(stack).to(like)

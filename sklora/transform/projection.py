@@ -1,0 +1,182 @@
+"""Projection of both sides of every update: fewer rows and columns, the same gauge group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from torch import Tensor
+
+from sklora._base import resolve_device
+from sklora.collection import LoRACollection, LoRALayout, ModuleGroup
+from sklora.linalg import CompressedUpdates, compress_updates, leading_directions
+from sklora.transform._base import WeightsToWeights
+from sklora.transform._blocks import plan_blocks, to_tensors
+
+
+class GLEquivariantProjection(WeightsToWeights):
+    r"""Project both sides of every update: ``dW`` becomes ``P dW Q^T``.
+
+    The factors become :math:`(P U, Q V)` with fixed matrices :math:`P` (k x n) and :math:`Q`
+    (k x m) for every module. Acting with a gauge before or after is the same, so what is
+    equivariant or invariant to GL(r) downstream stays so; the flat numbers themselves are not
+    invariant.
+
+    Parameters
+    ----------
+    n_components : int, default=32
+        Rows to keep on either side. A side with no more rows has as many afterwards.
+    method : {"random", "hosvd"}, default="random"
+        ``"random"`` draws Gaussian matrices of variance ``1 / n_components``, and leaves a side
+        alone that has no more rows than that. ``"hosvd"`` takes the leading left and right singular
+        vectors of the training updates :math:`[U_1 V_1^\top, \dots, U_N V_N^\top]` of the module,
+        found without forming them. Like the updates, these are invariant to GL(r).
+    random_state : int, RandomState instance or None, default=None
+        Draws the matrices of ``"random"``.
+    device : str or torch.device, default="auto"
+        Where to compute. ``"auto"`` uses CUDA where there is one.
+    n_jobs : int or None, default=None
+        Blocks of adapters that `transform` works on at once, in threads.
+    layout : LoRALayout or None, default=None
+        What the columns of a plain array mean. ``None`` takes each row for one update of shape
+        ``(n_features, 1)``. Collections bring their own.
+
+    Attributes
+    ----------
+    left_ : dict of str to ndarray of shape (min(n_components, n), n)
+        ``P`` of every module, by name.
+    right_ : dict of str to ndarray of shape (min(n_components, m), m)
+        ``Q`` of every module, by name. With ``"hosvd"``, rows for which the training updates carry
+        no signal above their rounding are zero.
+    layout_ : LoRALayout
+        Modules seen by `fit`.
+    n_features_in_ : int
+        Width of X seen by `fit`.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Only when X was a data frame with string column names.
+
+    See Also
+    --------
+    sklora.linalg.leading_subspaces : The computation behind ``"hosvd"``.
+
+    Notes
+    -----
+    Adapters of any rank can be transformed, and keep it. A collection gives a collection, an array
+    a flat array.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklora.collection import LoRACollection
+    >>> from sklora.transform import GLEquivariantProjection
+    >>> rng = np.random.default_rng(0)
+    >>> adapters = [{"q": (rng.normal(size=(50, 2)), rng.normal(size=(40, 2)))} for _ in range(9)]
+    >>> X = LoRACollection.from_factors(adapters)
+    >>> projection = GLEquivariantProjection(n_components=3, method="hosvd").fit(X)
+    >>> projection.transform(X).layout.modules
+    (LoRAModule(name='q', n=3, m=3, rank=2),)
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **WeightsToWeights._parameter_constraints,
+        "n_components": [Interval(Integral, 1, None, closed="left")],
+        "method": [StrOptions({"random", "hosvd"})],
+        "random_state": ["random_state"],
+    }
+
+    def __init__(
+        self,
+        n_components: int = 32,
+        method: str = "random",
+        *,
+        random_state: int | np.random.RandomState | None = None,
+        device: str | torch.device = "auto",
+        n_jobs: int | None = None,
+        layout: LoRALayout | None = None,
+    ) -> None:
+        self.n_components = n_components
+        self.method = method
+        self.random_state = random_state
+        self.device = device
+        self.n_jobs = n_jobs
+        self.layout = layout
+
+    def _fit(self, X: LoRACollection) -> None:
+        fit: Callable[[LoRACollection], None] = (
+            self._fit_random if self.method == "random" else self._fit_hosvd
+        )
+        self.left_: dict[str, NDArray[Any]] = {}
+        self.right_: dict[str, NDArray[Any]] = {}
+        fit(X)
+
+    def _fit_random(self, X: LoRACollection) -> None:
+        rng = check_random_state(self.random_state)
+        for name, n, m, _ in X.layout.modules:
+            for matrices, size in ((self.left_, n), (self.right_, m)):
+                if size <= self.n_components:
+                    matrices[name] = np.eye(size, dtype=X.dtype)
+                else:
+                    gaussian = rng.standard_normal((self.n_components, size))
+                    matrices[name] = (gaussian / np.sqrt(self.n_components)).astype(X.dtype)
+
+    def _fit_hosvd(self, X: LoRACollection) -> None:
+        self._check_enough(X)
+        groups = X.layout.groups
+        compressed: list[CompressedUpdates | None] = [None] * len(groups)
+        device = resolve_device(self.device)
+        for rows in plan_blocks(X):
+            for place, (U, V) in enumerate(to_tensors(X.factors(rows), device)):
+                compressed[place] = compress_updates(
+                    U.transpose(0, 1), V.transpose(0, 1), previous=compressed[place]
+                )
+        for group, found in zip(groups, compressed, strict=True):
+            assert found is not None  # X has at least one adapter, so there was a block
+            P = leading_directions(found.left, min(self.n_components, group.n), noise=found.noise)
+            Q = leading_directions(found.right, min(self.n_components, group.m), noise=found.noise)
+            for bases, matrices in ((P, self.left_), (Q, self.right_)):
+                arrays = bases.mT.cpu().numpy().astype(X.dtype)
+                for place, matrix in zip(group.index, arrays, strict=True):
+                    matrices[X.layout.names[place]] = matrix
+
+    def _check_enough(self, X: LoRACollection) -> None:
+        """Every side needs as many directions in the training updates as it is to keep."""
+        for (name, n, m, _), ranks in zip(X.layout.modules, X.ranks.T, strict=True):
+            available = int(np.minimum(ranks, min(n, m)).sum())
+            needed = min(self.n_components, max(n, m))
+            if available < needed:
+                raise ValueError(
+                    f"module {name!r} of shape ({n}, {m}): the ranks of its {len(X)} training "
+                    f"updates add up to {available}, fewer than the {needed} directions that "
+                    f"n_components={self.n_components} asks for. Fit on more adapters, lower "
+                    "n_components, or use method='random'."
+                )
+
+    def _output_layout(self, layout: LoRALayout) -> LoRALayout:
+        return layout.with_shapes(
+            (len(self.left_[name]), len(self.right_[name]), rank)
+            for name, _, _, rank in layout.modules
+        )
+
+    def _output_ranks(self, ranks: NDArray[np.intp]) -> NDArray[np.intp]:
+        return ranks
+
+    def _moved(self, X: LoRACollection) -> LoRACollection:
+        # Lower ranks than those of the fit keep its width, which later steps may count on.
+        ranks = np.maximum(self.layout_.ranks, X.ranks.max(axis=0))
+        return super()._moved(X.with_layout(X.layout.with_ranks(ranks.tolist())))
+
+    def _move(
+        self, group: ModuleGroup, U: Tensor, V: Tensor, ranks: NDArray[np.intp]
+    ) -> tuple[Tensor, Tensor]:
+        names = [self.layout_.names[place] for place in group.index]
+        P = torch.from_numpy(np.stack([self.left_[name] for name in names])).to(U)
+        Q = torch.from_numpy(np.stack([self.right_[name] for name in names])).to(V)
+        # One product per module for the whole block: a broadcast matmul would copy P per adapter.
+        project = "gkn,bgnr->bgkr"
+        return torch.einsum(project, P, U), torch.einsum(project, Q, V)
