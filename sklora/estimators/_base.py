@@ -223,7 +223,8 @@ class BaseNetEstimator(BaseEstimator, metaclass=ABCMeta):
     ) -> tuple[History, OptimizerState]:
         device = resolve_device(self.device)
         random_state = check_random_state(self.random_state)
-        seed = random_state.randint(np.iinfo(np.int32).max)
+        # A call that goes on from earlier ones is not to repeat their order and dropout.
+        seed = random_state.randint(np.iinfo(np.int32).max) + (self.n_iter_ if resume else 0)
         data = self._training_data(X, y, sample_weight, classes, reset=not resume)
         training, validation = data, None
         if self.early_stopping and not one_epoch:
@@ -290,7 +291,7 @@ class BaseNetEstimator(BaseEstimator, metaclass=ABCMeta):
     def _new_net(self, data: TrainingData, device: torch.device) -> nn.Module:
         self.n_outputs_ = self._n_outputs
         self.architecture_ = self._architecture(self.layout_, self.n_outputs_)
-        net = self._net_type(**self.architecture_).to(device)
+        net = self._net_type(**self.architecture_).to(device, torch.float32)
         self._calibrate(net, data)
         return net
 

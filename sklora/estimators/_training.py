@@ -208,6 +208,9 @@ def train(
     if optimizer_state is not None:
         _restore_optimizer(skorch_net.optimizer_, optimizer_state)
     skorch_net.partial_fit(LoRADataset(training))
+    if "train_loss" not in skorch_net.history[-1]:
+        # skorch ends training quietly on Ctrl-C, which in a search would pass a spoilt fit on.
+        raise KeyboardInterrupt
     _check_finite(net, settings.lr)
     history = [{k: v for k, v in row.items() if k != "batches"} for row in skorch_net.history]
     return history, _optimizer_state(skorch_net.optimizer_)

@@ -44,6 +44,8 @@ class _GLNetEstimator(BaseNetEstimator):
 
     def _architecture(self, layout: LoRALayout, n_outputs: int) -> dict[str, Any]:
         mlp_hidden = self.mlp_hidden if isinstance(self.mlp_hidden, tuple) else (self.mlp_hidden,)
+        if not all(isinstance(width, Integral) and width > 0 for width in mlp_hidden):
+            raise ValueError(f"mlp_hidden={self.mlp_hidden!r} must hold integers of at least 1.")
         return {
             "groups": tuple((len(group.index), group.n, group.m) for group in layout.groups),
             "n_outputs": n_outputs,

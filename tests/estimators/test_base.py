@@ -1,0 +1,451 @@
+"""What the four estimators share, each on one kind of target."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import joblib
+import numpy as np
+import pytest
+import sklearn
+import torch
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import cross_val_score
+from skorch.callbacks import Callback, EarlyStopping, EpochScoring, Freezer
+
+from sklora.collection import LoRACollection, LoRALayout
+from sklora.estimators import GLNetClassifier, GLNetRegressor, MLPNetClassifier, MLPNetRegressor
+
+
+def train_losses(model):
+    return [epoch["train_loss"] for epoch in model.history_]
+
+
+class Recorder(Callback):
+    """Notes what it meets; every record is shared by all copies."""
+
+    records: list[tuple[object, int]]
+
+    def __init__(self, records):
+        self.records = records
+        self.epochs = 0
+
+    def __deepcopy__(self, memo):
+        return Recorder(self.records)
+
+    def on_epoch_end(self, net, **kwargs):
+        self.epochs += 1
+        self.records.append((self, len(net.history)))
+
+
+class TestFittedState:
+    def test_is_arrays_numbers_and_strings(self, case, zoo, quick):
+        model = quick(case[0]).fit(zoo, case[1])
+        fitted = {name: value for name, value in vars(model).items() if name.endswith("_")}
+        plain = (np.ndarray, np.generic, int, float, str, bool, type(None), LoRALayout)
+
+        def check(value):
+            if isinstance(value, dict):
+                assert all(isinstance(key, str) for key in value)
+                value = list(value.values())
+            if isinstance(value, (list, tuple)):
+                for item in value:
+                    check(item)
+            else:
+                assert isinstance(value, plain)
+
+        check(fitted)
+        assert all(w.dtype == np.float32 for w in model.weights_.values())
+
+    def test_net_is_rebuilt_in_float64(self, case, zoo, quick):
+        model = quick(case[0]).fit(zoo, case[1])
+        net = model.net_
+        assert not net.training
+        assert {p.dtype for p in net.parameters()} == {torch.float64}
+        for name, value in net.state_dict().items():
+            np.testing.assert_array_equal(value, model.weights_[name])
+        with torch.no_grad():
+            next(net.parameters()).zero_()
+        assert np.any(next(iter(model.weights_.values())))
+
+    def test_rebuilding_draws_no_random_numbers(self, case, zoo, quick):
+        model = quick(case[0]).fit(zoo, case[1])
+        before = torch.get_rng_state()
+        model.predict(zoo)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_parameters_set_after_fit_wait_for_the_next_one(self, case, zoo, quick):
+        model = quick(case[0]).fit(zoo, case[1])
+        expected = model.predict(zoo)
+        model.set_params(hidden_dim=9, n_layers=3)
+        np.testing.assert_array_equal(model.predict(zoo), expected)
+
+    def test_unfitted(self, case, zoo, quick):
+        model = quick(case[0])
+        assert not hasattr(model, "net_")
+        with pytest.raises(NotFittedError):
+            model.predict(zoo)
+
+    def test_survives_pickle_and_copy(self, case, zoo, quick):
+        model = quick(case[0]).fit(zoo, case[1])
+        for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+            np.testing.assert_array_equal(twin.predict(zoo), model.predict(zoo))
+
+
+def test_same_predictions_in_a_new_process(zoo, targets, quick, tmp_path):
+    models = [
+        quick(estimator).fit(zoo, targets[kind])
+        for estimator, kind in (
+            (GLNetClassifier, "binary"),
+            (GLNetRegressor, "many"),
+            (MLPNetClassifier, "multilabel"),
+            (MLPNetRegressor, "single"),
+        )
+    ]
+    joblib.dump((models, zoo), tmp_path / "models.joblib")
+    script = (
+        "import joblib, sys\n"
+        "models, X = joblib.load(sys.argv[1] + '/models.joblib')\n"
+        "joblib.dump([(m._outputs(X), m.predict(X)) for m in models], sys.argv[1] + '/out.joblib')"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    results = joblib.load(tmp_path / "out.joblib")
+    for model, (outputs, predictions) in zip(models, results, strict=True):
+        np.testing.assert_array_equal(outputs, model._outputs(zoo))
+        np.testing.assert_array_equal(predictions, model.predict(zoo))
+
+
+class TestRandomness:
+    def test_refits_are_identical(self, case, zoo, quick, same_state):
+        first = quick(case[0], dropout=0.3).fit(zoo, case[1])
+        torch.manual_seed(123)
+        second = clone(first).fit(zoo, case[1])
+        assert same_state(first, second)
+        assert train_losses(first) == train_losses(second)
+        assert same_state(first, second.fit(zoo, case[1]))
+
+    def test_seeds_differ(self, case, zoo, quick, same_state):
+        one, other = (quick(case[0], random_state=seed).fit(zoo, case[1]) for seed in (0, 1))
+        assert not same_state(one, other)
+
+    def test_global_generators_are_untouched(self, case, zoo, quick):
+        before, numpy_before = torch.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
+        quick(case[0], dropout=0.3).fit(zoo, case[1])
+        assert torch.equal(torch.get_rng_state(), before)
+        np.testing.assert_array_equal(np.random.get_state()[1], numpy_before)  # noqa: NPY002
+
+    def test_default_dtype_makes_no_difference(self, case, zoo, quick):
+        torch.set_default_dtype(torch.float64)
+        try:
+            model = quick(case[0]).fit(zoo, case[1])
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(w.dtype == np.float32 for w in model.weights_.values())
+
+
+class TestPrediction:
+    def test_one_row_is_many(self, case, zoo, quick):
+        model = quick(case[0]).fit(zoo, case[1])
+        single = np.concatenate([model._outputs(zoo[[i]]) for i in range(len(zoo))])
+        np.testing.assert_allclose(single, model._outputs(zoo), rtol=1e-10, atol=1e-12)
+
+    def test_blocks_make_no_difference(self, case, zoo, quick, monkeypatch):
+        model = quick(case[0]).fit(zoo, case[1])
+        expected, reads = model._outputs(zoo), []
+        read = LoRACollection.read
+        monkeypatch.setattr(
+            LoRACollection, "read", lambda X, rows=None: reads.append(rows) or read(X, rows)
+        )
+        with sklearn.config_context(working_memory=0.02):
+            blocked = model._outputs(zoo)
+        assert len(reads) > 4
+        np.testing.assert_allclose(blocked, expected, rtol=1e-10, atol=1e-12)
+
+    def test_flat_rows_of_the_layout_are_the_collection(self, case, zoo, quick, same_state):
+        model = quick(case[0]).fit(zoo, case[1])
+        np.testing.assert_array_equal(model.predict(np.asarray(zoo)), model.predict(zoo))
+        flat = quick(case[0], layout=zoo.layout).fit(np.asarray(zoo), case[1])
+        assert same_state(flat, model)
+
+    def test_float32_and_memory_maps(self, case, zoo, quick, tmp_path, same_state):
+        flat = np.asarray(zoo).astype(np.float32)
+        np.save(tmp_path / "zoo.npy", flat)
+        mapped = np.load(tmp_path / "zoo.npy", mmap_mode="r")
+        one, other = (
+            quick(case[0]).fit(LoRACollection.from_array(X, zoo.layout), case[1])
+            for X in (flat, mapped)
+        )
+        assert same_state(one, other)
+
+    def test_cross_validation(self, case, zoo, quick):
+        scores = cross_val_score(quick(case[0]), zoo, case[1], cv=3, error_score="raise")
+        assert np.isfinite(scores).all()
+
+
+class TestEarlyStopping:
+    def test_restores_the_best_weights(self, case, zoo, quick):
+        rng = np.random.default_rng(0)
+        y = rng.permutation(case[1])
+        model = quick(case[0], max_epochs=60, patience=4, lr=0.05).fit(zoo, y)
+        losses = [epoch["valid_loss"] for epoch in model.history_]
+        assert model.n_iter_ == len(losses) < 60
+        until_best = clone(model).set_params(patience=60, max_epochs=60)
+        assert len(until_best.fit(zoo, y).history_) == 60
+
+    def test_off_trains_on_all_rows_for_all_epochs(self, case, zoo, quick):
+        model = quick(case[0], early_stopping=False, max_epochs=5).fit(zoo, case[1])
+        assert model.n_iter_ == 5
+        assert "valid_loss" not in model.history_[0]
+
+    def test_few_rows_are_all_trained_on(self, case, zoo, quick):
+        model = quick(case[0]).fit(zoo[:20], case[1][:20])
+        assert "valid_loss" not in model.history_[0]
+
+
+class TestGoingOn:
+    def test_partial_fit_learns(self, case, zoo, quick):
+        model = quick(case[0], lr=0.01)
+        classes = {"classes": np.unique(case[1])} if case[1].dtype.kind == "U" else {}
+        for _ in range(15):
+            model.partial_fit(zoo, case[1], **classes)
+        assert model.n_iter_ == len(model.history_) == 15
+        assert train_losses(model)[-1] < 0.8 * train_losses(model)[0]
+
+    def test_partial_fit_goes_on_after_pickling(self, case, zoo, quick, same_state):
+        first = {"classes": np.unique(case[1])} if case[1].dtype.kind == "U" else {}
+        model = quick(case[0]).partial_fit(zoo, case[1], **first)
+        twin = pickle.loads(pickle.dumps(model))
+        assert same_state(model.partial_fit(zoo, case[1]), twin.partial_fit(zoo, case[1]))
+
+    def test_partial_fit_goes_on_from_fit(self, case, zoo, quick, same_state):
+        model = quick(case[0]).fit(zoo, case[1])
+        before = copy.deepcopy(model)
+        assert not same_state(before, model.partial_fit(zoo, case[1]))
+        assert model.n_iter_ == before.n_iter_ + 1
+        assert not hasattr(model.fit(zoo, case[1]), "optimizer_state_")
+
+    def test_partial_fit_draws_another_order_each_time(self, case, zoo, quick):
+        model = quick(case[0], batch_size=8, weight_decay=0.0).fit(zoo, case[1])
+        losses = []
+        for _ in range(2):
+            model.lr = 1e-12
+            model.partial_fit(zoo, case[1])
+            losses.append(model.history_[-1]["train_loss"])
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        assert losses[0] != losses[1]
+
+    def test_warm_start_goes_on(self, case, zoo, quick):
+        cold = quick(case[0], lr=0.01, max_epochs=10).fit(zoo, case[1])
+        losses = train_losses(cold)
+        cold.set_params(warm_start=True).fit(zoo, case[1])
+        assert train_losses(cold)[0] < 0.9 * losses[0]
+        cold.set_params(warm_start=False).fit(zoo, case[1])
+        assert train_losses(cold)[0] == losses[0]
+
+    def test_warm_start_on_another_layout(self, case, zoo, quick):
+        model = quick(case[0], warm_start=True).fit(zoo, case[1])
+        other = LoRALayout([("q", 6, 4, 2), ("k", 5, 5, 2), ("w", 6, 4, 2)])
+        with pytest.raises(ValueError, match=r"module 'w'.*module 'v'"):
+            model.fit(LoRACollection.from_array(np.asarray(zoo), other), case[1])
+
+    def test_warm_start_with_another_architecture(self, case, zoo, quick):
+        model = quick(case[0], warm_start=True).fit(zoo, case[1])
+        with pytest.raises(ValueError, match=r"hidden_dim is 7.*fitted with 4"):
+            model.set_params(hidden_dim=7).fit(zoo, case[1])
+
+
+class TestWeights:
+    def test_weight_zero_is_leaving_out(self, case, zoo, quick, same_state):
+        estimator, y = case
+        weights = np.ones(60)
+        weights[::4] = 0
+        kept = np.flatnonzero(weights)
+        weighted = quick(estimator).fit(zoo, y, sample_weight=weights)
+        assert same_state(weighted, quick(estimator).fit(zoo[kept], y[kept]))
+
+    def test_scale_of_weights_does_not_matter(self, case, zoo, quick):
+        estimator, y = case
+        one, other = (
+            quick(estimator).fit(zoo, y, sample_weight=np.full(60, weight)) for weight in (1.0, 8.0)
+        )
+        np.testing.assert_allclose(one._outputs(zoo), other._outputs(zoo), rtol=1e-4, atol=1e-5)
+
+    def test_weights_matter(self, case, zoo, quick, same_state):
+        estimator, y = case
+        weights = np.linspace(0.1, 2, 60)
+        weighted = quick(estimator).fit(zoo, y, sample_weight=weights)
+        assert not same_state(weighted, quick(estimator).fit(zoo, y))
+
+    @pytest.mark.parametrize(
+        ("weights", "message"),
+        [
+            (np.zeros(60), "sample_weight|Sample weights"),
+            (-np.ones(60), "[Nn]egative"),
+            (np.ones(59), "sample_weight"),
+            (np.full(60, np.nan), "sample_weight contains NaN"),
+        ],
+    )
+    def test_bad_weights(self, weights, message, case, zoo, quick):
+        with pytest.raises(ValueError, match=message):
+            quick(case[0]).fit(zoo, case[1], sample_weight=weights)
+
+
+class TestCallbacks:
+    def test_are_called_and_copied(self, case, zoo, quick):
+        records = []
+        recorder, other = Recorder(records), Recorder(records)
+        model = quick(case[0], callbacks=[recorder, ("named", other)])
+        model.fit(zoo, case[1]).fit(zoo, case[1])
+        assert recorder.epochs == other.epochs == 0
+        assert len({id(callback) for callback, _ in records}) == 4
+        assert [epoch for _, epoch in records] == [1, 1, 2, 2, 3, 3] * 2
+        assert model.callbacks == [recorder, ("named", other)]
+
+    def test_clone_keeps_them(self, case, zoo, quick):
+        model = quick(case[0], callbacks=[EarlyStopping(patience=7)])
+        twin = clone(model.fit(zoo, case[1]))
+        assert twin.callbacks[0].patience == 7
+        assert twin.callbacks[0] is not model.callbacks[0]
+
+    def test_may_stop_the_training(self, case, zoo, quick):
+        stop = EarlyStopping("train_loss", patience=2, threshold=10.0, threshold_mode="abs")
+        model = quick(case[0], max_epochs=20, callbacks=[stop]).fit(zoo, case[1])
+        assert model.n_iter_ == 3
+
+    def test_find_the_network_by_name(self, case, zoo, quick):
+        model = quick(case[0], callbacks=[Freezer("net.mlp.0.*")], early_stopping=False)
+        other = clone(model).set_params(max_epochs=1)
+        weights, others = model.fit(zoo, case[1]).weights_, other.fit(zoo, case[1]).weights_
+        same = {name for name in weights if np.array_equal(weights[name], others[name])}
+        assert {name for name in same if "mlp" in name} == {"mlp.0.weight", "mlp.0.bias"}
+
+    def test_score_with_sklearn_scorers(self, zoo, targets, quick, classifier, regressor):
+        for estimator, y, scoring in (
+            (classifier, targets["multiclass"], "accuracy"),
+            (regressor, targets["single"], "neg_mean_squared_error"),
+        ):
+            scorer = EpochScoring(scoring, name="score", lower_is_better=False)
+            model = quick(estimator, callbacks=[scorer]).fit(zoo, y)
+            assert all("score" in epoch for epoch in model.history_)
+
+
+class TestOutput:
+    def test_silent_at_zero(self, case, zoo, quick, capsys):
+        quick(case[0], max_epochs=30, patience=1, lr=0.1).fit(zoo, case[1])
+        assert capsys.readouterr() == ("", "")
+
+    def test_a_table_at_one(self, case, zoo, quick, capsys):
+        quick(case[0], verbose=1).fit(zoo, case[1])
+        header, rule, *rows = capsys.readouterr().out.splitlines()
+        assert {"epoch", "train_loss", "valid_loss", "lr", "dur"} <= set(header.split())
+        assert set(rule) <= {"-", " "}
+        assert [row.split()[0] for row in rows[:3]] == ["1", "2", "3"]
+
+
+class TestBadInput:
+    @pytest.fixture
+    def fitted(self, case, zoo, quick):
+        return quick(case[0]).fit(zoo, case[1])
+
+    def assert_unchanged_by(self, model, zoo, message, method, *arguments, **parameters):
+        before, predictions = copy.deepcopy(vars(model)), model._outputs(zoo)
+        with pytest.raises(ValueError, match=message):
+            getattr(model, method)(*arguments, **parameters)
+        assert vars(model).keys() == before.keys()
+        for name, weight in model.weights_.items():
+            np.testing.assert_array_equal(weight, before["weights_"][name])
+        np.testing.assert_array_equal(model._outputs(zoo), predictions)
+
+    @pytest.mark.parametrize("method", ["fit", "partial_fit"])
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_nan_and_infinity(self, fitted, case, zoo, method, value):
+        flat = np.asarray(zoo).copy()
+        flat[7, zoo.layout.factor_slices[1][0].start] = value
+        bad = LoRACollection.from_array(flat, zoo.layout)
+        message = "adapter 7 has NaN or infinity in module 'k'"
+        self.assert_unchanged_by(fitted, zoo, message, method, bad, case[1])
+        with pytest.raises(ValueError, match=message):
+            fitted.predict(bad)
+
+    @pytest.mark.parametrize("method", ["fit", "partial_fit"])
+    def test_lengths_differ(self, fitted, case, zoo, method):
+        message = "inconsistent numbers of samples"
+        self.assert_unchanged_by(fitted, zoo, message, method, zoo[:-1], case[1])
+
+    @pytest.mark.parametrize("method", ["fit", "partial_fit"])
+    def test_no_target(self, fitted, zoo, method):
+        message = "requires y to be passed, but the target y is None"
+        self.assert_unchanged_by(fitted, zoo, message, method, zoo, None)
+
+    @pytest.mark.parametrize("method", ["fit", "partial_fit"])
+    def test_divergence(self, fitted, case, zoo, method):
+        fitted.set_params(lr=1e30, optimizer="sgd", early_stopping=False)
+        self.assert_unchanged_by(fitted, zoo, "diverged.*lr", method, zoo, case[1])
+
+    def test_another_layout(self, fitted, zoo):
+        other = LoRALayout([("q", 6, 4, 2), ("k", 5, 4, 2), ("v", 6, 4, 2)])
+        X = LoRACollection.from_array(np.ones((3, other.width)), other)
+        with pytest.raises(ValueError, match=r"module 'k'.*\(5, 4\).*\(5, 5\)"):
+            fitted.predict(X)
+
+    def test_another_width(self, fitted, zoo):
+        with pytest.raises(ValueError, match="features"):
+            fitted.predict(np.ones((3, zoo.layout.width + 1)))
+
+    def test_empty_collection(self, fitted, case, zoo):
+        self.assert_unchanged_by(fitted, zoo, "0 adapters", "fit", zoo[:0], case[1][:0])
+
+    @pytest.mark.parametrize(
+        ("parameter", "value"),
+        [
+            ("hidden_dim", 0),
+            ("n_layers", -1),
+            ("nonlinearity", "step"),
+            ("dropout", 1.0),
+            ("lr", 0.0),
+            ("weight_decay", -1.0),
+            ("optimizer", "newton"),
+            ("max_epochs", 0),
+            ("batch_size", 2.5),
+            ("early_stopping", "yes"),
+            ("validation_fraction", 1.0),
+            ("patience", 0),
+            ("callbacks", "print"),
+            ("warm_start", None),
+            ("device", 3),
+            ("random_state", "seed"),
+            ("verbose", -1),
+            ("layout", 5),
+        ],
+    )
+    def test_parameters_are_checked(self, fitted, case, zoo, parameter, value):
+        fitted.set_params(**{parameter: value})
+        before = fitted.weights_
+        with pytest.raises(ValueError, match=f"'{parameter}' parameter"):
+            fitted.fit(zoo, case[1])
+        assert fitted.weights_ is before
+
+    def test_unknown_device(self, case, zoo, quick):
+        with pytest.raises(ValueError, match="device='abacus'"):
+            quick(case[0], device="abacus").fit(zoo, case[1])
+
+
+@pytest.mark.gpu
+def test_cuda_and_cpu_agree(case, zoo, quick, cuda, same_state):
+    expected = quick(case[0], early_stopping=False).fit(zoo, case[1])
+    model = quick(case[0], early_stopping=False, device=cuda)
+    before = torch.cuda.get_rng_state()
+    model.fit(zoo, case[1])
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert same_state(model, clone(model).fit(zoo, case[1]))
+    np.testing.assert_allclose(
+        model.set_params(device="cpu")._outputs(zoo),
+        model.set_params(device=cuda)._outputs(zoo),
+        rtol=1e-9,
+        atol=1e-9,
+    )
+    assert expected.weights_.keys() == model.weights_.keys()

@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sklora.collection import LoRACollection
+from sklora.estimators._training import (
+    OPTIMIZERS,
+    LoRADataset,
+    TrainingData,
+    TrainingSettings,
+    WeightedLoss,
+    iter_blocks,
+    seeded,
+    split_validation,
+    train,
+    training_batch_size,
+    weighted_moments,
+)
+
+CPU = torch.device("cpu")
+LOSSES = ["cross_entropy", "binary_cross_entropy", "squared_error"]
+
+
+def batch(kind, rows=6, outputs=3, seed=0):
+    """Outputs, targets and weights for one loss."""
+    generator = torch.Generator().manual_seed(seed)
+    predicted = torch.randn(rows, outputs, generator=generator, dtype=torch.float64)
+    if kind == "cross_entropy":
+        target = torch.randint(outputs, (rows,), generator=generator)
+        return predicted, target, torch.rand(rows, 1, generator=generator).double()
+    target = torch.rand(rows, outputs, generator=generator).round().double()
+    return predicted, target, torch.rand(rows, outputs, generator=generator).double()
+
+
+class TestWeightedLoss:
+    @pytest.mark.parametrize("kind", LOSSES)
+    def test_is_the_mean_of_weighted_losses(self, kind):
+        predicted, target, weight = batch(kind)
+        if kind == "cross_entropy":
+            losses = -torch.log_softmax(predicted, 1)[torch.arange(6), target][:, None]
+        elif kind == "binary_cross_entropy":
+            chance = torch.sigmoid(predicted)
+            losses = -(target * chance.log() + (1 - target) * (1 - chance).log())
+        else:
+            losses = (predicted - target) ** 2
+        torch.testing.assert_close(
+            WeightedLoss(kind)((predicted, weight), target), (weight * losses).mean()
+        )
+
+    @pytest.mark.parametrize("kind", LOSSES)
+    def test_rows_of_weight_zero_do_not_matter(self, kind):
+        predicted, target, weight = batch(kind)
+        weight[4:] = 0
+        other_predicted, other_target, _ = batch(kind, seed=1)
+        changed = predicted.clone()
+        changed[4:], target_changed = other_predicted[4:], target.clone()
+        target_changed[4:] = other_target[4:]
+        gradients, losses = [], []
+        for outputs, truth in ((predicted, target), (changed, target_changed)):
+            outputs.requires_grad_()
+            loss = WeightedLoss(kind)((outputs, weight), truth)
+            loss.backward()
+            gradients.append(outputs.grad)
+            losses.append(loss.detach())
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(gradients[0][:4], gradients[1][:4])
+        assert all(torch.count_nonzero(gradient[4:]) == 0 for gradient in gradients)
+
+    @pytest.mark.parametrize("kind", LOSSES)
+    def test_a_weight_of_two_is_a_row_twice(self, kind):
+        predicted, target, weight = batch(kind)
+        weight = torch.ones_like(weight)
+        twice = [torch.cat([t, t[:1]]) for t in (predicted, target, weight)]
+        weight[0] = 2
+        once = WeightedLoss(kind)((predicted, weight), target) * 6
+        torch.testing.assert_close(once, WeightedLoss(kind)((twice[0], twice[2]), twice[1]) * 7)
+
+    @pytest.mark.parametrize("kind", LOSSES)
+    def test_a_batch_without_weight_is_no_nan(self, kind):
+        predicted, target, weight = batch(kind)
+        assert WeightedLoss(kind)((predicted, 0 * weight), target) == 0
+
+
+class TestDataset:
+    @pytest.fixture
+    def data(self, zoo):
+        rng = np.random.default_rng(0)
+        return TrainingData(zoo, rng.integers(3, size=60), rng.random((60, 1)).astype(np.float32))
+
+    def test_a_batch_is_one_read(self, data, monkeypatch):
+        reads = []
+        read = LoRACollection.read
+        monkeypatch.setattr(
+            LoRACollection, "read", lambda X, rows=None: reads.append(rows) or read(X, rows)
+        )
+        loader = torch.utils.data.DataLoader(
+            LoRADataset(data), batch_size=16, shuffle=True, collate_fn=lambda batch: batch
+        )
+        batches = list(loader)
+        assert [len(rows) for rows in reads] == [16, 16, 16, 12]
+        for rows, (inputs, target) in zip(reads, batches, strict=True):
+            np.testing.assert_array_equal(inputs["rows"], np.asarray(data.loras)[rows])
+            np.testing.assert_array_equal(inputs["weight"], data.weights[rows])
+            np.testing.assert_array_equal(target, data.targets[rows])
+
+    def test_one_item_is_a_batch_of_one(self, data):
+        inputs, target = LoRADataset(data)[7]
+        assert inputs["rows"].shape == (1, data.loras.layout.width)
+        assert target == data.targets[7]
+
+    def test_taking_rows_copies_no_weights(self, data):
+        part = data.take(np.array([3, 5]))
+        assert part.loras._store is data.loras._store
+        np.testing.assert_array_equal(part.targets, data.targets[[3, 5]])
+
+    def test_read_only_blocks_make_no_warning(self, data):
+        flat = np.asarray(data.loras).copy()
+        flat.flags.writeable = False
+        loras = LoRACollection.from_array(flat, data.loras.layout)
+        [(_, block)] = iter_blocks(loras, CPU, 1)
+        np.testing.assert_array_equal(block, flat)
+
+
+class TestSplitValidation:
+    def split(self, keys, fraction=0.2, seed=0, classes=True):
+        keys = np.asarray(keys)
+        return split_validation(
+            keys.reshape(len(keys), -1), fraction, np.random.RandomState(seed), classes=classes
+        )
+
+    @pytest.mark.parametrize("n_rows", [30, 33, 100, 1000])
+    def test_is_a_partition_of_the_wanted_size(self, n_rows):
+        training, validation = self.split(np.arange(n_rows) % 2)
+        np.testing.assert_array_equal(
+            np.sort(np.concatenate([training, validation])), np.arange(n_rows)
+        )
+        assert len(validation) == max(10, round(0.2 * n_rows))
+
+    def test_classes_keep_their_shares(self):
+        labels = np.repeat([0, 1, 2], [100, 50, 10])
+        _, validation = self.split(labels)
+        np.testing.assert_array_equal(np.bincount(labels[validation]), [20, 10, 2])
+
+    def test_quantiles_keep_their_shares(self):
+        values = np.random.default_rng(0).normal(size=500)
+        _, validation = self.split(values, classes=False)
+        assert abs(values[validation].mean() - values.mean()) < 0.02
+        assert abs(values[validation].std() - values.std()) < 0.05
+
+    def test_label_sets_keep_their_shares(self):
+        labels = np.random.default_rng(0).integers(2, size=(400, 3))
+        _, validation = self.split(labels, classes=False)
+        np.testing.assert_allclose(labels[validation].mean(0), labels.mean(0), atol=0.05)
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_no_class_leaves_the_training_rows(self, seed):
+        labels = np.concatenate([np.zeros(60, int), np.arange(1, 20)])
+        training, _ = self.split(labels, fraction=0.5, seed=seed)
+        assert set(labels[training]) == set(range(20))
+
+    @pytest.mark.parametrize("n_rows", [2, 10, 29])
+    def test_few_rows_are_all_trained_on(self, n_rows):
+        training, validation = self.split(np.arange(n_rows) % 2)
+        np.testing.assert_array_equal(training, np.arange(n_rows))
+        assert validation is None
+
+    def test_rows_of_one_key_are_drawn_at_random(self):
+        picks = [self.split(np.zeros(100, int), seed=seed)[1] for seed in range(2)]
+        assert not np.array_equal(*picks)
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "batch_size", "expected"), [(1, 64, 1), (20, 64, 5), (1000, 64, 64), (9, 2, 2)]
+)
+def test_training_batch_size_leaves_four_steps(n_rows, batch_size, expected):
+    assert training_batch_size(n_rows, batch_size) == expected
+
+
+class TestSeeded:
+    def test_same_numbers_inside(self):
+        with seeded(3, CPU):
+            first = torch.randn(4)
+        with seeded(3, CPU):
+            torch.testing.assert_close(torch.randn(4), first)
+
+    def test_generator_outside_is_untouched(self):
+        torch.manual_seed(1)
+        expected = torch.randn(4)
+        torch.manual_seed(1)
+        with seeded(3, CPU):
+            torch.randn(7)
+        torch.testing.assert_close(torch.randn(4), expected)
+
+
+class TestWeightedMoments:
+    def test_blocks_make_no_difference(self):
+        rng = np.random.default_rng(0)
+        values, weights = rng.normal(size=(50, 3)) * [1, 1e-3, 10] + [1e6, 0, -3], rng.random(50)
+        mean = np.average(values, axis=0, weights=weights)
+        scale = np.sqrt(np.average((values - mean) ** 2, axis=0, weights=weights))
+        for size in (1, 7, 50):
+            parts = [slice(start, start + size) for start in range(0, 50, size)]
+            moments = weighted_moments(
+                (torch.from_numpy(values[rows]), weights[rows]) for rows in parts
+            )
+            np.testing.assert_allclose(moments[0], mean, rtol=1e-12)
+            np.testing.assert_allclose(moments[1], scale, rtol=1e-8)
+
+    def test_rows_of_weight_zero_do_not_matter(self):
+        values, weights = torch.randn(10, 2).double(), np.repeat([0.0, 1.0], 5)
+        part, whole = ([(values[5:], weights[5:])], [(values[:5], weights[:5])])
+        for one, other in zip(weighted_moments(part), weighted_moments(whole + part), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+class TestTrain:
+    settings = TrainingSettings(
+        lr=0.05,
+        weight_decay=0.0,
+        optimizer="adamw",
+        max_epochs=40,
+        batch_size=16,
+        patience=5,
+        callbacks=(),
+        verbose=0,
+    )
+
+    @pytest.fixture
+    def data(self, zoo):
+        rows = np.asarray(zoo)
+        target = rows[:, :1] - 2 * rows[:, 1:2]
+        return TrainingData(zoo, target.astype(np.float32), np.ones((60, 1), np.float32))
+
+    @pytest.fixture
+    def net(self, zoo):
+        torch.manual_seed(0)
+        return nn.Linear(zoo.layout.width, 1)
+
+    def train(self, net, data, validation=None, optimizer_state=None, **changes):
+        return train(
+            net,
+            lambda rows: net(rows.float()),
+            "squared_error",
+            data,
+            validation,
+            self.settings._replace(**changes),
+            device=CPU,
+            optimizer_state=optimizer_state,
+        )
+
+    @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+    def test_every_optimizer_learns(self, optimizer, net, data):
+        history, _ = self.train(net, data, optimizer=optimizer)
+        assert history[-1]["train_loss"] < 0.1 * history[0]["train_loss"]
+
+    def test_learning_rate_falls_along_half_a_cosine(self, net, data):
+        history, _ = self.train(net, data, max_epochs=10)
+        rates = [epoch["event_lr"] for epoch in history]
+        np.testing.assert_allclose(rates, 0.025 * (1 + np.cos(np.pi * np.arange(10) / 10)))
+
+    def test_stops_early_with_the_best_weights(self, net, data):
+        rng = np.random.default_rng(0)
+        noise = TrainingData(data.loras, rng.normal(size=(60, 1)).astype(np.float32), data.weights)
+        training, validation = noise.take(np.arange(30)), noise.take(np.arange(30, 60))
+        history, _ = self.train(net, training, validation)
+        losses = [epoch["valid_loss"] for epoch in history]
+        assert len(history) < 40
+        assert len(history) == np.argmin(losses) + 1 + 5
+        outputs = net(torch.tensor(np.asarray(validation.loras)).float())
+        loss = (outputs - torch.from_numpy(validation.targets)).square().mean().item()
+        assert loss == pytest.approx(min(losses), rel=1e-5)
+
+    def test_history_is_numbers(self, net, data):
+        history, _ = self.train(net, data, max_epochs=2)
+        assert [epoch["epoch"] for epoch in history] == [1, 2]
+        assert all(
+            isinstance(value, (int, float, bool)) for row in history for value in row.values()
+        )
+
+    @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+    def test_optimizer_state_carries_over(self, optimizer, net, data):
+        """Two calls are one of twice as many epochs, when the order of the rows is the same."""
+        changes = {"batch_size": 60, "decay": False, "optimizer": optimizer, "lr": 0.01}
+        start = {name: value.clone() for name, value in net.state_dict().items()}
+        self.train(net, data, max_epochs=4, **changes)
+        expected = net.weight.detach().clone()
+        net.load_state_dict(start)
+        _, state = self.train(net, data, max_epochs=2, **changes)
+        assert all(isinstance(value, np.ndarray) for value in state.values())
+        self.train(net, data, max_epochs=2, optimizer_state=state, **changes)
+        torch.testing.assert_close(net.weight.detach(), expected, rtol=1e-4, atol=1e-6)
+
+    def test_divergence_is_said(self, net, data):
+        with pytest.raises(ValueError, match=r"diverged.*lr=1e\+30.*smaller lr"):
+            self.train(net, data, optimizer="sgd", lr=1e30)
+
+    def test_an_interrupt_is_passed_on(self, net, data, monkeypatch):
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(WeightedLoss, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            self.train(net, data)
