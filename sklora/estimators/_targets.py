@@ -160,7 +160,7 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
         return len(self.classes_)
 
     def _check_targets(self, y: Any) -> NDArray[Any]:
-        y = check_array(y, ensure_2d=False, dtype=None, input_name="y")
+        y = check_array(y, ensure_2d=False, allow_nd=True, dtype=None, input_name="y")
         check_classification_targets(y)
         kind = type_of_target(y)
         if kind == "multiclass-multioutput":
@@ -189,15 +189,17 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
     def _encode(
         self, y: NDArray[Any], weights: NDArray[np.float64]
     ) -> tuple[NDArray[Any], NDArray[np.float64]]:
+        expected = (len(y), len(self.classes_)) if self.multilabel_ else (len(y),)
+        if y.shape != expected:
+            wanted = f"{len(self.classes_)} labels" if self.multilabel_ else "one class per adapter"
+            raise ValueError(
+                f"y has shape {y.shape}, but the estimator was fitted on {wanted}. Give an array "
+                f"of shape {expected}, or fit anew."
+            )
         if self.multilabel_:
-            if y.ndim != 2 or y.shape[1] != len(self.classes_):
-                raise ValueError(
-                    f"y has shape {y.shape}, but the estimator was fitted on "
-                    f"{len(self.classes_)} labels. Give an indicator matrix of as many columns."
-                )
             return y.astype(np.float32), weights[:, None] * self._label_weights(y)
         unknown = np.setdiff1d(y, self.classes_)
-        if y.ndim != 1 or len(unknown):
+        if len(unknown):
             raise ValueError(
                 f"y holds the classes {unknown.tolist()}, which are not among those fitted, "
                 f"{self.classes_.tolist()}. Fit anew, or name all classes in the first partial_fit."
@@ -300,7 +302,9 @@ class NetRegressor(MultiOutputMixin, RegressorMixin, BaseNetEstimator):
         return self.target_mean_.size
 
     def _check_targets(self, y: Any) -> NDArray[Any]:
-        targets: NDArray[Any] = check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
+        targets: NDArray[Any] = check_array(
+            y, ensure_2d=False, allow_nd=True, dtype=np.float64, input_name="y"
+        )
         if targets.ndim > 2:
             raise ValueError(f"y has shape {targets.shape}; give (n_adapters,) or (n_adapters, k).")
         return targets

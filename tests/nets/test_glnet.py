@@ -167,10 +167,9 @@ def test_exports_with_any_batch_size_and_rank(random_factors):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_same_outputs_on_cuda(random_factors):
+def test_same_outputs_on_cuda(random_factors, cuda):
     net = make_net()
     factors = random_factors(GROUPS, batch=4, rank=2)
     expected = net(factors)
-    outputs = net.cuda()([(U.cuda(), V.cuda()) for U, V in factors])
+    outputs = net.to(cuda)([(U.to(cuda), V.to(cuda)) for U, V in factors])
     torch.testing.assert_close(outputs.cpu(), expected)

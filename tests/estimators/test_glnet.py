@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sklora.collection import LoRACollection, LoRALayout
+from sklora.estimators import GLNetClassifier, GLNetRegressor
+from sklora.estimators.glnet import cut_factors
+from sklora.testing import apply_gauge, assert_gauge_invariant
+
+MIXED = [[2, 1, 0], [1, 2, 2], [0, 1, 1], [2, 2, 2]] * 15
+
+
+@pytest.fixture
+def mixed(random_loras, rng):
+    """Adapters of mixed ranks, some of which lack a module."""
+    return random_loras(rng, 60, rank=MIXED)
+
+
+class TestCutFactors:
+    def test_is_the_collection_module_by_module(self, mixed):
+        layout = mixed.layout
+        factors, side = cut_factors(torch.from_numpy(np.asarray(mixed)), layout)
+        assert side is None
+        for group, pair in zip(layout.groups, factors, strict=True):
+            for member, position in enumerate(group.index):
+                for row, adapter in enumerate(mixed):
+                    for factor, expected in zip(
+                        pair, adapter.get(layout.names[position], ()), strict=False
+                    ):
+                        found = factor[member, :, row]
+                        rank = expected.shape[1]
+                        np.testing.assert_array_equal(found[:, :rank], expected)
+                        assert torch.count_nonzero(found[:, rank:]) == 0
+
+    def test_pads_modules_to_the_rank_of_their_group(self):
+        layout = LoRALayout([("a", 3, 2, 1), ("b", 3, 2, 4)])
+        [(U, V)], _ = cut_factors(torch.ones(5, layout.width), layout)
+        assert U.shape == (2, 3, 5, 4)
+        assert V.shape == (2, 2, 5, 4)
+        assert torch.count_nonzero(U[0, ..., 1:]) == torch.count_nonzero(V[0, ..., 1:]) == 0
+
+    def test_plain_rows(self):
+        rows = torch.randn(5, 3)
+        [(U, V)], side = cut_factors(rows, LoRALayout.rows(3))
+        torch.testing.assert_close(torch.einsum("aibr,ajbr->bi", U, V), rows)
+        assert side is None
+
+    def test_side_features(self):
+        layout = LoRALayout([("a", 3, 2, 1)], side=[("magnitude", 3)])
+        rows = torch.randn(4, layout.width)
+        torch.testing.assert_close(cut_factors(rows, layout)[1], rows[:, -3:])
+
+
+@pytest.mark.parametrize("head", ["flatten", "mean"])
+@pytest.mark.parametrize("nonlinearity", ["sigmoid", "silu", "sign_relu"])
+@pytest.mark.parametrize(
+    ("dtype", "condition", "rtol"), [(np.float64, 1e4, 1e-7), (np.float32, 1e2, 1e-3)]
+)
+def test_theorem_1_predictions_are_invariant(
+    head, nonlinearity, dtype, condition, rtol, random_loras, rng, quick
+):
+    X = random_loras(rng, 60, rank=MIXED, dtype=dtype)
+    y = np.array([sum(np.linalg.norm(U @ V.T) for U, V in adapter.values()) for adapter in X])
+    model = quick(GLNetRegressor, head=head, nonlinearity=nonlinearity, n_layers=3)
+    assert_gauge_invariant(model.fit(X, y), X, condition=condition, rtol=rtol, random_state=0)
+
+
+def test_training_is_invariant(zoo, targets, quick):
+    model = quick(GLNetClassifier, max_epochs=20)
+    moved = apply_gauge(zoo, condition=10.0, random_state=0)
+    expected = model.fit(zoo, targets["multilabel"]).predict_proba(zoo)
+    found = model.fit(moved, targets["multilabel"]).predict_proba(zoo)
+    np.testing.assert_allclose(found, expected, atol=1e-2)
+
+
+def test_statistics_are_invariant(zoo, traces, quick):
+    moved = apply_gauge(zoo, condition=10.0, random_state=0)
+    one, other = (quick(GLNetRegressor).fit(X, traces).weights_ for X in (zoo, moved))
+    for name in ("module_scale", "standardize.mean", "standardize.scale"):
+        np.testing.assert_allclose(one[name], other[name], rtol=1e-3, atol=1e-5)
+
+
+def test_module_scale_is_from_the_training_norms(zoo, traces, quick):
+    weights = np.linspace(0, 1, 60)
+    model = quick(GLNetRegressor).fit(zoo, traces, sample_weight=weights)
+    scales = dict(zip(["q", "v", "k"], model.weights_["module_scale"], strict=True))
+    for name, scale in scales.items():
+        updates = np.array([U @ V.T for U, V in (adapter[name] for adapter in zoo)])
+        squares = (updates**2).mean(axis=(1, 2))
+        assert scale == pytest.approx(np.average(squares, weights=weights) ** -0.25, rel=1e-5)
+
+
+def test_size_of_the_updates_does_not_matter(zoo, traces, quick):
+    large = LoRACollection.from_array(np.asarray(zoo) * 1e3, zoo.layout)
+    one, other = (quick(GLNetRegressor).fit(X, traces).predict(X) for X in (zoo, large))
+    np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_a_module_without_updates(random_loras, rng, quick):
+    X = random_loras(rng, 60, rank=[[2, 0, 1]] * 60, layout=random_loras(rng, 1).layout)
+    model = quick(GLNetRegressor).fit(X, rng.normal(size=60))
+    assert all(np.isfinite(weight).all() for weight in model.weights_.values())
+    assert np.isfinite(model.predict(X)).all()
+
+
+def test_takes_any_rank_at_predict(zoo, traces, random_loras, rng, quick):
+    model = quick(GLNetRegressor).fit(zoo, traces)
+    wide = zoo.with_layout(zoo.layout.with_ranks([4, 3, 2]))
+    np.testing.assert_allclose(model.predict(wide), model.predict(zoo), rtol=1e-10)
+    doubled = [
+        {name: (np.hstack([U, U]), np.hstack([V, V]) / 2) for name, (U, V) in adapter.items()}
+        for adapter in zoo
+    ]
+    X = LoRACollection.from_factors(doubled)
+    assert X.layout.ranks == (4, 4, 4)
+    np.testing.assert_allclose(model.predict(X), model.predict(zoo), rtol=1e-8)
+
+
+def test_a_missing_module_is_the_zero_update(zoo, traces, quick):
+    model = quick(GLNetRegressor).fit(zoo, traces)
+    lacking = [{name: pair for name, pair in zoo[i].items() if name != "v"} for i in range(5)]
+    zeros = [{name: (U, V * (name != "v")) for name, (U, V) in zoo[i].items()} for i in range(5)]
+    one, other = (
+        model.predict(LoRACollection.from_factors(factors, layout=zoo.layout))
+        for factors in (lacking, zeros)
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-10)
+
+
+def test_side_features_are_read(zoo, rng, quick):
+    layout = LoRALayout(zoo.layout.modules, side=[("magnitude", 2)])
+    side = rng.normal(size=(60, 2)) * 100 + 1e4
+    X = LoRACollection.from_array(np.hstack([np.asarray(zoo), side]), layout)
+    model = quick(GLNetRegressor, max_epochs=100, lr=0.02, early_stopping=False)
+    assert model.fit(X, side[:, 0]).score(X, side[:, 0]) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("mlp_hidden", "shapes"),
+    [(7, [(7, 48), (1, 7)]), ((5, 3), [(5, 48), (3, 5), (1, 3)]), ((), [(1, 48)])],
+)
+def test_mlp_hidden(mlp_hidden, shapes, zoo, traces, quick):
+    model = quick(GLNetRegressor, mlp_hidden=mlp_hidden).fit(zoo, traces)
+    weights = [w.shape for n, w in model.weights_.items() if n.startswith("mlp") and w.ndim == 2]
+    assert weights == shapes
+
+
+@pytest.mark.parametrize("mlp_hidden", [(0,), (4, "a"), (2.5,)])
+def test_bad_widths(mlp_hidden, zoo, traces, quick):
+    with pytest.raises(ValueError, match=r"mlp_hidden=.*integers of at least 1"):
+        quick(GLNetRegressor, mlp_hidden=mlp_hidden).fit(zoo, traces)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value"), [("head", "max"), ("mlp_hidden", 0), ("n_layers", 0)]
+)
+def test_parameters_are_checked(parameter, value, zoo, traces, quick):
+    with pytest.raises(ValueError, match=f"'{parameter}' parameter"):
+        quick(GLNetRegressor, **{parameter: value}).fit(zoo, traces)
+
+
+def test_docstring_shows_the_defaults():
+    assert "hidden_dim : int, default=32" in GLNetClassifier.__doc__
+    assert 'optimizer : {"adamw", "adam", "sgd"}, default="adamw"' in GLNetRegressor.__doc__
+    assert "$" not in GLNetClassifier.__doc__ + GLNetRegressor.__doc__
+    assert "class_weight" not in GLNetRegressor.__doc__

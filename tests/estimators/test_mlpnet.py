@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sklora.collection import LoRACollection
+from sklora.estimators import MLPNetClassifier, MLPNetRegressor
+from sklora.testing import assert_gauge_invariant
+
+
+@pytest.mark.parametrize("group", ["GL", "O"])
+def test_theorem_1_does_not_hold_on_raw_factors(group, zoo, targets, quick):
+    model = quick(MLPNetClassifier).fit(zoo, targets["binary"])
+    with pytest.raises(AssertionError, match="not invariant"):
+        assert_gauge_invariant(model, zoo, group=group, condition=10.0, random_state=0)
+
+
+def test_standardises_by_weighted_moments(zoo, traces, quick):
+    weights, flat = np.linspace(0, 1, 60), np.asarray(zoo)
+    model = quick(MLPNetRegressor).fit(zoo, traces, sample_weight=weights)
+    mean = np.average(flat, axis=0, weights=weights)
+    scale = np.sqrt(np.average((flat - mean) ** 2, axis=0, weights=weights))
+    np.testing.assert_allclose(model.weights_["standardize.mean"], mean, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(model.weights_["standardize.scale"], scale, rtol=1e-5)
+
+
+def test_unit_and_origin_of_features_do_not_matter(quick, rng):
+    X, units = rng.normal(size=(60, 5)), np.array([1e-6, 1.0, 1e3, 1.0, 1.0])
+    one, other = (
+        quick(MLPNetRegressor).fit(flat, X[:, 0]).predict(flat) for flat in (X, X * units + 1e5)
+    )
+    np.testing.assert_allclose(one[1:], other[1:], atol=1e-2)
+
+
+def test_a_constant_feature_is_ignored(quick, rng):
+    X = np.column_stack([rng.normal(size=60), np.full(60, 7.7)])
+    model = quick(MLPNetRegressor).fit(X, X[:, 0])
+    assert model.weights_["standardize.scale"][1] == 1
+    assert np.isfinite(model.predict(X)).all()
+
+
+def test_takes_no_rank_above_the_fitted_one(zoo, traces, quick):
+    model = quick(MLPNetRegressor).fit(zoo, traces)
+    U, V = np.ones((5, 3)), np.ones((5, 3))
+    X = LoRACollection.from_factors([{"k": (U, V)}], layout=zoo.layout.with_ranks([2, 3, 2]))
+    with pytest.raises(ValueError, match=r"module 'k'.*rank 3.*rank 2.*svd, dense, gl-net"):
+        model.predict(X)
+
+
+def test_lower_ranks_are_padded(zoo, traces, quick):
+    model = quick(MLPNetRegressor).fit(zoo, traces)
+    factors = [{name: (U[:, :1], V[:, :1]) for name, (U, V) in adapter.items()} for adapter in zoo]
+    small = LoRACollection.from_factors(factors)
+    assert small.layout.ranks == (1, 1, 1)
+    np.testing.assert_array_equal(
+        model.predict(small), model.predict(small.with_layout(zoo.layout))
+    )
+
+
+@pytest.mark.parametrize("n_layers", [0, 1, 3])
+def test_n_layers(n_layers, zoo, traces, quick):
+    model = quick(MLPNetRegressor, n_layers=n_layers).fit(zoo, traces)
+    assert sum(weight.ndim == 2 for weight in model.weights_.values()) == n_layers + 1
+
+
+def test_docstring_shows_the_defaults():
+    assert "hidden_dim : int, default=128" in MLPNetClassifier.__doc__
+    assert "$" not in MLPNetClassifier.__doc__ + MLPNetRegressor.__doc__

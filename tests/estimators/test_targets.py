@@ -1,0 +1,267 @@
+"""Classes, labels and numbers as targets."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+from scipy.special import expit, softmax
+from sklearn.exceptions import DataConversionWarning
+from sklearn.model_selection import cross_val_predict
+from sklearn.utils import get_tags
+
+
+class TestClassifier:
+    def test_binary(self, classifier, zoo, targets, quick):
+        model = quick(classifier).fit(zoo, targets["binary"])
+        proba, decision, predicted = (
+            getattr(model, name)(zoo) for name in ("predict_proba", "decision_function", "predict")
+        )
+        assert model.classes_.tolist() == ["no", "yes"]
+        assert proba.shape == (60, 2)
+        assert decision.shape == (60,)
+        np.testing.assert_allclose(proba.sum(1), 1)
+        np.testing.assert_allclose(proba[:, 1], expit(decision))
+        np.testing.assert_array_equal(predicted, np.where(decision > 0, "yes", "no"))
+
+    def test_multiclass(self, classifier, zoo, targets, quick):
+        model = quick(classifier).fit(zoo, targets["multiclass"])
+        proba, decision = model.predict_proba(zoo), model.decision_function(zoo)
+        assert model.classes_.tolist() == ["low", "mid", "top"]
+        assert proba.shape == decision.shape == (60, 3)
+        np.testing.assert_allclose(proba, softmax(decision, axis=1))
+        np.testing.assert_array_equal(model.predict(zoo), model.classes_[proba.argmax(1)])
+
+    def test_multilabel(self, classifier, zoo, targets, quick):
+        model = quick(classifier).fit(zoo, targets["multilabel"])
+        proba, decision = model.predict_proba(zoo), model.decision_function(zoo)
+        assert model.classes_.tolist() == [0, 1, 2]
+        assert isinstance(proba, np.ndarray)
+        np.testing.assert_allclose(proba, expit(decision))
+        np.testing.assert_array_equal(model.predict(zoo), (proba > 0.5).astype(int))
+        assert model.score(zoo, targets["multilabel"]) >= 0
+
+    @pytest.mark.parametrize("kind", ["binary", "multiclass", "multilabel"])
+    def test_learns(self, kind, classifier, zoo, targets, quick):
+        model = quick(classifier, hidden_dim=8, max_epochs=80, lr=0.02, early_stopping=False).fit(
+            zoo, targets[kind]
+        )
+        assert (model.predict(zoo) == targets[kind]).mean() > 0.95
+
+    @pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
+    def test_cross_validated_probabilities(self, kind, classifier, zoo, targets, quick):
+        proba = cross_val_predict(
+            quick(classifier), zoo, targets[kind], cv=2, method="predict_proba"
+        )
+        assert proba.shape == (60, 3)
+
+    @pytest.mark.parametrize("values", [(0, 1), (-1.0, 1.0), (False, True), ("b", "a")])
+    def test_classes_of_any_type(self, values, classifier, zoo, quick):
+        y = np.array(values)[np.arange(60) % 2]
+        model = quick(classifier).fit(zoo, y)
+        np.testing.assert_array_equal(model.classes_, np.unique(y))
+        assert model.predict(zoo).dtype == y.dtype
+
+    def test_a_column_of_classes_is_flattened(self, classifier, zoo, targets, quick):
+        with pytest.warns(DataConversionWarning, match="column-vector"):
+            model = quick(classifier).fit(zoo, targets["binary"][:, None])
+        assert model.predict(zoo).shape == (60,)
+
+    def test_tags(self, classifier):
+        tags = get_tags(classifier())
+        assert tags.estimator_type == "classifier"
+        assert tags.classifier_tags.multi_class
+        assert tags.classifier_tags.multi_label
+        assert tags.target_tags.required
+        assert not tags.input_tags.sparse
+
+    @pytest.mark.parametrize("y", [np.zeros(60), np.repeat("only", 60)])
+    def test_one_class(self, y, classifier, zoo, quick):
+        with pytest.raises(ValueError, match=r"at least two classes.*one class only"):
+            quick(classifier).fit(zoo, y)
+
+    def test_one_class_of_positive_weight(self, classifier, zoo, targets, quick):
+        y = targets["binary"]
+        with pytest.raises(ValueError, match=r"one class only: .*yes"):
+            quick(classifier).fit(zoo, y, sample_weight=(y == "yes").astype(float))
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda traces: traces, "Unknown label type: continuous"),
+            (lambda traces: np.column_stack([traces, traces]), "Unknown label type"),
+            (lambda traces: np.arange(120).reshape(60, 2) % 3, "multiclass-multioutput.*Fit one"),
+            (lambda traces: np.where(traces > 0, np.nan, 1.0), "Input y contains NaN"),
+        ],
+    )
+    def test_targets_of_another_kind(self, make, message, classifier, zoo, traces, quick):
+        with pytest.raises(ValueError, match=message):
+            quick(classifier).fit(zoo, make(traces))
+
+
+class TestClassWeight:
+    def test_is_a_sample_weight(self, classifier, zoo, targets, quick, same_state):
+        y = targets["multiclass"]
+        by_class = {"low": 1.0, "mid": 5.0, "top": 0.5}
+        weights = np.array([by_class[label] for label in y])
+        one = quick(classifier, class_weight=by_class).fit(zoo, y)
+        assert same_state(one, quick(classifier).fit(zoo, y, sample_weight=weights))
+
+    def test_balanced(self, classifier, zoo, traces, quick, same_state):
+        y = (traces > 2).astype(int)
+        counts = np.bincount(y)
+        weights = {label: 60 / (2 * count) for label, count in enumerate(counts)}
+        one, other = (
+            quick(classifier, class_weight=class_weight).fit(zoo, y)
+            for class_weight in ("balanced", weights)
+        )
+        assert same_state(one, other)
+        assert not same_state(one, quick(classifier).fit(zoo, y))
+
+    def test_weight_zero_is_leaving_out_of_the_loss(self, classifier, zoo, targets, quick):
+        y = targets["multiclass"]
+        model = quick(
+            classifier, class_weight={"low": 1, "mid": 0, "top": 1}, max_epochs=40, lr=0.02
+        )
+        assert "mid" not in model.fit(zoo, y).predict(zoo)
+
+    def test_multilabel_weighs_every_label(self, classifier, zoo, targets, quick, same_state):
+        y = targets["multilabel"]
+        balanced = [
+            {value: 60 / (2 * count) for value, count in enumerate(np.bincount(y[:, label]))}
+            for label in range(3)
+        ]
+        models = [
+            quick(classifier, class_weight=class_weight).fit(zoo, y)
+            for class_weight in (None, "balanced", balanced, [*balanced[:2], {0: 1, 1: 50}])
+        ]
+        assert same_state(models[1], models[2])
+        assert not same_state(models[0], models[1])
+        shares = [model.predict_proba(zoo)[:, 2].mean() for model in models]
+        assert shares[3] > max(shares[:3])
+
+    def test_a_label_that_is_always_there(self, classifier, zoo, targets, quick):
+        y = targets["multilabel"].copy()
+        y[:, 1] = 1
+        model = quick(classifier, class_weight="balanced", max_epochs=40, lr=0.02).fit(zoo, y)
+        assert model.predict(zoo)[:, 1].all()
+
+    @pytest.mark.parametrize(
+        ("kind", "class_weight", "message"),
+        [
+            ("multiclass", [{"low": 2}], "class_weight is a list.*multilabel"),
+            ("multiclass", {"bottom": 2}, "class_weight"),
+            ("multilabel", {0: 1, 1: 2}, "for 3 labels give a list of as many dicts"),
+            ("multilabel", [{0: 1}], "for 3 labels give a list of as many dicts"),
+            ("multiclass", "even", "'class_weight' parameter"),
+        ],
+    )
+    def test_bad_ones(self, kind, class_weight, message, classifier, zoo, targets, quick):
+        with pytest.raises(ValueError, match=message):
+            quick(classifier, class_weight=class_weight).fit(zoo, targets[kind])
+
+
+class TestPartialFit:
+    def test_classes_may_come_later(self, classifier, zoo, targets, quick):
+        y = targets["multiclass"]
+        model = quick(classifier)
+        for label in ("low", "mid", "top"):
+            model.partial_fit(zoo[y == label], y[y == label], classes=["top", "mid", "low"])
+        assert model.classes_.tolist() == ["low", "mid", "top"]
+        assert model.predict_proba(zoo).shape == (60, 3)
+
+    def test_labels_need_no_classes(self, classifier, zoo, targets, quick):
+        model = quick(classifier).partial_fit(zoo, targets["multilabel"])
+        assert model.predict(zoo[:4]).shape == (4, 3)
+
+    @pytest.mark.parametrize(
+        ("kind", "change", "message"),
+        [
+            ("binary", lambda y: {"y": np.where(y == "no", "not", y)}, "classes.*'not'"),
+            ("binary", lambda y: {"classes": ["a", "b"]}, "not those of the first call"),
+            (
+                "multiclass",
+                lambda y: {"y": np.eye(3, dtype=int)[np.arange(60) % 3]},
+                "one class per",
+            ),
+            ("multilabel", lambda y: {"y": y[:, :2]}, r"shape \(60, 2\).*3 labels"),
+            ("multilabel", lambda y: {"y": y[:, 0]}, r"shape \(60,\).*3 labels"),
+        ],
+    )
+    def test_what_does_not_go_on(self, kind, change, message, classifier, zoo, targets, quick):
+        y = targets[kind]
+        classes = None if kind == "multilabel" else np.unique(y)
+        model = quick(classifier).partial_fit(zoo, y, classes=classes)
+        before, expected = copy.deepcopy(vars(model)), model._outputs(zoo)
+        with pytest.raises(ValueError, match=message):
+            model.partial_fit(zoo, **{"y": y, "classes": None} | change(y))
+        assert vars(model).keys() == before.keys()
+        np.testing.assert_array_equal(model._outputs(zoo), expected)
+
+    def test_first_call_needs_classes(self, classifier, zoo, targets, quick):
+        model = quick(classifier)
+        with pytest.raises(ValueError, match="classes must be passed on the first call"):
+            model.partial_fit(zoo, targets["binary"])
+        assert not [name for name in vars(model) if name.endswith("_")]
+
+    def test_balanced_needs_all_of_the_data(self, classifier, zoo, targets, quick):
+        with pytest.raises(ValueError, match="class_weight='balanced' cannot be found from part"):
+            quick(classifier, class_weight="balanced").partial_fit(
+                zoo, targets["binary"], classes=["no", "yes"]
+            )
+
+
+class TestRegressor:
+    @pytest.mark.parametrize("kind", ["single", "many"])
+    def test_learns(self, kind, regressor, zoo, targets, quick):
+        model = quick(regressor, hidden_dim=16, max_epochs=150, lr=0.02, early_stopping=False).fit(
+            zoo, targets[kind]
+        )
+        assert model.predict(zoo).shape == targets[kind].shape
+        assert model.score(zoo, targets[kind]) > 0.95
+
+    def test_one_column_stays_a_column(self, regressor, zoo, traces, quick):
+        flat, column = (quick(regressor).fit(zoo, y) for y in (traces, traces[:, None]))
+        np.testing.assert_array_equal(column.predict(zoo), flat.predict(zoo)[:, None])
+
+    def test_unit_and_origin_of_the_target_do_not_matter(self, regressor, zoo, traces, quick):
+        one, other = (quick(regressor).fit(zoo, y) for y in (traces, 1e6 * traces - 1e7))
+        np.testing.assert_allclose(
+            other.predict(zoo), 1e6 * one.predict(zoo) - 1e7, rtol=1e-3, atol=1e4
+        )
+
+    def test_standardises_by_weighted_moments(self, regressor, zoo, targets, quick):
+        weights = np.linspace(0, 1, 60)
+        model = quick(regressor).fit(zoo, targets["many"], sample_weight=weights)
+        mean = np.average(targets["many"], axis=0, weights=weights)
+        variance = np.average((targets["many"] - mean) ** 2, axis=0, weights=weights)
+        np.testing.assert_allclose(model.target_mean_, mean)
+        np.testing.assert_allclose(model.target_scale_, np.sqrt(variance))
+
+    def test_a_constant_target(self, regressor, zoo, quick):
+        model = quick(regressor, max_epochs=40, lr=0.02).fit(zoo, np.full(60, 1e8 + 0.1))
+        np.testing.assert_allclose(model.predict(zoo), 1e8, atol=2)
+
+    def test_tags(self, regressor):
+        tags = get_tags(regressor())
+        assert tags.estimator_type == "regressor"
+        assert tags.target_tags.multi_output
+        assert tags.target_tags.required
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda y: np.where(y > 0, np.inf, y), "Input y contains infinity"),
+            (lambda y: y[:, None, None], r"y has shape \(60, 1, 1\)"),
+            (lambda y: np.where(y > 0, "a", "b"), "could not convert string to float"),
+        ],
+    )
+    def test_bad_targets(self, make, message, regressor, zoo, traces, quick):
+        with pytest.raises(ValueError, match=message):
+            quick(regressor).fit(zoo, make(traces))
+
+    def test_partial_fit_of_another_number_of_targets(self, regressor, zoo, targets, quick):
+        model = quick(regressor).partial_fit(zoo, targets["single"])
+        with pytest.raises(ValueError, match=r"shape \(60, 2\).*fitted on targets of shape"):
+            model.partial_fit(zoo, targets["many"])
