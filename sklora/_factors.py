@@ -90,7 +90,11 @@ def flat_from_factors(
     ranks : ndarray of shape (N, n_modules)
     """
     adapters = [_checked(row, mapping) for row, mapping in enumerate(factors)]
-    sides = [{}] * len(adapters) if side is None else [_vectors(mapping) for mapping in side]
+    sides = (
+        [{}] * len(adapters)
+        if side is None
+        else [_vectors(row, mapping) for row, mapping in enumerate(side)]
+    )
     if len(sides) != len(adapters):
         raise ValueError(f"{len(adapters)} adapters have side features of {len(sides)}.")
     if layout is None:
@@ -160,8 +164,16 @@ def _checked_factors(row: int, name: str, pair: tuple[ArrayLike, ArrayLike]) -> 
     return U, V
 
 
-def _vectors(mapping: Mapping[str, ArrayLike]) -> Side:
-    return {name: np.asarray(values).reshape(-1) for name, values in mapping.items()}
+def _vectors(row: int, mapping: Mapping[str, ArrayLike]) -> Side:
+    vectors = {name: np.asarray(values).reshape(-1) for name, values in mapping.items()}
+    for name, vector in vectors.items():
+        compute_dtype(vector.dtype)
+        if not np.isfinite(vector).all():
+            raise ValueError(
+                f"side feature {name!r} of adapter {row} has NaN or infinity; leave the adapter "
+                "out, or mend it."
+            )
+    return vectors
 
 
 def _inferred_layout(

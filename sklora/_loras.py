@@ -8,7 +8,6 @@ from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
-from sklearn.utils import gen_batches
 
 from sklora._factors import LoRAAdapter, flat_from_factors
 from sklora._layout import Factors, LoRALayout, relay
@@ -16,8 +15,8 @@ from sklora._stores import (
     ArrayStore,
     Store,
     available_memory,
+    blocks,
     checked_ids,
-    rows_per_block,
     store_of_array,
 )
 
@@ -248,7 +247,9 @@ class LoRACollection:
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, tuple):
             return self._rows_and_columns(key)
-        if key is Ellipsis:
+        if key is Ellipsis or (
+            isinstance(key, slice) and key.indices(len(self)) == (0, len(self), 1)
+        ):
             return self
         if isinstance(key, Integral) and not isinstance(key, bool):
             return self._adapter(int(key))
@@ -324,7 +325,7 @@ class LoRACollection:
         """
         if bytes_per_adapter is None:
             bytes_per_adapter = self._layout.width * self.dtype.itemsize
-        yield from gen_batches(len(self), rows_per_block(bytes_per_adapter))
+        yield from blocks(len(self), bytes_per_adapter)
 
     def with_layout(self, layout: LoRALayout) -> LoRACollection:
         """Give a view whose rows have room for other ranks.
@@ -410,8 +411,8 @@ class LoRACollection:
         if not isinstance(rows, slice) and not isinstance(columns, (slice, Integral)):
             raise IndexError("pick adapters first and columns then: X[rows][:, columns].")
         picked = self[rows]
-        blocks = [picked.read(batch)[:, columns] for batch in picked.iter_batches()]
-        return np.concatenate(blocks) if blocks else picked.read()[:, columns]
+        parts = [picked.read(batch)[:, columns] for batch in picked.iter_batches()]
+        return np.concatenate(parts) if parts else picked.read()[:, columns]
 
 
 def check_room(loras: LoRACollection, layout: LoRALayout, remedy: str) -> None:

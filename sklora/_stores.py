@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes  # noqa: F401  (tells NumPy that bfloat16 casts safely to float32)
 import numpy as np
 import sklearn
 from numpy.typing import ArrayLike, DTypeLike, NDArray
-from sklearn.utils import gen_batches
 
 from sklora._layout import LoRALayout
 
@@ -212,10 +212,12 @@ def _map_again(
     return MemmapStore(span.open(), span, layout, ranks, ids, rows)
 
 
-def rows_per_block(bytes_per_row: float) -> int:
-    """Give how many rows fit into scikit-learn's `working_memory`; at least one."""
+def blocks(n_rows: int, bytes_per_row: float) -> Iterator[slice]:
+    """Cut rows into blocks of at least one that fit in scikit-learn's `working_memory`."""
     available = sklearn.get_config()["working_memory"] * 2**20
-    return max(1, int(available // bytes_per_row))
+    size = max(1, int(available // bytes_per_row))
+    for start in range(0, n_rows, size):
+        yield slice(start, min(start + size, n_rows))
 
 
 def store_of_array(
@@ -241,7 +243,7 @@ def store_of_array(
     ids = checked_ids(ids, len(array))
     if ranks is None:
         known = np.empty((len(array), layout.n_modules), np.intp)
-        for rows in gen_batches(len(array), rows_per_block(layout.width * dtype.itemsize)):
+        for rows in blocks(len(array), layout.width * dtype.itemsize):
             known[rows] = layout.infer_ranks(np.asarray(array[rows]))
         known.flags.writeable = False
     else:

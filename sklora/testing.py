@@ -6,6 +6,7 @@ invertible ``R``. What an estimator says of an adapter should be unchanged, too.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -341,7 +342,7 @@ def _numbers(output: Any) -> NDArray[Any]:
         # Probabilities of several targets.
         output = np.hstack(output)
     array = output.toarray() if hasattr(output, "toarray") else np.asarray(output)
-    return array.reshape(len(array), -1)
+    return array.reshape(len(array), math.prod(array.shape[1:]))
 
 
 def _assert_close(
@@ -354,7 +355,7 @@ def _assert_close(
 ) -> None:
     if expected.shape != found.shape:
         raise AssertionError(f"{subject}: its output has shape {expected.shape} or {found.shape}.")
-    if not len(expected):
+    if not expected.size:
         raise AssertionError(f"{subject}: there is no output to compare.")
     if expected.dtype.kind == "f":
         rtol = _RTOL[X.dtype] if rtol is None else rtol

@@ -1,0 +1,427 @@
+import copy
+import pickle
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+import pytest
+import sklearn
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sklora._loras
+from sklora.collection import LoRACollection, LoRALayout
+
+LAYOUT = LoRALayout([("q", 3, 2, 2), ("v", 2, 2, 1)], side=[("scale", 1)])
+ROWS = np.arange(1.0, 5 * LAYOUT.width + 1).reshape(5, -1)
+LORAS = LoRACollection.from_array(ROWS, LAYOUT, ids=list("abcde"))
+
+keys = st.one_of(
+    st.slices(5),
+    st.lists(st.integers(-5, 4), max_size=8),
+    st.lists(st.integers(-5, 4), max_size=8).map(lambda rows: np.array(rows, dtype=np.int32)),
+    st.lists(st.booleans(), min_size=5, max_size=5).map(np.array),
+    st.lists(st.booleans(), min_size=5, max_size=5),
+)
+
+
+def pair(n=3, m=2, rank=2, fill=1.0):
+    return np.full((n, rank), fill), np.full((m, rank), fill)
+
+
+class TestFromFactors:
+    def test_missing_modules_are_zero_updates_of_rank_zero(self):
+        X = LoRACollection.from_factors(
+            [{"q": pair(rank=2)}, {"v": pair(rank=1), "q": pair(rank=1)}]
+        )
+        assert X.layout == LoRALayout([("q", 3, 2, 2), ("v", 3, 2, 1)])
+        assert X.ranks.tolist() == [[2, 0], [1, 1]]
+        assert list(X[0]) == ["q"]
+        np.testing.assert_array_equal(X.read(), [[1] * 10 + [0] * 5, [1, 0] * 5 + [1] * 5])
+
+    def test_adapters_make_the_collection_they_came_from(self, random_loras, rng):
+        X = random_loras(rng, 3, rank=[[1, 2, 0], [2, 2, 1], [1, 0, 3]])
+        twin = LoRACollection.from_factors(X, layout=X.layout)
+        np.testing.assert_array_equal(twin.read(), X.read())
+        np.testing.assert_array_equal(twin.ranks, X.ranks)
+
+    def test_a_declared_layout_orders_and_makes_room(self):
+        layout = LoRALayout([("v", 3, 2, 3), ("q", 3, 2, 3)])
+        X = LoRACollection.from_factors([{"q": pair(rank=1)}], layout=layout)
+        assert X.layout == layout
+        assert X.ranks.tolist() == [[0, 1]]
+
+    def test_a_declared_layout_allows_for_no_adapters(self):
+        X = LoRACollection.from_factors([], layout=LAYOUT)
+        assert X.shape == (0, LAYOUT.width)
+        assert list(X) == []
+
+    def test_ids_base_model_and_side(self):
+        X = LoRACollection.from_factors(
+            [{"q": pair()}, {"q": pair()}],
+            ids=["cat", "dog"],
+            side=[{"a": [1.0, 2.0], "b": 3.0}, {"b": [6.0], "a": [4.0, 5.0]}],
+            base_model="sd",
+        )
+        assert X.ids.tolist() == ["cat", "dog"]
+        assert X.layout.base_model == "sd"
+        assert X.layout.side == (("a", 2), ("b", 1))
+        np.testing.assert_array_equal(X[:, X.layout.side_slice], [[1, 2, 3], [4, 5, 6]])
+        assert X[1].id == "dog"
+        np.testing.assert_array_equal(X[1].side["a"], [4, 5])
+        np.testing.assert_array_equal(X[1].side["b"], [6])
+
+    @pytest.mark.parametrize(
+        ("dtype", "stored", "read"),
+        [
+            (np.float16, np.float16, np.float32),
+            (ml_dtypes.bfloat16, ml_dtypes.bfloat16, np.float32),
+            (np.float32, np.float32, np.float32),
+            (np.float64, np.float64, np.float64),
+            (np.int64, np.float64, np.float64),
+        ],
+    )
+    def test_dtypes(self, dtype, stored, read):
+        factors = [{"q": tuple(factor.astype(dtype) for factor in pair(fill=3))}]
+        X = LoRACollection.from_factors(factors)
+        assert X._store.array.dtype == stored
+        for values in (X.read(), np.asarray(X), X[0]["q"][0], X[:, 0]):
+            assert values.dtype == X.dtype == read
+            assert (values == 3).all()
+        assert X.nbytes == np.asarray(X).nbytes
+
+    def test_mixed_dtypes_are_stored_in_their_common_one(self):
+        U, V = pair()
+        X = LoRACollection.from_factors([{"q": (U.astype(np.float16), V.astype(np.float32))}])
+        assert X._store.array.dtype == np.float32
+
+    def test_the_dtype_can_be_chosen(self):
+        X = LoRACollection.from_factors([{"q": pair()}], dtype=np.float16)
+        assert X._store.array.dtype == np.float16
+
+
+class TestRefusedFactors:
+    @pytest.mark.parametrize(
+        ("factors", "message"),
+        [
+            (
+                {"q": (np.ones((3, 2)), np.ones((2, 3)))},
+                r"module 'q' of adapter 1 has U \(3, 2\) and V \(2, 3\), of inner ranks 2 and 3.*"
+                "transpose",
+            ),
+            ({"q": pair(rank=0)}, r"U \(3, 0\) and V \(2, 0\), of rank 0; leave a module out"),
+            ({"q": pair(fill=np.nan)}, r"module 'q' of adapter 1 with U \(3, 2\).* has NaN or inf"),
+            ({"q": pair(fill=np.inf)}, "NaN or infinity; leave the adapter out"),
+            ({"q": pair(n=4)}, r"'q' has updates of shape \(3, 2\) in adapter 0 and .* \(4, 2\)"),
+            ({"q": (np.ones(3), np.ones(2))}, r"has U \(3,\) and V \(2,\); factors are matrices"),
+            ({"q": np.ones((3, 2))}, r"module 'q' of adapter 1 is no pair of factors"),
+            ({"q": 3.0}, r"module 'q' of adapter 1 is no pair of factors"),
+            ({"q": pair(fill=1j)}, "real numbers of at most 64 bits, got dtype complex128"),
+        ],
+    )
+    def test_factors(self, factors, message):
+        with pytest.raises(ValueError, match=message):
+            LoRACollection.from_factors([{"q": pair()}, factors])
+
+    def test_what_is_no_mapping(self):
+        with pytest.raises(TypeError, match=r"adapter 0 is a ndarray; .*from_array"):
+            LoRACollection.from_factors(np.ones((3, 4)))
+
+    @pytest.mark.parametrize(
+        ("factors", "message"),
+        [
+            ([], "no adapters are given; an empty collection needs layout="),
+            ([{}, {}], "no adapter has a module; pass layout="),
+        ],
+    )
+    def test_nothing_to_infer_a_layout_from(self, factors, message):
+        with pytest.raises(ValueError, match=message):
+            LoRACollection.from_factors(factors)
+
+    @pytest.mark.parametrize(
+        ("factors", "message"),
+        [
+            ({"k": pair()}, r"module 'k' of adapter 0, with U \(3, 2\) and V \(2, 2\), is not in"),
+            ({"q": pair(n=4)}, r"has U \(4, 2\) and V \(2, 2\), but .* U \(3, 2\) and V \(2, 2\)"),
+            ({"q": pair(rank=3)}, r"has U \(3, 3\).* raise its ranks with layout\.with_ranks"),
+        ],
+    )
+    def test_what_the_layout_does_not_take(self, factors, message):
+        layout = LoRALayout([("q", 3, 2, 2)])
+        with pytest.raises(ValueError, match=message):
+            LoRACollection.from_factors([factors], layout=layout)
+
+    def test_side_features_have_to_be_complete(self):
+        factors = [{"q": pair()}, {"q": pair()}]
+        with pytest.raises(ValueError, match="2 adapters have side features of 1"):
+            LoRACollection.from_factors(factors, side=[{"a": [1.0]}])
+        with pytest.raises(ValueError, match=r"adapter 1 has side features \{\}, but \{'a': 1\}"):
+            LoRACollection.from_factors(factors, side=[{"a": [1.0]}, {}])
+        with pytest.raises(ValueError, match="side feature 'a' of adapter 1 has NaN or inf"):
+            LoRACollection.from_factors(factors, side=[{"a": [1.0]}, {"a": [np.nan]}])
+
+    def test_two_base_models(self):
+        layout = LoRALayout([("q", 3, 2, 2)], base_model="a")
+        with pytest.raises(ValueError, match=r"base_model='b', but the layout is of 'a'"):
+            LoRACollection.from_factors([{"q": pair()}], layout=layout, base_model="b")
+
+    def test_ids_of_other_length(self):
+        with pytest.raises(ValueError, match=r"ids of shape \(2,\) do not name 1 adapters"):
+            LoRACollection.from_factors([{"q": pair()}], ids=["a", "b"])
+
+    def test_numbers_beyond_the_dtype(self):
+        with pytest.raises(ValueError, match="module 'q' that float16 cannot hold; pass another"):
+            LoRACollection.from_factors([{"q": pair(fill=1e6)}], dtype=np.float16)
+
+
+class TestFromArray:
+    def test_ranks_are_inferred_in_blocks(self, random_loras, rng):
+        X = random_loras(rng, 6, rank=rng.integers(0, 4, size=(6, 3)))
+        with sklearn.config_context(working_memory=2 * X.nbytes / 6 / 2**20):
+            assert len(list(X.iter_batches())) == 3
+            twin = LoRACollection.from_array(X.read(), X.layout)
+        np.testing.assert_array_equal(twin.ranks, X.ranks)
+
+    def test_given_ranks_and_ids(self):
+        X = LoRACollection.from_array(ROWS, LAYOUT, ranks=np.ones((5, 2), int), ids=range(10, 15))
+        assert X.ranks.tolist() == [[1, 1]] * 5
+        assert X[2].id == 12
+
+    @pytest.mark.parametrize("dtype", [bool, np.int8, np.int64, np.float16, np.float32])
+    def test_other_numbers(self, dtype):
+        X = LoRACollection.from_array((ROWS % 2).astype(dtype), LAYOUT)
+        assert X.dtype == (np.float64 if dtype is np.int64 else np.float32)
+        np.testing.assert_array_equal(np.asarray(X), ROWS % 2)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"X": ROWS[:, 1:]}, r"2 modules need rows of 15 columns, got .* \(5, 14\)"),
+            ({"X": ROWS[0]}, r"got an array of shape \(15,\)"),
+            ({"X": ROWS.astype(complex)}, "real numbers"),
+            ({"X": ROWS.astype(object)}, "real numbers"),
+            ({"ids": [1, 2]}, r"ids of shape \(2,\) do not name 5 adapters"),
+            ({"ranks": [[1, 1]]}, r"ranks must be integers of shape \(5, 2\).* got shape \(1, 2\)"),
+            ({"ranks": np.ones((5, 2))}, "dtype float64"),
+            (
+                {"ranks": [[1, 1]] * 4 + [[1, 2]]},
+                r"adapter 4 is said to have rank 2 in module 'v', .* U \(2, 1\) and V \(2, 1\)",
+            ),
+            ({"ranks": [[-1, 1]] * 5}, "adapter 0 is said to have rank -1 in module 'q'"),
+        ],
+    )
+    def test_refused(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            LoRACollection.from_array(**{"X": ROWS, "layout": LAYOUT, **arguments})
+
+
+class TestArrayLike:
+    def test_attributes(self):
+        assert LORAS.shape == (5, 15)
+        assert LORAS.ndim == 2
+        assert len(LORAS) == 5
+        assert LORAS.dtype == np.float64
+        assert LORAS.nbytes == ROWS.nbytes
+        assert LORAS.layout is LAYOUT
+        assert repr(LORAS) == "LoRACollection(n_adapters=5, n_modules=2, width=15, dtype=float64)"
+
+    def test_ids_and_ranks_cannot_be_written_to(self):
+        for values in (LORAS.ids, LORAS.ranks):
+            with pytest.raises(ValueError, match="read-only"):
+                values[0] = values[1]
+
+    def test_a_full_array_is_not_copied(self):
+        assert np.asarray(LORAS) is ROWS
+        assert np.asarray(LORAS[:1]) is not ROWS
+        copied = np.array(LORAS)
+        assert not np.shares_memory(copied, ROWS)
+        np.testing.assert_array_equal(copied, ROWS)
+
+    def test_copies_can_be_forbidden(self):
+        assert np.asarray(LORAS, copy=False) is ROWS
+        with pytest.raises(ValueError, match="takes a copy"):
+            np.asarray(LORAS[:2], copy=False)
+
+    def test_another_dtype(self):
+        assert np.asarray(LORAS, dtype=np.float32).dtype == np.float32
+
+    @pytest.mark.parametrize("available", [100, None])
+    def test_what_does_not_fit_in_memory_is_refused_with_its_size(self, monkeypatch, available):
+        monkeypatch.setattr(sklora._loras, "available_memory", lambda: available)
+        if available is None:
+            assert np.asarray(LORAS[1:]).shape == (4, 15)
+        else:
+            message = r"4 adapters x 15 columns takes 0\.0 GiB as float64, .* SVDSpectrum"
+            with pytest.raises(MemoryError, match=message):
+                np.asarray(LORAS[1:])
+
+    def test_read_gives_arrays_of_ones_own(self):
+        for rows in (None, slice(2), [0, 1]):
+            flat = LORAS.read(rows)
+            flat[:] = 0
+        np.testing.assert_array_equal(LORAS.read([0]), ROWS[:1])
+
+    def test_factors(self):
+        for (U, V), (all_U, all_V) in zip(LORAS.factors([3, 1]), LAYOUT.unpack(ROWS), strict=True):
+            np.testing.assert_array_equal(U, all_U[[3, 1]])
+            np.testing.assert_array_equal(V, all_V[[3, 1]])
+
+    def test_batches_fit_in_working_memory(self):
+        with sklearn.config_context(working_memory=2 * 8 * 15 / 2**20):
+            batches = list(LORAS.iter_batches())
+            assert batches == [slice(0, 2), slice(2, 4), slice(4, 5)]
+            # At least one adapter, however large.
+            assert len(list(LORAS.iter_batches(bytes_per_adapter=1e9))) == 5
+        assert list(LORAS.iter_batches()) == [slice(0, 5)]
+        assert list(LORAS[:0].iter_batches()) == []
+
+
+class TestViews:
+    @given(keys)
+    def test_rows_are_those_of_the_flat_array(self, key):
+        rows = np.array(key, dtype=int) if isinstance(key, list) and not key else key
+        expected = ROWS[rows]
+        for view in (LORAS[key], LORAS[key, ...], LORAS[(key,)]):
+            np.testing.assert_array_equal(np.asarray(view), expected)
+            np.testing.assert_array_equal(view.read(), expected)
+            np.testing.assert_array_equal(view.ids, LORAS.ids[rows])
+            np.testing.assert_array_equal(view.ranks, LORAS.ranks[rows])
+            assert view.shape == expected.shape
+            assert view._store is LORAS._store
+        np.testing.assert_array_equal(LORAS.read(key), expected)
+
+    @given(keys, st.data())
+    def test_views_of_views(self, key, data):
+        view = LORAS[key]
+        second = data.draw(st.lists(st.integers(0, len(view) - 1)) if len(view) else st.just([]))
+        expected = np.asarray(view)[np.array(second, dtype=int)]
+        np.testing.assert_array_equal(np.asarray(view[second]), expected)
+        np.testing.assert_array_equal(view.read(second), expected)
+        np.testing.assert_array_equal(np.asarray(view[::-1]), np.asarray(view)[::-1])
+
+    @given(
+        st.one_of(st.slices(5), st.integers(-5, 4)),
+        st.one_of(
+            st.slices(15),
+            st.integers(-15, 14),
+            st.lists(st.integers(-15, 14), min_size=1),
+            st.lists(st.booleans(), min_size=15, max_size=15).map(np.array),
+        ),
+    )
+    def test_columns_are_those_of_the_flat_array(self, rows, columns):
+        with sklearn.config_context(working_memory=2 * 8 * 15 / 2**20):
+            found = LORAS[rows, columns]
+        np.testing.assert_array_equal(found, ROWS[rows, columns])
+
+    def test_columns_of_picked_rows(self):
+        np.testing.assert_array_equal(LORAS[[2, 0], 3:5], ROWS[[2, 0], 3:5])
+        np.testing.assert_array_equal(LORAS[[2, 0], 3], ROWS[[2, 0], 3])
+        np.testing.assert_array_equal(LORAS[..., [1, 2]], ROWS[:, [1, 2]])
+        assert LORAS[...] is LORAS
+
+    @pytest.mark.parametrize(
+        "key", [5, -6, [0, 5], [True] * 4, [[0]], "a", [0.5], None, np.array(["a"]), True]
+    )
+    def test_keys_that_pick_no_rows(self, key):
+        with pytest.raises(IndexError):
+            LORAS[key]
+
+    def test_keys_of_too_many_dimensions(self):
+        with pytest.raises(IndexError, match="2 dimensions, but 3"):
+            LORAS[0, 0, 0]
+        with pytest.raises(IndexError, match=r"X\[rows\]\[:, columns\]"):
+            LORAS[[0, 1], [0, 1]]
+
+
+class TestAdapters:
+    def test_one_adapter_is_a_mapping_at_its_true_rank(self):
+        X = LoRACollection.from_factors([{"q": pair(rank=2)}, {"q": pair(rank=1), "v": pair()}])
+        adapter = X[0]
+        assert isinstance(adapter, Mapping)
+        assert len(adapter) == 1
+        assert repr(adapter) == "LoRAAdapter(id=0, n_modules=1)"
+        with pytest.raises(KeyError):
+            adapter["v"]
+        U, V = X[1]["q"]
+        assert U.shape == (3, 1)
+        assert V.shape == (2, 1)
+
+    @pytest.mark.parametrize("position", [1, -4, np.int64(1)])
+    def test_integers(self, position):
+        assert LORAS[position].id == "b"
+        U, V = LORAS[position, ...]["q"]
+        np.testing.assert_array_equal(U.ravel(), ROWS[1, :6])
+        np.testing.assert_array_equal(V.ravel(), ROWS[1, 6:10])
+        np.testing.assert_array_equal(LORAS[position].side["scale"], ROWS[1, -1:])
+
+    def test_adapters_of_views(self):
+        view = LORAS[[3, 1]]
+        assert [adapter.id for adapter in view] == ["d", "b"]
+        np.testing.assert_array_equal(view[-1]["v"][0].ravel(), ROWS[1, 10:12])
+
+    def test_plain_rows(self):
+        X = LoRACollection.from_array(ROWS, LoRALayout.rows(15))
+        U, V = X[0]["row"]
+        np.testing.assert_array_equal(U[:, 0], ROWS[0])
+        np.testing.assert_array_equal(V, [[1.0]])
+
+    def test_writing_to_an_adapter_leaves_the_collection(self):
+        LORAS[0]["q"][0][:] = 0
+        assert ROWS[0, 0] == 1
+
+
+class TestWithLayout:
+    @given(keys)
+    def test_more_room_is_padding(self, key):
+        wide = LORAS.layout.with_ranks([3, 2])
+        view = LORAS[key].with_layout(wide)
+        assert view.shape == (len(view), wide.width)
+        assert view._store is LORAS._store
+        for narrow, padded in zip(LORAS[key], view, strict=True):
+            assert padded.id == narrow.id
+            for name in ("q", "v"):
+                np.testing.assert_array_equal(padded[name][0], narrow[name][0])
+                np.testing.assert_array_equal(padded[name][1], narrow[name][1])
+        np.testing.assert_array_equal(view.with_layout(LAYOUT).read(), LORAS[key].read())
+        np.testing.assert_array_equal(np.asarray(view[::-1]), np.asarray(view)[::-1])
+
+    def test_padding_alone_may_be_dropped(self, random_loras, rng):
+        X = random_loras(rng, rank=2)
+        narrow = X.with_layout(X.layout.with_ranks([5, 2, 3])).with_layout(X.layout)
+        np.testing.assert_array_equal(narrow.read(), X.read())
+
+    def test_truncation_is_refused(self):
+        message = (
+            r"module 'q' of adapter 'a' has rank 2, with U \(3, 2\) and V \(2, 2\), but rank 1"
+        )
+        with pytest.raises(ValueError, match=message):
+            LORAS.with_layout(LAYOUT.with_ranks([1, 1]))
+
+    def test_other_modules_are_refused(self):
+        with pytest.raises(ValueError, match="module 'q' has updates of shape"):
+            LORAS.with_layout(LAYOUT.with_shapes([(4, 2, 2), (2, 2, 1)]))
+
+
+class TestCopies:
+    @given(keys)
+    def test_pickles_and_copies(self, key):
+        view = LORAS[key].with_layout(LAYOUT.with_ranks([2, 3]))
+        for twin in (pickle.loads(pickle.dumps(view)), copy.deepcopy(view), copy.copy(view)):
+            np.testing.assert_array_equal(twin.read(), view.read())
+            np.testing.assert_array_equal(twin.ids, view.ids)
+            np.testing.assert_array_equal(twin.ranks, view.ranks)
+            assert twin.layout == view.layout
+
+    def test_a_view_pickles_without_the_rows_it_leaves_out(self):
+        X = LoRACollection.from_array(np.ones((1000, 40)), LoRALayout.rows(40))
+        assert len(pickle.dumps(X[:10])) < len(pickle.dumps(X)) / 50
+
+    def test_a_view_pickles_the_same_array_every_time(self):
+        view = LORAS[1:3]
+        first, second = (view.__reduce__()[1][0] for _ in range(2))
+        assert first is second
+
+    def test_low_precision_stays_low_in_pickles(self):
+        X = LoRACollection.from_array(np.ones((100, 40), ml_dtypes.bfloat16), LoRALayout.rows(40))
+        assert len(pickle.dumps(X)) < 100 * 40 * 3
+        assert pickle.loads(pickle.dumps(X[3:])).read().dtype == np.float32
