@@ -39,7 +39,7 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
         """Train for one epoch on these adapters, from the weights there are.
 
         All rows are trained on, at a constant learning rate; the optimizer's moments are kept from
-        call to call.
+        call to call. The first call sets what features are standardised by.
 
         Parameters
         ----------

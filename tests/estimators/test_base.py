@@ -267,6 +267,16 @@ class TestWeights:
         weighted = quick(estimator).fit(zoo, y, sample_weight=weights)
         assert same_state(weighted, quick(estimator).fit(zoo[kept], y[kept]))
 
+    def test_are_routed(self, case, zoo, quick):
+        weights = np.linspace(0.1, 2, 60)
+        with sklearn.config_context(enable_metadata_routing=True):
+            model = quick(case[0]).set_fit_request(sample_weight=True)
+            model.set_score_request(sample_weight=False)
+            scores = cross_val_score(
+                model, zoo, case[1], cv=2, params={"sample_weight": weights}, error_score="raise"
+            )
+        assert np.isfinite(scores).all()
+
     def test_scale_of_weights_does_not_matter(self, case, zoo, quick):
         estimator, y = case
         one, other = (

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import pytest
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from sklora.estimators import (
@@ -17,14 +16,6 @@ def expected_failures(estimator):
     # A repeated row falls into other batches, and on both sides of the validation split.
     reason = "rows are drawn into batches, so weighting one is not repeating it exactly"
     return {"check_sample_weight_equivalence_on_dense_data": reason}
-
-
-@pytest.fixture(autouse=True)
-def global_seed():
-    """The checks that leave random_state=None draw from the global generator."""
-    import numpy as np
-
-    np.random.seed(0)  # noqa: NPY002
 
 
 @parametrize_with_checks(ESTIMATORS, expected_failed_checks=expected_failures)
