@@ -268,6 +268,8 @@ class BaseNetEstimator(BaseEstimator, metaclass=ABCMeta):
         if reset:
             self._learn_targets(y, weights, classes)
         targets, loss_weights = self._encode(y, weights)
+        if not loss_weights.any():
+            raise ValueError("class_weight is zero for every adapter; give some class a weight.")
         kept = np.flatnonzero(weights)
         if len(kept) < len(weights):
             # Not read at all, so that a weight of zero is the same as leaving the row out.
@@ -324,9 +326,7 @@ class BaseNetEstimator(BaseEstimator, metaclass=ABCMeta):
     def net_(self) -> nn.Module:
         """The fitted network, a new copy in float64 on `device`, ready to evaluate."""
         check_is_fitted(self, "weights_")
-        device = resolve_device(self.device)
-        # Apple's GPUs have no float64.
-        return self._fitted_net().double().eval().to("cpu" if device.type == "mps" else device)
+        return self._fitted_net().double().eval().to(resolve_device(self.device))
 
     def _fitted_net(self) -> nn.Module:
         # On the meta device, weights that are replaced at once cost no time and no random numbers.

@@ -152,6 +152,7 @@ class TestClassWeight:
         [
             ("multiclass", [{"low": 2}], "class_weight is a list.*multilabel"),
             ("multiclass", {"bottom": 2}, "class_weight"),
+            ("multiclass", {"low": 0, "mid": 0, "top": 0}, "class_weight is zero for every"),
             ("multilabel", {0: 1, 1: 2}, "for 3 labels give a list of as many dicts"),
             ("multilabel", [{0: 1}], "for 3 labels give a list of as many dicts"),
             ("multiclass", "even", "'class_weight' parameter"),
