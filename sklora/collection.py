@@ -104,16 +104,16 @@ def check_loras(
 
 def _check_array(estimator: Any, X: Any, *, reset: bool) -> LoRACollection:
     """Lay out a plain array as the estimator says."""
+    if issparse(X):
+        raise ValueError(
+            "X is sparse, but the weights of LoRA adapters are dense; pass a LoRACollection, made "
+            "by LoRACollection.from_factors or LoRACollection.from_array, or X.toarray()."
+        )
     of_mappings = isinstance(X, (list, tuple)) and len(X) > 0 and isinstance(X[0], Mapping)
     if isinstance(X, Mapping) or of_mappings:
         raise ValueError(
             "X is given as mappings from module to factors; make it a collection with "
             "LoRACollection.from_factors."
-        )
-    if issparse(X):
-        raise ValueError(
-            "X is sparse, but the weights of LoRA adapters are dense; pass a LoRACollection, made "
-            "by LoRACollection.from_factors or LoRACollection.from_array, or X.toarray()."
         )
     array = validate_data(estimator, X, dtype=[np.float64, np.float32], reset=reset)
     layout = estimator.layout if reset else estimator.layout_
