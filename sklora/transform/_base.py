@@ -154,9 +154,10 @@ class WeightsToFeatures(Featurizer):
         counts = self._feature_counts()
         stops = np.cumsum(counts)
 
-        def features(factors: GroupFactors, side: NDArray[Any], rows: slice) -> NDArray[Any]:
-            block = np.empty((len(side), stops[-1] + side.shape[1]), X.dtype)
-            block[:, stops[-1] :] = side
+        def features(
+            factors: GroupFactors, side: NDArray[Any], rows: slice, out: NDArray[Any]
+        ) -> None:
+            out[:, stops[-1] :] = side
             for group, (U, V) in zip(X.layout.groups, factors, strict=True):
                 values = self._module_features(U, V)
                 widest = max(counts[position] for position in group.index)
@@ -164,8 +165,7 @@ class WeightsToFeatures(Featurizer):
                 columns = pad(values, (0, widest - values.shape[-1])).cpu().numpy()
                 for place, position in enumerate(group.index):
                     count, stop = counts[position], stops[position]
-                    block[:, stop - count : stop] = columns[:, place, :count]
-            return block
+                    out[:, stop - count : stop] = columns[:, place, :count]
 
         return self._map(features, X, int(stops[-1]) + self.layout_.n_side)
 
@@ -260,15 +260,35 @@ class WeightsToWeights(_CollectionsStay, Featurizer):
     def _moved(self, X: LoRACollection) -> LoRACollection:
         layout, ranks = self._output_layout(X.layout), X.ranks
 
-        def weights(factors: GroupFactors, side: NDArray[Any], rows: slice) -> NDArray[Any]:
+        def weights(
+            factors: GroupFactors, side: NDArray[Any], rows: slice, out: NDArray[Any]
+        ) -> None:
             moved = [
                 self._move(group, U, V, ranks[rows][:, group.index])
                 for group, (U, V) in zip(X.layout.groups, factors, strict=True)
             ]
-            return layout.pack([(U.cpu().numpy(), V.cpu().numpy()) for U, V in moved], side)
+            regrouped = _regroup(moved, X.layout, layout)
+            out[...] = layout.pack([(U.cpu().numpy(), V.cpu().numpy()) for U, V in regrouped], side)
 
         flat = self._map(weights, X, layout.width)
         return LoRACollection.from_array(flat, layout, ranks=self._output_ranks(ranks), ids=X.ids)
+
+
+def _regroup(factors: GroupFactors, source: LoRALayout, target: LoRALayout) -> GroupFactors:
+    """The same factors by the groups of a layout in which more modules may share a shape."""
+    if [group.index for group in source.groups] == [group.index for group in target.groups]:
+        return factors
+    modules = {
+        position: (U[:, place], V[:, place])
+        for group, (U, V) in zip(source.groups, factors, strict=True)
+        for place, position in enumerate(group.index)
+    }
+
+    def stacked(group: ModuleGroup, side: int) -> Tensor:
+        members = [modules[position][side] for position in group.index]
+        return torch.stack([pad(A, (0, group.rank - A.shape[-1])) for A in members], dim=1)
+
+    return [(stacked(group, 0), stacked(group, 1)) for group in target.groups]
 
 
 def _side_names(layout: LoRALayout) -> list[str]:

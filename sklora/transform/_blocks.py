@@ -16,7 +16,7 @@ from sklora.collection import LoRACollection
 
 # One pair per group of the layout: U (B, M_g, n, R_g) and V (B, M_g, m, R_g).
 GroupFactors: TypeAlias = list[tuple[Tensor, Tensor]]
-BlockFunction: TypeAlias = Callable[[GroupFactors, NDArray[Any], slice], NDArray[Any]]
+BlockFunction: TypeAlias = Callable[[GroupFactors, NDArray[Any], slice, NDArray[Any]], None]
 
 # Bytes per stored weight while a block is worked on: the block as read and as unpacked, float64
 # copies of both factors, and what a decomposition makes of them.
@@ -61,12 +61,12 @@ def map_blocks(
     device: torch.device,
     n_jobs: int | None,
 ) -> NDArray[Any]:
-    """Concatenate what a function gives for every block of a collection.
+    """Fill an array, one row per adapter, block by block.
 
     Parameters
     ----------
     function : callable
-        ``function(factors, side, rows)`` gives an array of shape (B, n_columns) for the adapters
+        ``function(factors, side, rows, out)`` fills `out` (B, n_columns) for the adapters
         ``X[rows]``, from their factors as tensors on `device` and their side features (B, n_side).
     X : LoRACollection
     n_columns : int
@@ -85,7 +85,7 @@ def map_blocks(
     def run(rows: slice) -> None:
         flat = X.read(rows)
         factors = to_tensors(X.layout.unpack(flat), device)
-        result[rows] = function(factors, flat[:, X.layout.side_slice], rows)
+        function(factors, flat[:, X.layout.side_slice], rows, result[rows])
 
     blocks = plan_blocks(X, n_columns=n_columns, n_parallel=effective_n_jobs(n_jobs))
     Parallel(n_jobs=n_jobs, require="sharedmem")(delayed(run)(rows) for rows in blocks)

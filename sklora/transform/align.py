@@ -137,12 +137,12 @@ class OAlign(WeightsToWeights):
         if not len(too_high):
             return
         row, position = too_high[0].tolist()
-        module = X.layout.modules[position]
+        name, n, m, _ = X.layout.modules[position]
         rank, template_rank = X.ranks[row, position], self._template_ranks[position]
         [id] = X.ids[[row]].tolist()
         raise ValueError(
-            f"module {module.name!r} of adapter {id!r} has rank {rank}, with U ({module.n}, {rank}) "
-            f"and V ({module.m}, {rank}), but the template has rank {template_rank}. Fit with an "
+            f"module {name!r} of adapter {id!r} has rank {rank}, with U ({n}, {rank}) "
+            f"and V ({m}, {rank}), but the template has rank {template_rank}. Fit with an "
             "adapter of at least that rank as template, or use an architecture that takes any rank "
             "(svd, dense, gl-net)."
         )
