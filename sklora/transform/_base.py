@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, ClassVar, Self
@@ -20,7 +21,7 @@ from sklora.collection import LoRACollection, LoRALayout, ModuleGroup, check_lor
 from sklora.transform._blocks import BlockFunction, GroupFactors, map_blocks
 
 
-class Featurizer(TransformerMixin, BaseEstimator):
+class Featurizer(TransformerMixin, BaseEstimator, ABC):
     """Parameters, validation and the way through the blocks: what is the same for all.
 
     A subclass learns in ``_fit``, and names and computes its columns in ``_column_names`` and
@@ -108,11 +109,13 @@ class Featurizer(TransformerMixin, BaseEstimator):
     def _fit(self, X: LoRACollection) -> None:
         """Learn from validated adapters."""
 
+    @abstractmethod
     def _transform(self, X: LoRACollection) -> NDArray[Any]:
-        raise NotImplementedError
+        """The array that validated adapters give."""
 
+    @abstractmethod
     def _column_names(self) -> list[str]:
-        raise NotImplementedError
+        """What its columns are called."""
 
     def _check(self, X: LoRACollection | ArrayLike) -> LoRACollection:
         check_is_fitted(self)
@@ -131,13 +134,13 @@ class WeightsToFeatures(Featurizer):
     ``_module_features``.
     """
 
+    @abstractmethod
     def _feature_names(self, position: int) -> Sequence[str]:
         """What the columns of the module at this position are called."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _module_features(self, U: Tensor, V: Tensor) -> Tensor:
         """Features (B, M, C) of modules of one shape. C may be other than in `fit`."""
-        raise NotImplementedError
 
     def _feature_counts(self) -> list[int]:
         return [len(self._feature_names(position)) for position in range(self.layout_.n_modules)]
@@ -229,19 +232,19 @@ class WeightsToWeights(_CollectionsStay, Featurizer):
     computes it in ``_move``.
     """
 
+    @abstractmethod
     def _output_layout(self, layout: LoRALayout) -> LoRALayout:
         """Layout of the result for adapters of this layout."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _output_ranks(self, ranks: NDArray[np.intp]) -> NDArray[np.intp]:
         """Ranks of the result for adapters of these ranks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _move(
         self, group: ModuleGroup, U: Tensor, V: Tensor, ranks: NDArray[np.intp]
     ) -> tuple[Tensor, Tensor]:
         """New factors of modules of one shape, whose true ranks are (B, M)."""
-        raise NotImplementedError
 
     def _column_names(self) -> list[str]:
         layout = self._output_layout(self.layout_)
