@@ -6,6 +6,8 @@ EXTRAS := lint,plot,test
 
 BIN := .venv/bin
 READY := .venv/.ready
+# One thread: the tests' matrices are small, and threads that wait for each other take most of the time.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow test-gpu lint format clean
@@ -31,13 +33,13 @@ demo: $(READY)
 	$(BIN)/python examples/compare_architectures.py
 
 test: $(READY)
-	$(BIN)/python -m pytest --cov
+	$(PYTEST) --cov
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 test-gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu
+	$(PYTEST) -m gpu
 
 lint: $(READY)
 	$(BIN)/ruff check
