@@ -17,10 +17,12 @@ from skorch.helper import predefined_split
 from torch import Tensor, nn
 
 from sklora.collection import LoRACollection
+from sklora.nets import GLNet, MLPNet
 
 LossKind = Literal["cross_entropy", "binary_cross_entropy", "squared_error"]
 History = list[dict[str, Any]]
 OptimizerState = dict[str, NDArray[Any]]
+WeightedBlock = tuple[Tensor, NDArray[np.floating[Any]]]
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {}),
@@ -377,7 +379,7 @@ def iter_blocks(
 
 
 def weighted_moments(
-    blocks: Iterable[tuple[Tensor, NDArray[np.floating[Any]]]],
+    blocks: Iterable[WeightedBlock],
 ) -> tuple[Tensor, Tensor]:
     """Find mean and standard deviation of every column, in float64, one block at a time.
 
@@ -404,6 +406,25 @@ def weighted_moments(
         squares = squares + (w * (x - block_mean).square()).sum(0)
         squares = squares + shift.square() * (weight * (total - weight) / total)
     return mean, (squares / total).sqrt()
+
+
+@torch.no_grad()
+def calibrate_input(net: GLNet | MLPNet, features: Callable[[], Iterator[WeightedBlock]]) -> None:
+    """Set the moments by which a network standardises its features and their norm.
+
+    Parameters
+    ----------
+    net : GLNet or MLPNet
+        Its `standardize` and `row_norm` are set, in place.
+    features : callable
+        Starts a pass over the training features, in blocks ``(B, F)`` with weights ``(B,)``.
+    """
+    net.standardize.set_moments(*weighted_moments(features()))
+    norms = (
+        (torch.linalg.vector_norm(net.standardize(block), dim=1, keepdim=True), weights)
+        for block, weights in features()
+    )
+    net.row_norm.norm.set_moments(*weighted_moments(norms))
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -20,7 +20,13 @@ from sklora.estimators._targets import (
     NetClassifier,
     NetRegressor,
 )
-from sklora.estimators._training import TrainingData, iter_blocks, weighted_moments
+from sklora.estimators._training import (
+    TrainingData,
+    WeightedBlock,
+    calibrate_input,
+    iter_blocks,
+    weighted_moments,
+)
 from sklora.linalg import squared_norm
 from sklora.nets import GLNet
 from sklora.nets.equivariant import GateKind, HeadKind
@@ -79,12 +85,12 @@ class _GLNetEstimator(BaseNetEstimator):
         # Each factor takes half of what makes the entries of U V^T have unit size.
         scale = square.pow(-0.25)
         net.module_scale.copy_(torch.where(square > 0, scale, torch.ones_like(scale)))
-        with torch.no_grad():
-            net.standardize.set_moments(
-                *weighted_moments(
-                    (net.features(pairs, side), weights[rows]) for rows, pairs, side in factors()
-                )
-            )
+
+        def features() -> Iterator[WeightedBlock]:
+            for rows, pairs, side in factors():
+                yield net.features(pairs, side), weights[rows]
+
+        calibrate_input(net, features)
 
     def _entries_per_adapter(self, layout: LoRALayout) -> int:
         hidden = 2 * self.hidden_dim * max(layout.ranks)

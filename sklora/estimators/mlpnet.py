@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from sklora.estimators._targets import (
     NetClassifier,
     NetRegressor,
 )
-from sklora.estimators._training import TrainingData, iter_blocks, weighted_moments
+from sklora.estimators._training import TrainingData, WeightedBlock, calibrate_input, iter_blocks
 from sklora.nets import MLPNet
 from sklora.nets.feedforward import ACTIVATIONS
 
@@ -53,9 +53,13 @@ class _MLPNetEstimator(BaseNetEstimator):
         assert isinstance(net, MLPNet)
         device = net.standardize.mean.device
         entries = self._entries_per_adapter(data.loras.layout)
-        blocks = iter_blocks(data.loras, device, entries)
         weights = data.adapter_weights
-        net.standardize.set_moments(*weighted_moments((x, weights[rows]) for rows, x in blocks))
+
+        def features() -> Iterator[WeightedBlock]:
+            for rows, block in iter_blocks(data.loras, device, entries):
+                yield block, weights[rows]
+
+        calibrate_input(net, features)
 
     def _entries_per_adapter(self, layout: LoRALayout) -> int:
         return 3 * layout.width + 2 * self.hidden_dim

@@ -6,7 +6,7 @@ product serves them all.
 """
 
 from sklora.nets.equivariant import EquivariantLinear, GLNonlinearity, InvariantHead
-from sklora.nets.feedforward import Standardize, feedforward
+from sklora.nets.feedforward import RowNorm, Standardize, feedforward
 from sklora.nets.glnet import GLNet
 from sklora.nets.mlpnet import MLPNet
 
@@ -16,6 +16,7 @@ __all__ = [
     "GLNonlinearity",
     "InvariantHead",
     "MLPNet",
+    "RowNorm",
     "Standardize",
     "feedforward",
 ]

@@ -1,4 +1,4 @@
-"""What both networks end in: standardisation by fixed moments, then a multilayer perceptron."""
+"""What both networks end in: fixed moments, the norm of the row, a multilayer perceptron."""
 
 from __future__ import annotations
 
@@ -72,6 +72,59 @@ class Standardize(nn.Module):
             Of the buffers' dtype.
         """
         return ((x - self.mean) / self.scale).to(self.mean.dtype)
+
+
+class RowNorm(nn.Module):
+    r"""Append the norm of each standardised row, and weigh wide rows down.
+
+    .. math:: z \mapsto \bigl[\min(1, W / d)\, z, \; (\lVert z \rVert - \mu) / \sigma\bigr],
+        \qquad z \in \mathbb{R}^d, \quad W = 1000
+
+    Adam moves every weight by about the learning rate, so one step changes what a unit reads by an
+    amount that grows with ``d``: on thousands of columns a network fits its training rows before it
+    has learnt anything. The weight takes that growth away. The norm, an invariant of the
+    orthogonal gauges, says how far an adapter was trained; a network on thousands of columns cannot
+    find it from a few hundred rows, so it gets a column of its own.
+
+    Parameters
+    ----------
+    n_features : int
+        Number of columns ``d``.
+
+    Attributes
+    ----------
+    norm : Standardize
+        The training moments of the norm.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sklora.nets import RowNorm
+    >>> RowNorm(2)(torch.tensor([[3.0, 4.0]]))
+    tensor([[3., 4., 5.]])
+    """
+
+    WIDE = 1000
+
+    def __init__(self, n_features: int) -> None:
+        super().__init__()
+        self.weight = min(1.0, self.WIDE / n_features)
+        self.norm = Standardize(1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Append the norm.
+
+        Parameters
+        ----------
+        z : Tensor of shape (B, n_features)
+            Standardised rows.
+
+        Returns
+        -------
+        Tensor of shape (B, n_features + 1)
+        """
+        norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+        return torch.cat([self.weight * z, self.norm(norm)], dim=1)
 
 
 def feedforward(

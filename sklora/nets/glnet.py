@@ -14,7 +14,7 @@ from sklora.nets.equivariant import (
     HeadKind,
     InvariantHead,
 )
-from sklora.nets.feedforward import Standardize, feedforward
+from sklora.nets.feedforward import RowNorm, Standardize, feedforward
 
 
 class GLNet(nn.Module):
@@ -104,7 +104,8 @@ class GLNet(nn.Module):
         self.register_buffer("module_scale", torch.ones(n_modules))
         n_features = self.head.n_features(n_modules, hidden_dim, hidden_dim) + n_side
         self.standardize = Standardize(n_features)
-        self.mlp = feedforward(n_features, n_outputs, mlp_hidden, dropout=dropout)
+        self.row_norm = RowNorm(n_features)
+        self.mlp = feedforward(n_features + 1, n_outputs, mlp_hidden, dropout=dropout)
 
     def forward(
         self, factors: Sequence[tuple[Tensor, Tensor]], side: Tensor | None = None
@@ -123,7 +124,8 @@ class GLNet(nn.Module):
         -------
         Tensor of shape (B, n_outputs)
         """
-        outputs: Tensor = self.mlp(self.standardize(self.features(factors, side)))
+        standardized = self.standardize(self.features(factors, side))
+        outputs: Tensor = self.mlp(self.row_norm(standardized))
         return outputs
 
     def features(

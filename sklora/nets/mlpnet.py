@@ -1,14 +1,14 @@
-"""MLPNet: a multilayer perceptron on standardised features."""
+"""MLPNet: a multilayer perceptron on standardised features and their norm."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sklora.nets.feedforward import Standardize, feedforward
+from sklora.nets.feedforward import RowNorm, Standardize, feedforward
 
 
 class MLPNet(nn.Module):
-    """Multilayer perceptron on standardised features.
+    """Multilayer perceptron on standardised features and their norm.
 
     On raw factors it is not invariant to the gauge: ``(U R, V R^-T)`` are other features of the
     same update.
@@ -30,6 +30,8 @@ class MLPNet(nn.Module):
     ----------
     standardize : Standardize
         The training moments, buffers `mean` and `scale`.
+    row_norm : RowNorm
+        Appends the norm of the standardised row.
     mlp : torch.nn.Sequential
 
     Raises
@@ -56,8 +58,9 @@ class MLPNet(nn.Module):
     ) -> None:
         super().__init__()
         self.standardize = Standardize(n_features)
+        self.row_norm = RowNorm(n_features)
         self.mlp = feedforward(
-            n_features, n_outputs, (hidden_dim,) * n_layers, nonlinearity, dropout
+            n_features + 1, n_outputs, (hidden_dim,) * n_layers, nonlinearity, dropout
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,5 +74,5 @@ class MLPNet(nn.Module):
         -------
         Tensor of shape (B, n_outputs)
         """
-        outputs: Tensor = self.mlp(self.standardize(x))
+        outputs: Tensor = self.mlp(self.row_norm(self.standardize(x)))
         return outputs
