@@ -1,0 +1,29 @@
+"""Learn from LoRA weights with scikit-learn."""
+
+from sklora.architectures import ARCHITECTURES, architecture_grid, make_architecture
+from sklora.collection import LoRACollection, LoRALayout
+from sklora.estimators import (
+    GLNetClassifier,
+    GLNetRegressor,
+    MLPNetClassifier,
+    MLPNetRegressor,
+)
+from sklora.transform import DenseProduct, GLEquivariantProjection, OAlign, SVDSpectrum
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ARCHITECTURES",
+    "DenseProduct",
+    "GLEquivariantProjection",
+    "GLNetClassifier",
+    "GLNetRegressor",
+    "LoRACollection",
+    "LoRALayout",
+    "MLPNetClassifier",
+    "MLPNetRegressor",
+    "OAlign",
+    "SVDSpectrum",
+    "architecture_grid",
+    "make_architecture",
+]

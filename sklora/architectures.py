@@ -1,0 +1,133 @@
+"""The paper's five architectures as scikit-learn Pipelines, and a grid over them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.pipeline import Pipeline
+
+from sklora.estimators import GLNetClassifier, GLNetRegressor, MLPNetClassifier, MLPNetRegressor
+from sklora.transform import DenseProduct, OAlign, SVDSpectrum
+
+__all__ = ["ARCHITECTURES", "architecture_grid", "make_architecture"]
+
+ARCHITECTURES = ("mlp", "o-align", "svd", "dense", "gl-net")
+Task = Literal["classification", "regression"]
+
+_MODELS: dict[str, dict[str, type[BaseEstimator]]] = {
+    "classification": {"mlp": MLPNetClassifier, "gl-net": GLNetClassifier},
+    "regression": {"mlp": MLPNetRegressor, "gl-net": GLNetRegressor},
+}
+
+
+def make_architecture(
+    architecture: str,
+    task: Task = "classification",
+    *,
+    device: str | torch.device = "auto",
+    random_state: int | None = None,
+    memory: Any = None,
+    verbose: int = 0,
+) -> Pipeline:
+    """Build one of the five architectures of the paper (section 4).
+
+    Parameters
+    ----------
+    architecture : {"mlp", "o-align", "svd", "dense", "gl-net"}
+        ``mlp``, a multilayer perceptron on the flat factors; ``o-align``, on factors aligned to a
+        template; ``svd``, on the singular values of every update; ``dense``, on the entries of
+        every update; ``gl-net``, equivariant layers on the factors and an invariant head.
+    task : {"classification", "regression"}, default="classification"
+        What the model predicts. Classes may be binary, many, or label indicators.
+    device : str or torch.device, default="auto"
+        Where both steps compute; ``"auto"`` takes CUDA where there is one.
+    random_state : int or None, default=None
+        Seed of the template, the initial weights, the batches and the validation rows.
+    memory : str, joblib.Memory or None, default=None
+        Where the Pipeline caches its fitted features.
+    verbose : int, default=0
+        Verbosity of the model's training.
+
+    Returns
+    -------
+    sklearn.pipeline.Pipeline
+        With the steps ``features`` and ``model``.
+
+    Raises
+    ------
+    ValueError
+        When `architecture` or `task` is none of these.
+
+    Examples
+    --------
+    >>> from sklora import make_architecture
+    >>> make_architecture("svd").named_steps["features"]
+    SVDSpectrum()
+    """
+    _check_option("task", task, tuple(_MODELS))
+    steps = _steps(architecture, task, device, random_state)
+    steps["model"].set_params(verbose=verbose)
+    return Pipeline(list(steps.items()), memory=memory)
+
+
+def architecture_grid(
+    task: Task = "classification",
+    *,
+    device: str | torch.device = "auto",
+    random_state: int | None = None,
+) -> list[dict[str, list[Any]]]:
+    """Build a grid over the five architectures, for one search to choose from.
+
+    Parameters
+    ----------
+    task : {"classification", "regression"}, default="classification"
+        What the models predict.
+    device : str or torch.device, default="auto"
+        As for :func:`make_architecture`.
+    random_state : int or None, default=None
+        As for :func:`make_architecture`.
+
+    Returns
+    -------
+    list of dict
+        A `param_grid` for a Pipeline of :func:`make_architecture`: one entry for each architecture,
+        in the order of `ARCHITECTURES`. Add lists such as ``model__lr`` to an entry to search its
+        hyperparameters too.
+
+    Raises
+    ------
+    ValueError
+        When `task` is neither.
+
+    Examples
+    --------
+    >>> from sklora import ARCHITECTURES, architecture_grid
+    >>> grid = architecture_grid("regression")
+    >>> [type(entry["features"][0]).__name__ for entry in grid]
+    ['str', 'OAlign', 'SVDSpectrum', 'DenseProduct', 'str']
+    """
+    _check_option("task", task, tuple(_MODELS))
+    return [
+        {name: [step] for name, step in _steps(architecture, task, device, random_state).items()}
+        for architecture in ARCHITECTURES
+    ]
+
+
+def _steps(
+    architecture: str, task: Task, device: str | torch.device, random_state: int | None
+) -> dict[str, Any]:
+    _check_option("architecture", architecture, ARCHITECTURES)
+    features: Any = {
+        "o-align": OAlign(random_state=random_state, device=device),
+        "svd": SVDSpectrum(device=device),
+        "dense": DenseProduct(device=device),
+    }.get(architecture, "passthrough")
+    model = _MODELS[task]["gl-net" if architecture == "gl-net" else "mlp"]
+    return {"features": features, "model": model(device=device, random_state=random_state)}
+
+
+def _check_option(name: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, options))}.")

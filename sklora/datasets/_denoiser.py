@@ -1,0 +1,220 @@
+"""A small denoising diffusion transformer, and LoRA finetuning of many adapters at once.
+
+The network predicts the noise in an 8 x 8 image (Ho et al., 2020, eq. 14) and is a plain
+transformer over 2 x 2 patches (Peebles and Xie, 2023). Every function takes a stack of adapters:
+a linear module computes ``x W^T`` for all of them in one product with the shared weight, and the
+low-rank part ``(x V) U^T`` in one batched product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SIDE, PATCH, HEADS = 8, 2, 4
+TOKENS = (SIDE // PATCH) ** 2
+LINEAR_MODULES = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out", "mlp.up", "mlp.down")
+
+Weights = Mapping[str, Tensor]
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def module_shapes(dim: int, depth: int) -> dict[str, tuple[int, int]]:
+    """Names and shapes ``(n, m)`` of the linear modules that take an adapter."""
+    shapes = dict.fromkeys(LINEAR_MODULES, (dim, dim))
+    shapes["mlp.up"], shapes["mlp.down"] = (2 * dim, dim), (dim, 2 * dim)
+    return {f"blocks.{b}.{name}": shape for b in range(depth) for name, shape in shapes.items()}
+
+
+def init_base(dim: int, depth: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw weights of the network, ``(n_out, n_in)`` at standard deviation ``n_in**-0.5``."""
+    shapes = {
+        "embed": (dim, PATCH * PATCH),
+        "time.up": (dim, dim),
+        "time.down": (dim, dim),
+        "position": (TOKENS, dim),
+        **module_shapes(dim, depth),
+        "head": (PATCH * PATCH, dim),
+    }
+    return {
+        name: torch.randn(shape, generator=generator) / math.sqrt(shape[1])
+        for name, shape in shapes.items()
+    }
+
+
+def add_noise(images: Tensor, time: Tensor, noise: Tensor) -> Tensor:
+    """Noisy images at ``time`` in [0, 1] on the cosine schedule (Nichol and Dhariwal, 2021).
+
+    ``images`` and ``noise`` are ``(..., 64)``, ``time`` is ``(...)``.
+    """
+    angle = (time * (math.pi / 2)).unsqueeze(-1)
+    return torch.cos(angle) * images + torch.sin(angle) * noise
+
+
+def _patches(images: Tensor) -> Tensor:
+    grid = images.reshape(*images.shape[:-1], SIDE // PATCH, PATCH, SIDE // PATCH, PATCH)
+    return grid.transpose(-3, -2).reshape(*images.shape[:-1], TOKENS, PATCH * PATCH)
+
+
+def _images(patches: Tensor) -> Tensor:
+    grid = patches.reshape(*patches.shape[:-2], SIDE // PATCH, SIDE // PATCH, PATCH, PATCH)
+    return grid.transpose(-3, -2).reshape(*patches.shape[:-2], SIDE * SIDE)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    split = (-1, TOKENS, HEADS, q.shape[-1] // HEADS)
+    q_heads, k_heads, v_heads = (t.reshape(split).transpose(1, 2) for t in (q, k, v))
+    found = F.scaled_dot_product_attention(q_heads, k_heads, v_heads)
+    return found.transpose(1, 2).reshape(q.shape)
+
+
+def denoise(base: Weights, noisy: Tensor, time: Tensor, factors: Factors | None = None) -> Tensor:
+    """The noise that the network finds in ``noisy``.
+
+    Parameters
+    ----------
+    base : mapping of str to Tensor
+        Weights shared by all adapters, as `init_base` gives them.
+    noisy : Tensor of shape (n_adapters, n_images, 64)
+    time : Tensor of shape (n_adapters, n_images)
+    factors : mapping of str to (U, V), or None
+        ``U (n_adapters, n, r)`` and ``V (n_adapters, m, r)`` for each module that is adapted.
+
+    Returns
+    -------
+    Tensor of shape (n_adapters, n_images, 64)
+    """
+    factors = factors or {}
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        out = F.linear(x, base[name])
+        if name in factors:
+            U, V = factors[name]
+            rows = x.flatten(1, 2)
+            out = out + torch.bmm(torch.bmm(rows, V), U.mT).view_as(out)
+        return out
+
+    dim = base["embed"].shape[0]
+    frequencies = torch.exp(torch.linspace(0.0, math.log(1000.0), dim // 2))
+    waves = time.unsqueeze(-1) * frequencies
+    embedded = torch.cat([waves.sin(), waves.cos()], dim=-1)
+    clock = F.linear(F.silu(F.linear(embedded, base["time.up"])), base["time.down"])
+    x = F.linear(_patches(noisy), base["embed"]) + base["position"] + clock.unsqueeze(-2)
+    for b in range(sum(name.endswith("attn.to_q") for name in base)):
+        block = f"blocks.{b}."
+        h = _norm(x)
+        q, k, v = (linear(f"{block}attn.to_{name}", h) for name in "qkv")
+        x = x + linear(f"{block}attn.to_out", _attention(q, k, v))
+        x = x + linear(f"{block}mlp.down", F.gelu(linear(f"{block}mlp.up", _norm(x))))
+    return _images(F.linear(_norm(x), base["head"]))
+
+
+def train_base(
+    images: Tensor,
+    *,
+    dim: int,
+    depth: int,
+    n_steps: int,
+    generator: torch.Generator,
+    batch_size: int = 128,
+    progress: Callable[[], object] = lambda: None,
+) -> dict[str, Tensor]:
+    """Train the base network on ``images (n_images, 64)`` with Adam and a cosine step size."""
+    base = init_base(dim, depth, generator)
+    parameters = [weight.requires_grad_() for weight in base.values()]
+    optimizer = torch.optim.Adam(parameters, lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
+    for _ in range(n_steps):
+        rows = torch.randint(len(images), (1, batch_size), generator=generator)
+        loss = _loss(base, images[rows], generator).mean()
+        gradients = torch.autograd.grad(loss, parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        schedule.step()
+        progress()
+    return {name: weight.detach() for name, weight in base.items()}
+
+
+def _loss(
+    base: Weights, images: Tensor, generator: torch.Generator, factors: Factors | None = None
+) -> Tensor:
+    """Mean squared error of the predicted noise per adapter, at random times."""
+    time = torch.rand(images.shape[:-1], generator=generator)
+    noise = torch.randn(images.shape, generator=generator)
+    found = denoise(base, add_noise(images, time, noise), time, factors)
+    return (found - noise).square().mean(dim=(-1, -2))
+
+
+def init_factors(
+    shapes: Mapping[str, tuple[int, int]], n_adapters: int, rank: int, generator: torch.Generator
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """LoRA's initialisation (Hu et al., 2021): ``U = 0``, ``V`` uniform as PEFT draws it."""
+    return {
+        name: (
+            torch.zeros(n_adapters, n, rank),
+            (torch.rand(n_adapters, m, rank, generator=generator) * 2 - 1) / math.sqrt(m),
+        )
+        for name, (n, m) in shapes.items()
+    }
+
+
+def finetune(
+    base: Weights,
+    factors: Factors,
+    batches: Callable[[], Tensor],
+    *,
+    learning_rate: Tensor,
+    n_steps: Tensor,
+    generator: torch.Generator,
+    progress: Callable[[], object] = lambda: None,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Finetune a stack of adapters together, each with its own step size and number of steps.
+
+    Parameters
+    ----------
+    base : mapping of str to Tensor
+        Frozen weights.
+    factors : mapping of str to (U, V)
+        Where to start, as `init_factors` gives them.
+    batches : callable
+        Gives the next training images, ``(n_adapters, batch_size, 64)``.
+    learning_rate : Tensor of shape (n_adapters,)
+        Adam's step size.
+    n_steps : int Tensor of shape (n_adapters,)
+        An adapter stands still once it has made its own number of steps.
+    generator : torch.Generator
+        Draws times and noise.
+    progress : callable
+        Called after each step.
+
+    Returns
+    -------
+    dict of str to (U, V)
+    """
+    flat = [t.clone().requires_grad_() for pair in factors.values() for t in pair]
+    names = list(factors)
+    adapters = {name: (flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(names)}
+    first = [torch.zeros_like(t) for t in flat]
+    second = [torch.zeros_like(t) for t in flat]
+    for step in range(1, int(n_steps.max()) + 1):
+        loss = _loss(base, batches(), generator, adapters)
+        gradients = torch.autograd.grad(loss.sum(), flat)
+        # torch.optim.Adam takes one step size; a stack of adapters needs one for each.
+        rate = (learning_rate * (step <= n_steps)).view(-1, 1, 1)
+        with torch.no_grad():
+            for t, g, m1, m2 in zip(flat, gradients, first, second, strict=True):
+                m1.lerp_(g, 0.1)
+                m2.lerp_(g.square(), 0.001)
+                scale = m2.div(1 - 0.999**step).sqrt_().add_(1e-8)
+                t -= rate * (m1 / (1 - 0.9**step)) / scale
+        progress()
+    return {name: (U.detach(), V.detach()) for name, (U, V) in adapters.items()}
