@@ -10,10 +10,11 @@ READY := .venv/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-gpu lint format clean
+.PHONY: help venv demo bundled-zoo test test-slow test-gpu lint format clean
 
 help:
 	@echo "make demo       compare the five architectures on the bundled LoRAs: a table and a chart"
+	@echo "make bundled-zoo  train the bundled LoRAs anew"
 	@echo "make test       tests and docstring examples, with branch coverage"
 	@echo "make test-slow  the tests that take longer, which 'make test' leaves out"
 	@echo "make test-gpu   the tests that need a CUDA device"
@@ -30,7 +31,10 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/python examples/compare_architectures.py
+	$(BIN)/python examples/plot_compare_architectures.py
+
+bundled-zoo: $(READY)
+	$(BIN)/python -c "from sklora.datasets._bundle import make_bundle; make_bundle()"
 
 test: $(READY)
 	$(PYTEST) --cov

@@ -1,7 +1,7 @@
 """The bundled zoo: its file, how it is read, and the script that makes it.
 
-``python -m sklora.datasets._bundle`` trains it anew, in about ten minutes on two cores. Factors are
-stored in 8 bits, and every loss is that of the adapter as it is stored.
+``make bundled-zoo`` trains it anew. Factors are stored in 8 bits, and every loss is that of the
+adapter as it is stored.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _round(factors: denoiser.Factors) -> denoiser.Factors:
     return {name: (rounded(U), rounded(V)) for name, (U, V) in factors.items()}
 
 
-def make_bundle(path: Path, *, verbose: int = 1) -> None:
+def make_bundle(path: Path = PATH, *, verbose: int = 1) -> None:
     """Train the bundled zoo and write its file."""
     zoo = train_zoo(**SETTINGS, random_state=SEED, verbose=verbose, store=_round)
     layout, flat = zoo.data.layout, torch.from_numpy(np.array(zoo.data))
@@ -107,7 +107,3 @@ def make_bundle(path: Path, *, verbose: int = 1) -> None:
         "class_losses": zoo.class_losses,
     }
     save_file(tensors, path, metadata={"modules": json.dumps(layout.modules)})
-
-
-if __name__ == "__main__":
-    make_bundle(PATH)

@@ -78,7 +78,7 @@ class RowNorm(nn.Module):
     r"""Append the norm of each standardised row, and weigh wide rows down.
 
     .. math:: z \mapsto \bigl[\min(1, W / d)\, z, \; (\lVert z \rVert - \mu) / \sigma\bigr],
-        \qquad z \in \mathbb{R}^d, \quad W = 1000
+        \qquad z \in \mathbb{R}^d
 
     Adam moves every weight by about the learning rate, so one step changes what a unit reads by an
     amount that grows with ``d``: on thousands of columns a network fits its training rows before it
@@ -90,6 +90,8 @@ class RowNorm(nn.Module):
     ----------
     n_features : int
         Number of columns ``d``.
+    wide : int
+        The width ``W`` above which columns are weighed down.
 
     Attributes
     ----------
@@ -100,15 +102,13 @@ class RowNorm(nn.Module):
     --------
     >>> import torch
     >>> from sklora.nets import RowNorm
-    >>> RowNorm(2)(torch.tensor([[3.0, 4.0]]))
+    >>> RowNorm(2, wide=500)(torch.tensor([[3.0, 4.0]]))
     tensor([[3., 4., 5.]])
     """
 
-    WIDE = 1000
-
-    def __init__(self, n_features: int) -> None:
+    def __init__(self, n_features: int, wide: int) -> None:
         super().__init__()
-        self.weight = min(1.0, self.WIDE / n_features)
+        self.weight = min(1.0, wide / n_features)
         self.norm = Standardize(1)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -17,6 +17,10 @@ from sklora.nets.equivariant import (
 from sklora.nets.feedforward import RowNorm, Standardize, feedforward
 
 
+# Below that of MLPNet, since the features themselves are fitted too; see docs/results.md.
+WIDE = 100
+
+
 class GLNet(nn.Module):
     r"""GL-net: a function of LoRA factors that no gauge changes (section 4 of the paper).
 
@@ -104,7 +108,7 @@ class GLNet(nn.Module):
         self.register_buffer("module_scale", torch.ones(n_modules))
         n_features = self.head.n_features(n_modules, hidden_dim, hidden_dim) + n_side
         self.standardize = Standardize(n_features)
-        self.row_norm = RowNorm(n_features)
+        self.row_norm = RowNorm(n_features, wide=WIDE)
         self.mlp = feedforward(n_features + 1, n_outputs, mlp_hidden, dropout=dropout)
 
     def forward(

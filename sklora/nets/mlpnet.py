@@ -7,6 +7,10 @@ from torch import Tensor, nn
 from sklora.nets.feedforward import RowNorm, Standardize, feedforward
 
 
+# Found by cross-validation, see docs/results.md.
+WIDE = 500
+
+
 class MLPNet(nn.Module):
     """Multilayer perceptron on standardised features and their norm.
 
@@ -58,7 +62,7 @@ class MLPNet(nn.Module):
     ) -> None:
         super().__init__()
         self.standardize = Standardize(n_features)
-        self.row_norm = RowNorm(n_features)
+        self.row_norm = RowNorm(n_features, wide=WIDE)
         self.mlp = feedforward(
             n_features + 1, n_outputs, (hidden_dim,) * n_layers, nonlinearity, dropout
         )
