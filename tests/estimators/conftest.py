@@ -41,8 +41,21 @@ def targets(traces: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
 
 @pytest.fixture
 def quick() -> Callable[..., Any]:
+    # All that decides how fast a network learns, so that the tests do not hang on the defaults.
+    small = {
+        "hidden_dim": 4,
+        "n_layers": 2,
+        "dropout": 0.0,
+        "lr": 1e-3,
+        "weight_decay": 1e-2,
+        "max_epochs": 3,
+        "batch_size": 64,
+        "patience": 15,
+        "random_state": 0,
+        "device": "cpu",
+    }
+
     def make(estimator: type, **parameters: Any) -> Any:
-        small = {"hidden_dim": 4, "max_epochs": 3, "random_state": 0, "device": "cpu"}
         return estimator(**small | parameters)
 
     return make

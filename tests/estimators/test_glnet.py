@@ -78,7 +78,9 @@ def test_training_is_invariant(zoo, targets, quick):
 def test_statistics_are_invariant(zoo, traces, quick):
     moved = apply_gauge(zoo, condition=10.0, random_state=0)
     one, other = (quick(GLNetRegressor).fit(X, traces).weights_ for X in (zoo, moved))
-    for name in ("module_scale", "standardize.mean", "standardize.scale"):
+    statistics = {name for name in one if name.split(".")[0] not in ("embed", "layers", "mlp")}
+    assert len(statistics) == 5
+    for name in statistics:
         np.testing.assert_allclose(one[name], other[name], rtol=1e-3, atol=1e-5)
 
 
@@ -90,6 +92,25 @@ def test_module_scale_is_from_the_training_norms(zoo, traces, quick):
         updates = np.array([U @ V.T for U, V in (adapter[name] for adapter in zoo)])
         squares = (updates**2).mean(axis=(1, 2))
         assert scale == pytest.approx(np.average(squares, weights=weights) ** -0.25, rel=1e-5)
+
+
+def test_standardises_by_weighted_moments(zoo, traces, quick):
+    """Of the features at the initial weights, then of the norms of their rows."""
+    weights = np.linspace(0, 1, 60)
+    # A step of next to nothing leaves the equivariant layers where they started.
+    model = quick(GLNetRegressor, lr=1e-9, max_epochs=1).fit(zoo, traces, sample_weight=weights)
+    factors, _ = cut_factors(torch.from_numpy(np.asarray(zoo)), zoo.layout)
+    with torch.no_grad():
+        features = model.net_.features(factors).numpy()
+    mean = np.average(features, axis=0, weights=weights)
+    scale = np.sqrt(np.average((features - mean) ** 2, axis=0, weights=weights))
+    np.testing.assert_allclose(model.weights_["standardize.mean"], mean, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(model.weights_["standardize.scale"], scale, rtol=1e-3)
+    norms = np.linalg.norm((features - mean) / scale, axis=1)
+    mean = np.average(norms, weights=weights)
+    spread = np.sqrt(np.average((norms - mean) ** 2, weights=weights))
+    np.testing.assert_allclose(model.weights_["row_norm.norm.mean"], [mean], rtol=1e-3)
+    np.testing.assert_allclose(model.weights_["row_norm.norm.scale"], [spread], rtol=1e-3)
 
 
 def test_size_of_the_updates_does_not_matter(zoo, traces, quick):
@@ -139,10 +160,11 @@ def test_side_features_are_read(zoo, rng, quick):
 
 @pytest.mark.parametrize(
     ("mlp_hidden", "shapes"),
-    [(7, [(7, 48), (1, 7)]), ((5, 3), [(5, 48), (3, 5), (1, 3)]), ((), [(1, 48)])],
+    [(7, [(7, 49), (1, 7)]), ((5, 3), [(5, 49), (3, 5), (1, 3)]), ((), [(1, 49)])],
 )
 def test_mlp_hidden(mlp_hidden, shapes, zoo, traces, quick):
     model = quick(GLNetRegressor, mlp_hidden=mlp_hidden).fit(zoo, traces)
+    # Three modules of 4 x 4 products, and their norm.
     weights = [w.shape for n, w in model.weights_.items() if n.startswith("mlp") and w.ndim == 2]
     assert weights == shapes
 
@@ -162,7 +184,8 @@ def test_parameters_are_checked(parameter, value, zoo, traces, quick):
 
 
 def test_docstring_shows_the_defaults():
-    assert "hidden_dim : int, default=32" in GLNetClassifier.__doc__
-    assert 'optimizer : {"adamw", "adam", "sgd"}, default="adamw"' in GLNetRegressor.__doc__
+    assert f"hidden_dim : int, default={GLNetClassifier().hidden_dim}" in GLNetClassifier.__doc__
+    options = f'{{"adamw", "adam", "sgd"}}, default="{GLNetRegressor().optimizer}"'
+    assert f"optimizer : {options}" in GLNetRegressor.__doc__
     assert "$" not in GLNetClassifier.__doc__ + GLNetRegressor.__doc__
     assert "class_weight" not in GLNetRegressor.__doc__

@@ -22,6 +22,20 @@ def test_standardises_by_weighted_moments(zoo, traces, quick):
     scale = np.sqrt(np.average((flat - mean) ** 2, axis=0, weights=weights))
     np.testing.assert_allclose(model.weights_["standardize.mean"], mean, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(model.weights_["standardize.scale"], scale, rtol=1e-5)
+    norms = np.linalg.norm((flat - mean) / scale, axis=1)
+    mean = np.average(norms, weights=weights)
+    spread = np.sqrt(np.average((norms - mean) ** 2, weights=weights))
+    np.testing.assert_allclose(model.weights_["row_norm.norm.mean"], [mean], rtol=1e-5)
+    np.testing.assert_allclose(model.weights_["row_norm.norm.scale"], [spread], rtol=1e-4)
+
+
+def test_rows_left_out_of_training_set_no_moments(zoo, traces, quick):
+    flat, weights = np.asarray(zoo).copy(), np.repeat([1.0, 0.0], 30)
+    expected = quick(MLPNetRegressor).fit(flat, traces, sample_weight=weights).weights_
+    flat[30:] *= 100
+    found = quick(MLPNetRegressor).fit(flat, traces, sample_weight=weights).weights_
+    for name in ("standardize.mean", "standardize.scale", "row_norm.norm.mean"):
+        np.testing.assert_array_equal(found[name], expected[name])
 
 
 def test_unit_and_origin_of_features_do_not_matter(quick, rng):
@@ -64,5 +78,5 @@ def test_n_layers(n_layers, zoo, traces, quick):
 
 
 def test_docstring_shows_the_defaults():
-    assert "hidden_dim : int, default=128" in MLPNetClassifier.__doc__
+    assert f"hidden_dim : int, default={MLPNetClassifier().hidden_dim}" in MLPNetClassifier.__doc__
     assert "$" not in MLPNetClassifier.__doc__ + MLPNetRegressor.__doc__

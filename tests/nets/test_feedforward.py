@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from sklora.nets import Standardize, feedforward
+from sklora.nets import RowNorm, Standardize, feedforward
+
+DTYPES = [torch.float32, torch.float64]
 
 
 def test_standardize_starts_as_the_identity():
@@ -38,6 +40,72 @@ def test_standardize_subtracts_before_it_narrows():
 def test_moments_are_buffers():
     assert not list(Standardize(3).parameters())
     assert set(Standardize(3).state_dict()) == {"mean", "scale"}
+
+
+class TestRowNorm:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("n_features", [1, 7, 10, 11, 40])
+    def test_is_the_plain_formula(self, n_features, dtype):
+        torch.manual_seed(0)
+        layer = RowNorm(n_features, wide=10).to(dtype)
+        layer.norm.set_moments(torch.tensor([2.0]).to(dtype), torch.tensor([0.5]).to(dtype))
+        z = torch.randn(5, n_features, dtype=dtype)
+        weighed, norm = layer(z).split([n_features, 1], dim=1)
+        assert weighed.dtype == norm.dtype == dtype
+        torch.testing.assert_close(weighed, z * min(1.0, 10 / n_features))
+        torch.testing.assert_close(norm[:, 0], (z.square().sum(1).sqrt() - 2.0) / 0.5)
+
+    @pytest.mark.parametrize(
+        ("n_features", "weight"), [(1, 1), (999, 1), (1000, 1), (1001, 1000 / 1001), (4000, 0.25)]
+    )
+    def test_only_wide_rows_are_weighed_down(self, n_features, weight):
+        assert RowNorm(n_features, wide=1000).weight == weight
+
+    def test_the_norm_is_that_of_the_row_before_it_is_weighed_down(self):
+        z = torch.full((1, 16), 3.0)
+        torch.testing.assert_close(RowNorm(16, wide=2)(z)[0, -1], torch.tensor(12.0))
+
+    def test_moments_of_the_norm_are_its_only_state(self):
+        layer = RowNorm(3, wide=2)
+        assert not list(layer.parameters())
+        assert set(layer.state_dict()) == {"norm.mean", "norm.scale"}
+
+    def test_gradients(self):
+        layer = RowNorm(4, wide=2).double()
+        layer.norm.set_moments(torch.tensor([1.0]).double(), torch.tensor([3.0]).double())
+        z = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+        torch.autograd.gradcheck(layer, (z,))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_a_zero_row_has_a_finite_gradient(self, dtype):
+        layer = RowNorm(4, wide=2).to(dtype)
+        z = torch.tensor([[0.0] * 4, [3.0, 0.0, 4.0, 0.0]], dtype=dtype, requires_grad=True)
+        layer(z)[:, -1].sum().backward()
+        expected = torch.tensor([[0.0] * 4, [0.6, 0.0, 0.8, 0.0]], dtype=dtype)
+        torch.testing.assert_close(z.grad, expected)
+        z.grad = None
+        layer(z).sum().backward()
+        torch.testing.assert_close(z.grad, expected + 0.5)
+
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str
+    )
+    def test_norm_of_raw_factors_is_invariant_to_orthogonal_gauges_alone(
+        self, dtype, tolerance, random_factors, random_gauges, turn
+    ):
+        U, V = random_factors([(1, 6, 4)], batch=5, rank=3, dtype=dtype)[0]
+        layer = RowNorm(30, wide=10).to(dtype)
+
+        def columns(U, V):
+            flat = torch.cat([f[0].transpose(0, 1).flatten(1) for f in (U, V)], dim=1)
+            return layer(flat.to(dtype)).split([30, 1], dim=1)
+
+        rows, norm = columns(U, V)
+        turned, same = columns(*turn(U, V, random_gauges(U, 1.0)))
+        torch.testing.assert_close(same, norm, rtol=tolerance, atol=0.0)
+        assert (turned - rows).abs().max() > 0.1
+        _, other = columns(*turn(U, V, random_gauges(U, 10.0)))
+        assert (other - norm).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,9 @@ def make_net(dtype=torch.float64, **parameters):
     with torch.no_grad():
         net.module_scale.copy_(torch.rand_like(net.module_scale) + 0.5)
         net.standardize.mean.normal_()
+        net.row_norm.norm.set_moments(torch.tensor([3.0]), torch.tensor([2.0]))
+    # Whatever the width beyond which rows are weighed down, these are.
+    net.row_norm.weight = 0.75
     return net.to(dtype)
 
 
@@ -39,7 +42,8 @@ def reference(net, factors, gate):
                 features.append((u @ v.T).flatten())
         rows.append(torch.cat(features))
     standardized = (torch.stack(rows) - net.standardize.mean) / net.standardize.scale
-    return net.mlp(standardized)
+    norm = (standardized.square().sum(1, keepdim=True).sqrt() - 3.0) / 2.0
+    return net.mlp(torch.cat([0.75 * standardized, norm], dim=1))
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 3])
@@ -146,6 +150,12 @@ def test_weights_do_not_depend_on_the_rank():
     assert sum(p.numel() for p in make_net(n_layers=1).embed.parameters()) == sum(
         members * 4 * (n + m) for members, n, m in GROUPS
     )
+
+
+def test_wide_rows_are_weighed_down():
+    with torch.device("meta"):
+        narrow, wide = (GLNet([(1, 4, 4)], 1, hidden_dim=hidden) for hidden in (1, 1000))
+    assert narrow.row_norm.weight == 1 > 1000 * wide.row_norm.weight > 0
 
 
 def test_unknown_options_are_named():

@@ -11,19 +11,30 @@ def net():
     torch.manual_seed(0)
     net = MLPNet(12, 3, hidden_dim=8, n_layers=2, nonlinearity="tanh").double()
     net.standardize.set_moments(torch.randn(12).double(), torch.rand(12).double() + 0.5)
+    net.row_norm.norm.set_moments(torch.tensor([3.0]).double(), torch.tensor([2.0]).double())
+    # Whatever the width beyond which rows are weighed down, these are.
+    net.row_norm.weight = 0.75
     return net
 
 
 def test_is_the_plain_formula(net):
     x = torch.randn(5, 12, dtype=torch.float64)
-    hidden = (x - net.standardize.mean) / net.standardize.scale
+    z = (x - net.standardize.mean) / net.standardize.scale
+    hidden = torch.cat([0.75 * z, (z.square().sum(1, keepdim=True).sqrt() - 3.0) / 2.0], dim=1)
     for layer in (net.mlp[0], net.mlp[2]):
         hidden = torch.tanh(hidden @ layer.weight.T + layer.bias)
     torch.testing.assert_close(net(x), hidden @ net.mlp[4].weight.T + net.mlp[4].bias)
 
 
 def test_no_hidden_layer_is_a_linear_model():
-    assert sum(p.numel() for p in MLPNet(12, 3, n_layers=0).parameters()) == 13 * 3
+    # A weight for every column and the norm, and a bias.
+    assert sum(p.numel() for p in MLPNet(12, 3, n_layers=0).parameters()) == 14 * 3
+
+
+def test_wide_rows_are_weighed_down():
+    with torch.device("meta"):
+        narrow, wide = (MLPNet(width, 1) for width in (1, 1_000_000))
+    assert narrow.row_norm.weight == 1 > 100 * wide.row_norm.weight > 0
 
 
 def test_gradients(net):
