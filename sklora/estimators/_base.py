@@ -260,8 +260,9 @@ class BaseNetEstimator(BaseEstimator, metaclass=ABCMeta):
             )
         y = self._check_targets(y)
         check_consistent_length(loras, y)
+        # With array API dispatch this wants an array, of which it reads the length alone.
         weights = _check_sample_weight(
-            sample_weight, loras, dtype=np.float64, ensure_non_negative=True
+            sample_weight, np.empty(len(loras)), dtype=np.float64, ensure_non_negative=True
         )
         if not weights.any():
             raise ValueError("sample_weight is zero for every adapter; give some a weight.")

@@ -181,6 +181,19 @@ class TestPrediction:
         )
         assert same_state(one, other)
 
+    def test_array_api_dispatch_makes_no_difference(
+        self, case, zoo, quick, monkeypatch, same_state
+    ):
+        weights = np.linspace(0.5, 1.5, 60)
+        expected = quick(case[0]).fit(zoo, case[1], sample_weight=weights)
+        monkeypatch.setenv("SCIPY_ARRAY_API", "1")
+        with sklearn.config_context(array_api_dispatch=True):
+            model = quick(case[0]).fit(zoo, case[1], sample_weight=weights)
+            np.testing.assert_array_equal(model.predict(zoo), expected.predict(zoo))
+            assert model.score(zoo, case[1]) == expected.score(zoo, case[1])
+            assert quick(case[0]).fit(zoo, case[1]).n_iter_ == 3
+        assert same_state(model, expected)
+
     def test_cross_validation(self, case, zoo, quick):
         scores = cross_val_score(quick(case[0]), zoo, case[1], cv=3, error_score="raise")
         assert np.isfinite(scores).all()
