@@ -30,8 +30,8 @@ def label_accuracy(y_true, y_predicted):
 TARGETS = {
     "presence": ("classification", make_scorer(label_accuracy), "accuracy, mean of 10 labels", 0.5),
     "size": ("classification", "accuracy", "accuracy, 10 classes", None),
-    "loss": ("regression", "r2", "R2", 0.0),
-    "loss_all": ("regression", "r2", "R2", 0.0),
+    "loss": ("regression", "r2", "R2", None),
+    "loss_all": ("regression", "r2", "R2", None),
 }
 
 # %%
@@ -90,7 +90,7 @@ for axis, target in zip(axes[0], args.targets, strict=True):
         )  # fmt: skip
     if chance is not None:
         axis.axhline(chance, color="0.3", linewidth=1, linestyle="--")
-        axis.annotate("chance", (4.45, chance), (0, 3), textcoords="offset points", ha="right")
+        axis.text(1.01, chance, "chance", va="center", transform=axis.get_yaxis_transform())
     axis.set(title=target, ylabel=label)
     axis.margins(y=0.12)
     axis.spines[["top", "right"]].set_visible(False)

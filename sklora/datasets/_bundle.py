@@ -78,7 +78,8 @@ def load_digits_loras(
 
 
 def _scale(factor: Tensor) -> Tensor:
-    return factor.abs().amax(dim=(1, 2), keepdim=True) / LEVELS
+    largest = factor.abs().amax(dim=(1, 2), keepdim=True)
+    return largest.clamp(min=torch.finfo(factor.dtype).eps) / LEVELS
 
 
 def _round(factors: denoiser.Factors) -> denoiser.Factors:

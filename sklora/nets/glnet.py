@@ -16,7 +16,6 @@ from sklora.nets.equivariant import (
 )
 from sklora.nets.feedforward import RowNorm, Standardize, feedforward
 
-
 # Below that of MLPNet, since the features themselves are fitted too; see docs/results.md.
 WIDE = 100
 

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from sklora.nets.feedforward import RowNorm, Standardize, feedforward
 
-
 # Found by cross-validation, see docs/results.md.
 WIDE = 500
 
