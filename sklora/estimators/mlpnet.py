@@ -67,7 +67,7 @@ class _MLPNetEstimator(BaseNetEstimator):
 
 @document
 class MLPNetClassifier(NetClassifier, _MLPNetEstimator):
-    """Classifier: a multilayer perceptron on standardised flat rows.
+    """Classifier: a multilayer perceptron on standardised flat rows and their norm.
 
     On raw factors this is the paper's ``mlp`` baseline: it is not invariant to the gauge, and takes
     no rank above the fitted one. Behind a featurizer such as :class:`~sklora.transform.SVDSpectrum`
@@ -154,7 +154,7 @@ class MLPNetClassifier(NetClassifier, _MLPNetEstimator):
 
 @document
 class MLPNetRegressor(NetRegressor, _MLPNetEstimator):
-    """Regressor: a multilayer perceptron on standardised flat rows.
+    """Regressor: a multilayer perceptron on standardised flat rows and their norm.
 
     On raw factors this is the paper's ``mlp`` baseline: it is not invariant to the gauge, and takes
     no rank above the fitted one. Behind a featurizer such as :class:`~sklora.transform.SVDSpectrum`

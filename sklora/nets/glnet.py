@@ -59,6 +59,8 @@ class GLNet(nn.Module):
         Buffer. What ``U`` and ``V`` of each module are multiplied by, in the order of the groups.
     standardize : Standardize
         Moments of the invariant and the side features, on the training data at the initial weights.
+    row_norm : RowNorm
+        Appends the norm of the standardised features.
 
     Raises
     ------
