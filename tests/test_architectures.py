@@ -10,10 +10,23 @@ from sklearn.base import clone
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401
 from sklearn.model_selection import GridSearchCV, HalvingGridSearchCV
 
-from sklora import ARCHITECTURES, architecture_grid, make_architecture
+from sklora import (
+    ARCHITECTURES,
+    DenseProduct,
+    GLNetClassifier,
+    GLNetRegressor,
+    MLPNetClassifier,
+    MLPNetRegressor,
+    OAlign,
+    SVDSpectrum,
+    architecture_grid,
+    make_architecture,
+)
 from sklora.testing import assert_gauge_invariant
 
 SHAPES = ((6, 4), (5, 4), (6, 4))
+TASKS = ("classification", "regression")
+FEATURES = {"mlp": str, "o-align": OAlign, "svd": SVDSpectrum, "dense": DenseProduct, "gl-net": str}
 QUICK = {"model__max_epochs": 3, "model__hidden_dim": 4}
 # Architectures invariant to any gauge, and to rotations.
 INVARIANT = {"GL": {"svd", "dense", "gl-net"}, "O": {"o-align", "svd", "dense", "gl-net"}}
@@ -29,7 +42,22 @@ def labels(zoo):
     return np.array([adapter["m0"][0].sum() > 0 for adapter in zoo]).astype(int)
 
 
-@pytest.mark.parametrize("task", ["classification", "regression"])
+@pytest.fixture
+def targets(labels, rng):
+    """Two of which one is `labels`, for either task."""
+    return {
+        "classification": np.column_stack([labels, 1 - labels]),
+        "regression": np.column_stack([labels, rng.normal(size=60)]),
+    }
+
+
+def model_type(name, task):
+    if task == "classification":
+        return GLNetClassifier if name == "gl-net" else MLPNetClassifier
+    return GLNetRegressor if name == "gl-net" else MLPNetRegressor
+
+
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_pipeline_fits_and_predicts(name, task, zoo, labels):
     model = make_architecture(name, task, random_state=0, device="cpu").set_params(**QUICK)
@@ -39,15 +67,41 @@ def test_pipeline_fits_and_predicts(name, task, zoo, labels):
     np.testing.assert_array_equal(clone(model).fit(zoo, labels).predict(zoo), predicted)
 
 
-def test_parameters_reach_both_steps(tmp_path):
-    model = make_architecture(
-        "o-align", device="cpu", random_state=3, memory=str(tmp_path), verbose=2
-    )
-    parameters = model.get_params()
-    assert parameters["features__device"] == parameters["model__device"] == "cpu"
-    assert parameters["features__random_state"] == parameters["model__random_state"] == 3
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_many_targets(name, task, zoo, targets):
+    model = make_architecture(name, task, random_state=0).set_params(**QUICK)
+    model.fit(zoo, targets[task])
+    assert model.predict(zoo).shape == (60, 2)
+    assert np.isfinite(model.score(zoo, targets[task]))
+    if task == "classification":
+        assert set(np.unique(model.predict(zoo))) <= {0, 1}
+        assert np.shape(model.predict_proba(zoo)) == (60, 2)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_parameters_reach_both_steps(name, task, tmp_path):
+    options = {"device": "cpu", "random_state": 3, "memory": str(tmp_path), "verbose": 2}
+    pipeline = make_architecture(name, task, **options)
+    parameters = clone(pipeline).get_params()
+    assert type(parameters["features"]) is FEATURES[name]
+    assert type(parameters["model"]) is model_type(name, task)
+    assert parameters["model__device"] == parameters.get("features__device", "cpu") == "cpu"
+    assert parameters["model__random_state"] == parameters.get("features__random_state", 3) == 3
     assert parameters["memory"] == str(tmp_path)
     assert parameters["model__verbose"] == 2
+    assert pipeline.verbose is False
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_grid_is_the_pipelines(task):
+    grid = architecture_grid(task, device="cpu", random_state=3)
+    for name, entry in zip(ARCHITECTURES, grid, strict=True):
+        pipeline = make_architecture(name, task, device="cpu", random_state=3)
+        assert entry.keys() == pipeline.named_steps.keys()
+        for step, [candidate] in entry.items():
+            assert str(candidate) == str(pipeline.named_steps[step])
 
 
 def test_cached_features_change_nothing(tmp_path, zoo, labels):
@@ -70,6 +124,11 @@ def test_unknown_options_are_named(arguments, message):
         make_architecture(*arguments)
 
 
+def test_grid_of_an_unknown_task():
+    with pytest.raises(ValueError, match="task is 'ranking'; choose one of 'classification'"):
+        architecture_grid("ranking")
+
+
 def quick_grid(task):
     return [
         entry | {name: [value] for name, value in QUICK.items()}
@@ -77,35 +136,58 @@ def quick_grid(task):
     ]
 
 
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("search", [GridSearchCV, HalvingGridSearchCV])
-def test_one_search_chooses_among_all_five(search, zoo, labels):
-    found = search(make_architecture("mlp"), quick_grid("classification"), cv=2)
+def test_one_search_chooses_among_all_five(search, task, zoo, labels):
+    found = search(make_architecture("mlp", task), quick_grid(task), cv=2, error_score="raise")
     found.fit(zoo, labels)
-    assert len({str(p) for p in found.cv_results_["params"]}) == len(ARCHITECTURES)
-    winner = pickle.loads(pickle.dumps(found.best_estimator_))
-    np.testing.assert_array_equal(winner.predict_proba(zoo), found.predict_proba(zoo))
+    tried = found.cv_results_["params"]
+    steps = {(type(p["features"]), type(p["model"])) for p in tried}
+    assert steps == {(FEATURES[name], model_type(name, task)) for name in ARCHITECTURES}
+    assert np.isfinite(found.cv_results_["mean_test_score"]).all()
+    best = found.best_estimator_
+    assert str(best.named_steps["features"]) == str(found.best_params_["features"])
+    refitted = clone(best).fit(zoo, labels)
+    np.testing.assert_array_equal(refitted.predict(zoo), found.predict(zoo))
+    winner = pickle.loads(pickle.dumps(best))
+    method = "predict_proba" if task == "classification" else "predict"
+    np.testing.assert_array_equal(getattr(winner, method)(zoo), getattr(found, method)(zoo))
 
 
-def test_search_on_labels_in_workers(zoo, labels):
-    multilabel = np.column_stack([labels, 1 - labels])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_any_of_the_five_can_win(name, zoo, labels):
+    def score(pipeline, X, y):
+        steps = pipeline.named_steps
+        wanted = (FEATURES[name], model_type(name, "classification"))
+        return float((type(steps["features"]), type(steps["model"])) == wanted)
+
+    grid = quick_grid("classification")
+    search = GridSearchCV(make_architecture("mlp"), grid, cv=2, scoring=score).fit(zoo, labels)
+    assert search.best_index_ == ARCHITECTURES.index(name)
+    winner = pickle.loads(pickle.dumps(search.best_estimator_))
+    np.testing.assert_array_equal(winner.predict_proba(zoo), search.predict_proba(zoo))
+
+
+def test_search_on_labels_in_workers(zoo, targets):
+    multilabel = targets["classification"]
     search = GridSearchCV(make_architecture("mlp"), quick_grid("classification"), cv=2, n_jobs=2)
     assert search.fit(zoo, multilabel).predict(zoo).shape == multilabel.shape
 
 
 @pytest.mark.parametrize(
     ("dtype", "condition", "rtol"),
-    [(np.float64, 1e4, 1e-6), (np.float32, 1e2, 1e-3)],
+    [(np.float64, 1e4, 1e-9), (np.float32, 1e2, 1e-4)],
     ids=["float64", "float32"],
 )
 @pytest.mark.parametrize("group", ["GL", "O"])
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_theorem_1(name, group, dtype, condition, rtol, rng, random_loras):
+def test_theorem_1(name, task, group, dtype, condition, rtol, rng, random_loras):
     X = random_loras(rng, n_adapters=40, shapes=SHAPES, rank=2, dtype=dtype)
-    y = np.array([np.einsum("ir,jr->", *adapter["m0"]) for adapter in X])
-    model = make_architecture(name, "regression", random_state=0).set_params(
-        model__max_epochs=20, model__hidden_dim=8
-    )
-    model.fit(X, y)
+    y = np.array([[np.einsum("ir,jr->", *adapter[m]) for m in ("m0", "m1")] for adapter in X])
+    model = make_architecture(name, task, random_state=0)
+    model.set_params(model__max_epochs=20, model__hidden_dim=8, model__lr=1e-2)
+    model.fit(X, y if task == "regression" else (y > 0).astype(int))
 
     def check():
         assert_gauge_invariant(
@@ -115,5 +197,5 @@ def test_theorem_1(name, group, dtype, condition, rtol, rng, random_loras):
     if name in INVARIANT[group]:
         check()
     else:
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match=rf"is not invariant to {group}\(r\)"):
             check()
