@@ -133,29 +133,3 @@ def test_feedforward_nonlinearity(name, kind):
 def test_feedforward_unknown_nonlinearity():
     with pytest.raises(ValueError, match="nonlinearity is 'selu'; choose one of 'relu'"):
         feedforward(5, 2, (4,), nonlinearity="selu")
-
-
-@pytest.mark.parametrize(("n_features", "weight"), [(3, 1.0), (40, 0.25)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_row_norm_weighs_wide_rows_down_and_appends_the_norm(n_features, weight, dtype):
-    layer = RowNorm(n_features, wide=10).to(dtype)
-    layer.norm.set_moments(torch.tensor([2.0], dtype=dtype), torch.tensor([0.5], dtype=dtype))
-    z = torch.randn(4, n_features, dtype=dtype)
-    out = layer(z)
-    torch.testing.assert_close(out[:, :-1], weight * z)
-    torch.testing.assert_close(out[:, -1], (z.norm(dim=1) - 2) / 0.5)
-
-
-def test_row_norm_has_a_gradient_at_zero():
-    z = torch.zeros(1, 3, requires_grad=True)
-    RowNorm(3, wide=10)(z).sum().backward()
-    torch.testing.assert_close(z.grad, torch.ones(1, 3))
-
-
-def test_row_norm_column_is_invariant_to_rotations_only():
-    z = torch.randn(5, 6, dtype=torch.float64)
-    rotation = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
-    norm = RowNorm(6, wide=10)(z)[:, -1]
-    torch.testing.assert_close(RowNorm(6, wide=10)(z @ rotation)[:, -1], norm)
-    stretched = RowNorm(6, wide=10)(z @ (rotation * torch.arange(1, 7)))[:, -1]
-    assert (stretched - norm).abs().min() > 0.1
