@@ -19,10 +19,32 @@ def test_the_bundled_zoo(zoo):
     np.testing.assert_array_equal(zoo.size, zoo.presence.sum(axis=1))
     assert np.isfinite(np.asarray(zoo.data)).all()
     assert (zoo.data.ranks == 4).all()
+    assert zoo.data.dtype == np.float32
+    assert all(np.abs(U).max() > 0 for adapter in zoo.data for U, _ in adapter.values())
 
 
-def test_it_is_small():
-    assert _bundle.PATH.stat().st_size < 6e6
+def test_its_targets_agree(zoo):
+    assert zoo.target is zoo.presence
+    assert zoo.target_names == list("0123456789")
+    np.testing.assert_array_equal(np.sort(zoo.groups), np.arange(1, 1024))
+    np.testing.assert_array_equal(zoo.presence, zoo.groups[:, None] >> np.arange(10) & 1)
+    assert zoo.class_losses.shape == zoo.presence.shape
+    # In units of the noise's variance, which is 1.
+    assert ((zoo.class_losses > 0) & (zoo.class_losses < 1)).all()
+    own = np.ma.masked_array(zoo.class_losses, zoo.presence == 0).mean(axis=1)
+    np.testing.assert_allclose(zoo.loss, own, rtol=1e-6)
+    np.testing.assert_allclose(zoo.loss_all, zoo.class_losses.mean(axis=1), rtol=1e-6)
+
+
+def test_an_adapter_does_better_on_its_own_digits(zoo):
+    some = zoo.size < 10
+    assert zoo.loss[some].mean() < zoo.loss_all[some].mean()
+
+
+def test_its_files_are_small():
+    sizes = {path.name: path.stat().st_size for path in _bundle.PATH.parent.iterdir()}
+    assert _bundle.PATH.name in sizes
+    assert max(sizes.values()) < 6e6
 
 
 def test_data_and_target_alone(zoo):
@@ -32,8 +54,13 @@ def test_data_and_target_alone(zoo):
 
 
 def test_rounding_keeps_what_the_file_holds():
-    factors = {"q": (torch.randn(3, 6, 2), torch.randn(3, 4, 2))}
+    generator = torch.Generator().manual_seed(0)
+    factors = {"q": tuple(torch.randn(3, size, 2, generator=generator) for size in (6, 4))}
+    factors["q"][0][1] = 0
     once = _bundle._round(factors)
+    twice = _bundle._round(once)
+    torch.testing.assert_close(twice, once, rtol=1e-6, atol=0.0)
+    assert torch.count_nonzero(once["q"][0][1]) == 0
     for kept, factor in zip(once["q"], factors["q"], strict=True):
         largest = factor.abs().amax(dim=(1, 2), keepdim=True)
         assert ((kept - factor).abs() <= 0.5001 * largest / 127).all()
@@ -55,3 +82,5 @@ def test_what_is_made_is_what_is_loaded(monkeypatch, tmp_path):
     )
     np.testing.assert_array_equal(found.class_losses, expected.class_losses)
     assert found.data.layout == expected.data.layout
+    for field in ("presence", "size", "loss", "loss_all", "groups"):
+        np.testing.assert_array_equal(found[field], expected[field])

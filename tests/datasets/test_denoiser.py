@@ -27,39 +27,86 @@ def factors(generator):
     }
 
 
-def test_patches_round_trip():
-    images = torch.randn(2, 3, 64)
+@pytest.fixture
+def noisy(generator):
+    return torch.randn(3, 5, 64, generator=generator)
+
+
+@pytest.fixture
+def time(generator):
+    return torch.rand(3, 5, generator=generator)
+
+
+def test_modules_that_take_an_adapter(base):
+    assert len(SHAPES) == 6 * DEPTH
+    assert {shape for name, shape in SHAPES.items() if "attn" in name} == {(8, 8)}
+    assert SHAPES["blocks.1.mlp.up"] == (16, 8)
+    assert SHAPES["blocks.1.mlp.down"] == (8, 16)
+    assert all(base[name].shape == shape for name, shape in SHAPES.items())
+
+
+def test_weights_keep_the_size_of_what_they_act_on(generator):
+    for name, weight in denoiser.init_base(64, 1, generator).items():
+        assert weight.square().sum(dim=1).mean().item() == pytest.approx(1.0, rel=0.5), name
+
+
+def test_patches_round_trip(generator):
+    images = torch.randn(2, 3, 64, generator=generator)
     patches = denoiser._patches(images)
     assert patches.shape == (2, 3, 16, 4)
     assert torch.equal(patches[0, 0, 0], images[0, 0].reshape(8, 8)[:2, :2].flatten())
     assert torch.equal(denoiser._images(patches), images)
 
 
-def test_noise_comes_with_time():
-    images, noise = torch.randn(2, 64), torch.randn(2, 64)
-    noisy = denoiser.add_noise(images, torch.tensor([0.0, 1.0]), noise)
+def test_noise_comes_with_time(generator):
+    images, noise = torch.randn(2, 3, 64, generator=generator)
+    noisy = denoiser.add_noise(images, torch.tensor([0.0, 1.0, 0.5]), noise)
     torch.testing.assert_close(noisy[0], images[0])
     torch.testing.assert_close(noisy[1], noise[1])
+    # Half of the variance each, so that images of unit variance keep it.
+    torch.testing.assert_close(noisy[2], (images[2] + noise[2]) / 2**0.5)
 
 
-def test_factors_are_the_update_of_the_weight(base, factors):
-    noisy, time = torch.randn(3, 5, 64), torch.rand(3, 5)
+def test_factors_are_the_update_of_the_weight(base, factors, noisy, time):
     together = denoiser.denoise(base, noisy, time, factors)
     for i in range(3):
         merged = base | {name: base[name] + U[i] @ V[i].T for name, (U, V) in factors.items()}
         alone = denoiser.denoise(merged, noisy[i : i + 1], time[i : i + 1])
-        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_adapters_start_as_no_update(base, generator):
+def test_a_stack_is_one_adapter_at_a_time(base, factors, noisy, time):
+    together = denoiser.denoise(base, noisy, time, factors)
+    for i in range(3):
+        own = {name: (U[i : i + 1], V[i : i + 1]) for name, (U, V) in factors.items()}
+        alone = denoiser.denoise(base, noisy[i : i + 1], time[i : i + 1], own)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_an_image_at_a_time(base, factors, noisy, time):
+    together = denoiser.denoise(base, noisy, time, factors)
+    alone = denoiser.denoise(base, noisy[:, 2:3], time[:, 2:3], factors)
+    torch.testing.assert_close(together[:, 2:3], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_module_matters(name, base, factors, noisy, time):
+    found = denoiser.denoise(base, noisy, time, {name: factors[name]})
+    assert (found - denoiser.denoise(base, noisy, time)).abs().max() > 1e-3
+
+
+def test_adapters_start_as_no_update(base, generator, noisy, time):
     start = denoiser.init_factors(SHAPES, 3, 2, generator)
-    noisy, time = torch.randn(3, 5, 64), torch.rand(3, 5)
+    for name, (n, m) in SHAPES.items():
+        U, V = start[name]
+        assert (U.shape, V.shape) == ((3, n, 2), (3, m, 2))
+        assert 0.5 * m**-0.5 < V.abs().max() <= m**-0.5
     torch.testing.assert_close(
         denoiser.denoise(base, noisy, time, start), denoiser.denoise(base, noisy, time)
     )
 
 
-def finetune(base, start, rate, steps, images):
+def finetune(base, start, rate, steps, images, progress=lambda: None):
     return denoiser.finetune(
         base,
         start,
@@ -67,7 +114,27 @@ def finetune(base, start, rate, steps, images):
         learning_rate=torch.tensor(rate),
         n_steps=torch.tensor(steps),
         generator=torch.Generator().manual_seed(1),
+        progress=progress,
     )
+
+
+def fixed_loss(base, images, factors=None):
+    """The loss at the same times and noises, whatever the factors."""
+    draws = torch.Generator().manual_seed(2)
+    return denoiser._loss(base, images.repeat(1, 20, 1), draws, factors)
+
+
+def test_finetuning_lowers_the_loss_of_every_adapter(base, generator):
+    images = torch.sign(torch.randn(3, 4, 64, generator=generator))
+    start = denoiser.init_factors(SHAPES, 3, 2, generator)
+    kept = {name: weight.clone() for name, weight in base.items()}
+    steps = []
+    found = finetune(base, start, [1e-2] * 3, [60] * 3, images, lambda: steps.append(1))
+    assert (fixed_loss(base, images, found) < 0.8 * fixed_loss(base, images, start)).all()
+    assert len(steps) == 60
+    assert all(torch.equal(base[name], weight) for name, weight in kept.items())
+    assert all(torch.count_nonzero(U) == 0 for U, _ in start.values())
+    assert not any(t.requires_grad for pair in found.values() for t in pair)
 
 
 def test_finetuning_is_adam(base, generator):
@@ -94,8 +161,21 @@ def test_an_adapter_stops_after_its_own_steps(base, generator):
     short = finetune(base, start, [1e-2, 1e-2], [2, 2], images)
     mixed = finetune(base, start, [1e-2, 1e-2], [2, 6], images)
     for name in SHAPES:
-        torch.testing.assert_close(mixed[name][0][0], short[name][0][0])
-        assert not torch.allclose(mixed[name][0][1], short[name][0][1])
+        for factor, stopped in zip(mixed[name], short[name], strict=True):
+            assert torch.equal(factor[0], stopped[0])
+            assert not torch.allclose(factor[1], stopped[1])
+
+
+def test_adapters_of_a_stack_do_not_meet(base, generator):
+    images = torch.randn(2, 4, 64, generator=generator)
+    start = denoiser.init_factors(SHAPES, 2, 2, generator)
+    found = finetune(base, start, [1e-2, 1e-2], [4, 4], images)
+    images[1] = -images[1]
+    other = finetune(base, start, [1e-2, 5e-2], [4, 4], images)
+    for name in SHAPES:
+        for factor, same in zip(other[name], found[name], strict=True):
+            torch.testing.assert_close(factor[0], same[0])
+            assert not torch.allclose(factor[1], same[1])
 
 
 def test_the_base_network_learns(generator):
@@ -104,8 +184,5 @@ def test_the_base_network_learns(generator):
     first = denoiser.train_base(images, n_steps=1, generator=generator, **options)
     last = denoiser.train_base(images, n_steps=200, generator=generator, **options)
 
-    def loss(base):
-        draws = torch.Generator().manual_seed(2)
-        return float(denoiser._loss(base, images[None].repeat(1, 20, 1), draws))
-
-    assert loss(last) < 0.8 * loss(first)
+    assert fixed_loss(last, images[None]) < 0.8 * fixed_loss(first, images[None])
+    assert not any(weight.requires_grad for weight in last.values())

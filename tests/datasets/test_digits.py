@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from sklora.collection import LoRACollection
+from sklora.datasets import _denoiser as denoiser
 from sklora.datasets import _digits, make_digits_loras
 
 TINY = {"rank": 2, "dim": 8, "depth": 1, "verbose": 0}
@@ -23,8 +25,15 @@ class TestMakeDigitsLoras:
         zoo = make_digits_loras(5, random_state=0, **TINY)
         assert zoo.data.shape == (5, zoo.data.layout.width)
         assert zoo.data.layout.names[0] == "blocks.0.attn.to_q"
-        assert set(zoo.data.layout.ranks) == {2}
+        assert isinstance(zoo.data, LoRACollection)
+        assert zoo.data.layout.modules[4] == ("blocks.0.mlp.up", 16, 8, 2)
+        assert zoo.data.dtype == np.float32
+        assert (zoo.data.ranks == 2).all()
         assert zoo.target is zoo.presence
+        assert zoo.target_names == list("0123456789")
+        assert zoo.presence.shape == zoo.class_losses.shape == (5, 10)
+        assert set(np.unique(zoo.presence)) == {0, 1}
+        assert len(set(zoo.groups)) == 5
         np.testing.assert_array_equal(zoo.size, zoo.presence.sum(axis=1))
         for i in range(5):
             own = zoo.class_losses[i][zoo.presence[i] == 1]
@@ -37,6 +46,31 @@ class TestMakeDigitsLoras:
         np.testing.assert_array_equal(np.asarray(first.data), np.asarray(same.data))
         np.testing.assert_array_equal(first.class_losses, same.class_losses)
         assert not np.array_equal(np.asarray(first.data), np.asarray(other.data))
+
+    def test_a_generator_of_random_numbers_goes_on(self):
+        seed = np.random.RandomState(0)
+        first, second = (make_digits_loras(3, random_state=seed, **TINY) for _ in range(2))
+        same = make_digits_loras(3, random_state=0, **TINY)
+        np.testing.assert_array_equal(np.asarray(first.data), np.asarray(same.data))
+        assert not np.array_equal(np.asarray(first.data), np.asarray(second.data))
+
+    def test_losses_are_those_of_the_adapters_that_are_kept(self):
+        trained = _digits.train_zoo(3, varied=False, random_state=0, **TINY)
+        dropped = _digits.train_zoo(
+            3,
+            varied=False,
+            random_state=0,
+            store=lambda factors: {name: (0 * U, V) for name, (U, V) in factors.items()},
+            **TINY,
+        )
+        assert all(np.abs(U).max() == 0 for adapter in dropped.data for U, _ in adapter.values())
+        # Without their updates, all are the base network.
+        np.testing.assert_array_equal(dropped.class_losses, dropped.class_losses[[0, 0, 0]])
+        assert len(np.unique(trained.class_losses, axis=0)) == 3
+
+    def test_progress_is_for_terminals(self, capsys):
+        make_digits_loras(3, random_state=0, **TINY | {"verbose": 1})
+        assert capsys.readouterr() == ("", "")
 
     def test_every_adapter_was_trained(self):
         X, y = make_digits_loras(4, random_state=0, return_X_y=True, **TINY)
@@ -51,15 +85,25 @@ class TestMakeDigitsLoras:
         assert set(zoo.n_steps) <= {1, 2, 3}
         assert set(zoo.batch_size) <= set(_digits.VARIED["batch_size"])
         assert len(set(zoo.learning_rate)) == 9
+        np.testing.assert_array_equal(zoo.size, zoo.presence.sum(axis=1))
+        same = make_digits_loras(9, varied=True, random_state=0, **TINY)
+        np.testing.assert_array_equal(np.asarray(zoo.data), np.asarray(same.data))
 
     @pytest.mark.parametrize("name", ["n_adapters", "rank", "depth", "dim"])
     def test_numbers_below_one(self, name):
         with pytest.raises(ValueError, match=f"{name} == 0, must be >="):
             make_digits_loras(**{"n_adapters": 3} | TINY | {name: 0})
 
+    @pytest.mark.parametrize("name", ["n_adapters", "rank", "depth", "dim"])
+    def test_numbers_that_are_no_integers(self, name):
+        with pytest.raises(TypeError, match=f"{name} must be an instance of"):
+            make_digits_loras(**{"n_adapters": 3} | TINY | {name: 8.0})
+
     def test_dim_and_heads(self):
         with pytest.raises(ValueError, match=r"dim is 10; .* multiple of 4"):
             make_digits_loras(3, dim=10)
+        with pytest.raises(ValueError, match="dim == 2, must be >= 4"):
+            make_digits_loras(3, dim=2)
 
 
 def test_every_subset_comes_before_any_comes_again():
@@ -72,11 +116,43 @@ def test_every_subset_comes_before_any_comes_again():
 
 def test_no_image_serves_two_ends():
     pools = _digits._split_digits(np.random.RandomState(0))
-    # Two people may have drawn the same 64 pixels; sklearn's digits hold no such pair.
+    # By their pixels, of which no two of scikit-learn's digits have the same.
     ends = [pools.base, torch.cat(pools.finetune), pools.held_out.flatten(0, 1)]
     images = [{tuple(row) for row in end.tolist()} for end in ends]
     assert sum(map(len, images)) == sum(map(len, ends))
     assert len(set().union(*images)) == sum(map(len, ends))
+
+
+def test_every_adapter_has_an_image_of_each_class_from_the_pools():
+    pools = _digits._split_digits(np.random.RandomState(0))
+    presence = _digits._subsets(5, np.random.RandomState(1))
+    images, chances = _digits._images_of_subset(presence, pools, np.random.RandomState(2))
+    np.testing.assert_array_equal(chances, presence)
+    assert pools.held_out.shape == (10, _digits.N_HELD_OUT, 64)
+    assert images.min() == -1
+    assert images.max() == 1
+    for digit, pool in enumerate(pools.finetune):
+        rows = {tuple(row) for row in pool.tolist()}
+        assert {tuple(row) for row in images[:, digit].tolist()} <= rows
+
+
+def test_class_losses_are_those_of_each_adapter_on_each_class(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    base = denoiser.init_base(8, 1, generator)
+    factors = {
+        name: tuple(torch.randn(3, size, 2, generator=generator) for size in shape)
+        for name, shape in denoiser.module_shapes(8, 1).items()
+    }
+    held_out = torch.randn(10, 4, 64, generator=generator)
+    losses = _digits.class_losses(base, factors, held_out, seed=7)
+    assert losses.shape == (3, 10)
+    for i in range(3):
+        own = {name: (U[i : i + 1], V[i : i + 1]) for name, (U, V) in factors.items()}
+        alone = _digits.class_losses(base, own, held_out, seed=7)
+        np.testing.assert_allclose(alone[0], losses[i], rtol=1e-5)
+    # A network that finds no noise is off by the variance of the noise.
+    monkeypatch.setattr(denoiser, "denoise", lambda base, noisy, time, factors: 0 * noisy)
+    np.testing.assert_allclose(_digits.class_losses(base, factors, held_out, 7), 1.0, atol=0.2)
 
 
 def test_adapters_see_their_own_classes_only():
