@@ -227,7 +227,7 @@ def make_digits_loras(
     Then every adapter finetunes its attention and feed-forward weights on one image of each class
     of a non-empty subset of the ten classes, as the paper's Imagenette-LoRA does with Stable
     Diffusion (section 5.1). Every subset comes once before any comes again: 2,046 adapters are
-    each of them twice. Every ``V`` starts at random, as in LoRA's own training, so that two adapters
+    each of them twice. Every ``V`` starts at random, as in LoRA's own training, so that adapters
     of one subset share no gauge.
 
     Parameters
