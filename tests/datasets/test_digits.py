@@ -155,14 +155,14 @@ def test_class_losses_are_those_of_each_adapter_on_each_class(monkeypatch):
     np.testing.assert_allclose(_digits.class_losses(base, factors, held_out, 7), 1.0, atol=0.2)
 
 
-def test_adapters_see_their_own_classes_only():
-    images = torch.arange(10.0).repeat(3, 1)[..., None].expand(3, 10, 64)
+def test_adapters_see_their_own_images_of_their_own_classes_only():
+    images = torch.arange(30.0).reshape(3, 10, 1).expand(3, 10, 64)
     chances = torch.zeros(3, 10)
     for adapter, digit in enumerate((1, 5, 9)):
         chances[adapter, digit] = 1
     draw = _digits._batches(images, chances, 4, torch.Generator().manual_seed(0))
     assert draw().shape == (3, 4, 64)
-    assert [set(batch.flatten().tolist()) for batch in draw()] == [{1.0}, {5.0}, {9.0}]
+    assert [set(batch.flatten().tolist()) for batch in draw()] == [{1.0}, {15.0}, {29.0}]
 
 
 def test_chunks_hold_one_batch_size_and_every_row_once():
