@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+import torch
 
 from sklora.collection import LoRACollection
 
@@ -45,3 +46,11 @@ def random_loras() -> RandomLoras:
         return LoRACollection.from_factors(factors, dtype=dtype, **options)
 
     return make
+
+
+@pytest.fixture
+def cuda() -> str:
+    """The device of tests marked gpu."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return "cuda"

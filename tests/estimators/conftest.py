@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from sklora.collection import LoRACollection, LoRALayout
@@ -97,10 +96,3 @@ def same_state() -> Callable[[Any, Any], bool]:
         )
 
     return compare
-
-
-@pytest.fixture
-def cuda() -> str:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    return "cuda"

@@ -53,10 +53,3 @@ def make_gauge() -> Callable[..., Tensor]:
         return left @ (values[:, None] * right)
 
     return make
-
-
-@pytest.fixture
-def cuda() -> torch.device:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    return torch.device("cuda")

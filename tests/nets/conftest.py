@@ -64,10 +64,3 @@ def turn() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
         )
 
     return act
-
-
-@pytest.fixture
-def cuda() -> str:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    return "cuda"
