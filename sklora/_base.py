@@ -1,9 +1,9 @@
-"""What every estimator shares: a fit that fails without a trace, and the choice of a device."""
+"""What every part shares: a fit that fails without a trace, choices of an option and a device."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
@@ -115,3 +115,10 @@ def _exists(device: torch.device) -> bool:
     if accelerator is None or not hasattr(accelerator, "device_count"):
         return False
     return (device.index or 0) < int(accelerator.device_count())
+
+
+def check_option(name: str, value: object, options: Iterable[str]) -> None:
+    """Raise a ValueError that names the argument, its value and the choice, unless it is one."""
+    options = tuple(options)
+    if value not in options:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, options))}.")

@@ -8,6 +8,7 @@ import torch
 from sklearn.base import BaseEstimator
 from sklearn.pipeline import Pipeline
 
+from sklora._base import check_option
 from sklora.estimators import GLNetClassifier, GLNetRegressor, MLPNetClassifier, MLPNetRegressor
 from sklora.transform import DenseProduct, OAlign, SVDSpectrum
 
@@ -66,7 +67,7 @@ def make_architecture(
     >>> make_architecture("svd").named_steps["features"]
     SVDSpectrum()
     """
-    _check_option("task", task, tuple(_MODELS))
+    check_option("task", task, _MODELS)
     steps = _steps(architecture, task, device, random_state)
     steps["model"].set_params(verbose=verbose)
     return Pipeline(list(steps.items()), memory=memory)
@@ -108,7 +109,7 @@ def architecture_grid(
     >>> [type(entry["features"][0]).__name__ for entry in grid]
     ['str', 'OAlign', 'SVDSpectrum', 'DenseProduct', 'str']
     """
-    _check_option("task", task, tuple(_MODELS))
+    check_option("task", task, _MODELS)
     return [
         {name: [step] for name, step in _steps(architecture, task, device, random_state).items()}
         for architecture in ARCHITECTURES
@@ -118,7 +119,7 @@ def architecture_grid(
 def _steps(
     architecture: str, task: Task, device: str | torch.device, random_state: int | None
 ) -> dict[str, Any]:
-    _check_option("architecture", architecture, ARCHITECTURES)
+    check_option("architecture", architecture, ARCHITECTURES)
     features: Any = {
         "o-align": OAlign(random_state=random_state, device=device),
         "svd": SVDSpectrum(device=device),
@@ -126,8 +127,3 @@ def _steps(
     }.get(architecture, "passthrough")
     model = _MODELS[task]["gl-net" if architecture == "gl-net" else "mlp"]
     return {"features": features, "model": model(device=device, random_state=random_state)}
-
-
-def _check_option(name: str, value: str, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, options))}.")

@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from sklora._base import check_option
+
 GateKind = Literal["sign_relu", "sigmoid", "silu"]
 HeadKind = Literal["flatten", "mean"]
 
@@ -101,7 +103,7 @@ class GLNonlinearity(nn.Module):
 
     def __init__(self, kind: GateKind = "sign_relu") -> None:
         super().__init__()
-        _check_option("kind", kind, get_args(GateKind))
+        check_option("kind", kind, get_args(GateKind))
         self.kind = kind
 
     def forward(self, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +160,7 @@ class InvariantHead(nn.Module):
 
     def __init__(self, kind: HeadKind = "flatten") -> None:
         super().__init__()
-        _check_option("kind", kind, get_args(HeadKind))
+        check_option("kind", kind, get_args(HeadKind))
         self.kind = kind
 
     def forward(self, U: Tensor, V: Tensor) -> Tensor:
@@ -192,8 +194,3 @@ def _multiply(weight: Tensor, factor: Tensor) -> Tensor:
     modules, rows, adapters, rank = factor.shape
     product = torch.bmm(weight, factor.reshape(modules, rows, adapters * rank))
     return product.reshape(modules, weight.shape[1], adapters, rank)
-
-
-def _check_option(name: str, value: object, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, options))}.")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sklora._base import check_option
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "silu": nn.SiLU,
@@ -163,9 +165,7 @@ def feedforward(
     >>> sum(p.numel() for p in feedforward(4, 2, (8,)).parameters())
     58
     """
-    if nonlinearity not in ACTIVATIONS:
-        options = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"nonlinearity is {nonlinearity!r}; choose one of {options}.")
+    check_option("nonlinearity", nonlinearity, ACTIVATIONS)
     layers: list[nn.Module] = []
     for width in hidden:
         layers += [nn.Linear(n_features, width), ACTIVATIONS[nonlinearity]()]
