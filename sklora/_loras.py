@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any, overload
@@ -11,14 +12,16 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from sklora._factors import LoRAAdapter, flat_from_factors
 from sklora._layout import Factors, LoRALayout, relay
+from sklora._modules import check_room
 from sklora._stores import (
     ArrayStore,
     Store,
-    available_memory,
     blocks,
+    check_memory,
     checked_ids,
     store_of_array,
 )
+from sklora._zoofile import open_zoo, save_zoo
 
 
 class LoRACollection:
@@ -28,7 +31,7 @@ class LoRACollection:
     and ensembles work on collections larger than memory. ``numpy.asarray(X)`` is the flat,
     zero-padded array, so that any scikit-learn step accepts a collection.
 
-    Make one with `from_factors` or `from_array`.
+    Make one with `from_factors` or `from_array`, or `open` one that was written with `save`.
 
     Parameters
     ----------
@@ -186,6 +189,53 @@ class LoRACollection:
         """
         return cls(store_of_array(np.asanyarray(X), layout, ranks, ids))
 
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> LoRACollection:
+        """Map a file that `save` wrote; weights are read when they are asked for.
+
+        Parameters
+        ----------
+        path : str or path-like
+
+        Returns
+        -------
+        LoRACollection
+
+        Raises
+        ------
+        ValueError
+            When the file is no zoo, or damaged; the message names it and the remedy.
+        """
+        return cls(open_zoo(path))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the adapters into one safetensors file, block by block.
+
+        The file appears under its name when it is complete; until then, and when anything goes
+        wrong, what was there stays.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Also the file that these adapters are mapped from.
+
+        Raises
+        ------
+        ValueError
+            When `path` is a folder, or ids are neither integers nor strings.
+
+        Examples
+        --------
+        >>> import numpy as np, tempfile
+        >>> from sklora import LoRACollection, LoRALayout
+        >>> X = LoRACollection.from_array(np.ones((5, 4)), LoRALayout.rows(4))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     X.save(f"{folder}/zoo.safetensors")
+        ...     LoRACollection.open(f"{folder}/zoo.safetensors")
+        LoRACollection(n_adapters=5, n_modules=1, width=4, dtype=float64)
+        """
+        save_zoo(self, path)
+
     @property
     def layout(self) -> LoRALayout:
         """What the columns mean."""
@@ -327,6 +377,39 @@ class LoRACollection:
             bytes_per_adapter = self._layout.width * self.dtype.itemsize
         yield from blocks(len(self), bytes_per_adapter)
 
+    def iter_blocks(
+        self, bytes_per_adapter: float | None = None
+    ) -> Iterator[tuple[slice, NDArray[Any]]]:
+        """Read the collection in blocks that fit in scikit-learn's `working_memory`.
+
+        Parameters
+        ----------
+        bytes_per_adapter : float or None, default=None
+            What one adapter takes, with the work on it; None for reading alone. A block stays in
+            memory until the next one has been read.
+
+        Yields
+        ------
+        rows : slice
+            Of at least one row each, in order.
+        flat : ndarray of shape (n_rows, width)
+            As from `read`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from sklora import LoRACollection, LoRALayout
+        >>> X = LoRACollection.from_array(np.ones((5, 4)), LoRALayout.rows(4))
+        >>> sum(flat.sum() for rows, flat in X.iter_blocks())
+        20.0
+        """
+        if bytes_per_adapter is None:
+            # The block before, the rows as the store has them, and as they are laid out here.
+            width = 2 * self._layout.width + self._store.layout.width
+            bytes_per_adapter = width * self.dtype.itemsize
+        for rows in self.iter_batches(bytes_per_adapter):
+            yield rows, self.read(rows)
+
     def with_layout(self, layout: LoRALayout) -> LoRACollection:
         """Give a view whose rows have room for other ranks.
 
@@ -365,7 +448,7 @@ class LoRACollection:
             raise ValueError(
                 "the flat array of these adapters has to be put together; it takes a copy."
             )
-        _check_memory(self, target)
+        check_memory(len(self), self._layout.width, target)
         return self.read().astype(target, copy=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -411,33 +494,6 @@ class LoRACollection:
         if not isinstance(rows, slice) and not isinstance(columns, (slice, Integral)):
             raise IndexError("pick adapters first and columns then: X[rows][:, columns].")
         picked = self[rows]
-        parts = [picked.read(batch)[:, columns] for batch in picked.iter_batches()]
+        # Copies, so that none of them is a view that holds on to its block.
+        parts = [flat[:, columns].copy() for _, flat in picked.iter_blocks()]
         return np.concatenate(parts) if parts else picked.read()[:, columns]
-
-
-def check_room(loras: LoRACollection, layout: LoRALayout, remedy: str) -> None:
-    """Check that no rank exceeds that of a layout."""
-    ranks = loras.ranks
-    too_high = ranks > np.array(layout.ranks)
-    if too_high.any():
-        row, position = np.argwhere(too_high)[0]
-        name, n, m, room = layout.modules[position]
-        rank = ranks[row, position]
-        [id] = loras.ids[[row]].tolist()
-        raise ValueError(
-            f"module {name!r} of adapter {id!r} has rank {rank}, with U ({n}, {rank}) and "
-            f"V ({m}, {rank}), but rank {room} is the most that fits here. {remedy}"
-        )
-
-
-def _check_memory(loras: LoRACollection, dtype: np.dtype[Any]) -> None:
-    """Check that the flat array fits into memory."""
-    needed = len(loras) * loras.layout.width * dtype.itemsize
-    available = available_memory()
-    if available is not None and needed > available:
-        raise MemoryError(
-            f"the flat array of {len(loras)} adapters x {loras.layout.width} columns takes "
-            f"{needed / 2**30:.1f} GiB as {dtype}, but {available / 2**30:.1f} GiB are free. Give "
-            "the collection itself to a step of sklora, such as SVDSpectrum, which reads it in "
-            "blocks, or take fewer adapters."
-        )

@@ -7,8 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+import numpy as np
+
 if TYPE_CHECKING:
     from sklora._layout import LoRALayout
+    from sklora._loras import LoRACollection
 
 _REMEDY = (
     "Build the collection with LoRACollection.from_factors(..., layout=estimator.layout_), for "
@@ -112,6 +115,21 @@ def raise_first_difference(expected: LoRALayout, found: LoRALayout) -> None:
         raise ValueError(
             f"side features are {list(found.side)}, but {list(expected.side)} are expected. "
             "Pass the same ones to LoRACollection.from_factors(..., side=...)."
+        )
+
+
+def check_room(loras: LoRACollection, layout: LoRALayout, remedy: str) -> None:
+    """Check that no rank exceeds that of a layout."""
+    ranks = loras.ranks
+    too_high = ranks > np.array(layout.ranks)
+    if too_high.any():
+        row, position = np.argwhere(too_high)[0]
+        name, n, m, room = layout.modules[position]
+        rank = ranks[row, position]
+        [id] = loras.ids[[row]].tolist()
+        raise ValueError(
+            f"module {name!r} of adapter {id!r} has rank {rank}, with U ({n}, {rank}) and "
+            f"V ({m}, {rank}), but rank {room} is the most that fits here. {remedy}"
         )
 
 

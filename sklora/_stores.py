@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
@@ -13,8 +12,7 @@ import sklearn
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from sklora._layout import LoRALayout
-
-Rows = slice | NDArray[np.intp]
+from sklora._pages import MappedRows, Rows, owner_of_map
 
 
 class Store(Protocol):
@@ -30,6 +28,9 @@ class Store(Protocol):
         What each adapter is called.
     dtype : numpy.dtype
         What rows are read as: float32 or float64.
+    is_checked : bool
+        Whether `read` itself refuses NaN, infinity and numbers beyond the ranks, so that nobody
+        has to read everything once more to look for them.
     """
 
     @property
@@ -40,6 +41,8 @@ class Store(Protocol):
     def ids(self) -> NDArray[Any]: ...
     @property
     def dtype(self) -> np.dtype[Any]: ...
+    @property
+    def is_checked(self) -> bool: ...
 
     def read(self, rows: Rows) -> NDArray[Any]:
         """Read rows into a new array ``(len(rows), width)`` of `dtype`, zero-padded."""
@@ -85,6 +88,8 @@ class ArrayStore:
     ids : ndarray of shape (N,)
     """
 
+    is_checked = False
+
     def __init__(
         self,
         array: NDArray[Any],
@@ -124,10 +129,8 @@ class FileSpan(NamedTuple):
     @classmethod
     def of(cls, array: NDArray[Any]) -> FileSpan | None:
         """Find the file behind an array; None if none holds what reading the array gives."""
-        owner: Any = array
-        while isinstance(owner, np.ndarray) and not isinstance(owner.base, mmap.mmap):
-            owner = owner.base
-        if not isinstance(owner, np.memmap) or owner.filename is None or owner.mode == "c":
+        owner = owner_of_map(array)
+        if owner is None or owner.filename is None or owner.mode == "c":
             return None
         # The offset of a view of a map is that of the map, so it is found from the addresses.
         shift = array.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
@@ -143,7 +146,8 @@ class FileSpan(NamedTuple):
 class MemmapStore:
     """Rows of a file that is mapped into memory, read when asked for.
 
-    Its pickle holds where the rows are, not what they are: unpickling maps the file again.
+    Reading copies rows, and leaves none of the file in the memory of the process. The pickle holds
+    where the rows are, not what they are: unpickling maps the file again.
 
     Parameters
     ----------
@@ -157,6 +161,8 @@ class MemmapStore:
     rows : ndarray of shape (N,) or None, default=None
         Which rows of the array these are; None for all.
     """
+
+    is_checked = False
 
     def __init__(
         self,
@@ -173,6 +179,8 @@ class MemmapStore:
         self.ids = ids
         self._array = array
         self._rows = rows
+        self._mapped = MappedRows(array)
+        self._inode = _inode(span.path)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -181,21 +189,36 @@ class MemmapStore:
 
     def read(self, rows: Rows) -> NDArray[Any]:
         """Read rows from the file."""
-        block = self._array[rows if self._rows is None else self._rows[rows]]
-        return block.astype(self.dtype, order="C", copy=np.may_share_memory(block, self._array))
+        return self._mapped.copy(rows if self._rows is None else self._rows[rows], self.dtype)
 
     def subset(self, rows: NDArray[np.intp]) -> MemmapStore:
         """Give some rows of the same file."""
         inner = rows if self._rows is None else self._rows[rows]
         ranks, ids = self.ranks[rows], self.ids[rows]
-        return MemmapStore(self._array, self.span, self.layout, ranks, ids, inner)
+        subset = MemmapStore(self._array, self.span, self.layout, ranks, ids, inner)
+        subset._inode = self._inode
+        return subset
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self._inode not in (None, os.stat(self.span.path).st_ino):
+            raise ValueError(
+                f"{self.span.path} is another file than the one that this collection was made "
+                "from, so the collection cannot be pickled, copied or sent to other processes; "
+                "make it again from the file that is there now."
+            )
         full = bool((self.ranks == self.layout.ranks).all())
         ranks = len(self.ranks) if full else self.ranks
         # joblib.Memory tells inputs apart by their pickles, so they show when the file changed.
         changed = os.stat(self.span.path).st_mtime_ns
         return _map_again, (self.span, self.layout, ranks, self.ids, self._rows, changed)
+
+
+def _inode(path: str) -> int | None:
+    """Tell a file from one that later takes its name; None when it has gone already."""
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return None
 
 
 def _map_again(
@@ -238,18 +261,15 @@ def store_of_array(
     -------
     Store
     """
-    dtype = compute_dtype(array.dtype)
+    compute_dtype(array.dtype)
     layout._check_width(array)
     ids = checked_ids(ids, len(array))
-    if ranks is None:
-        known = np.empty((len(array), layout.n_modules), np.intp)
-        for rows in blocks(len(array), layout.width * dtype.itemsize):
-            known[rows] = layout.infer_ranks(np.asarray(array[rows]))
-        known.flags.writeable = False
-    else:
-        known = _checked_ranks(ranks, len(array), layout)
     span = FileSpan.of(array)
     array = np.asarray(array)
+    if ranks is None:
+        known = _inferred_ranks(array, layout, is_map=span is not None)
+    else:
+        known = _checked_ranks(ranks, len(array), layout)
     if span is None:
         return ArrayStore(array, layout, known, ids)
     return MemmapStore(array, span, layout, known, ids)
@@ -265,6 +285,19 @@ def checked_ids(ids: ArrayLike | None, n_adapters: int) -> NDArray[Any]:
         )
     checked.flags.writeable = False
     return checked
+
+
+def _inferred_ranks(array: NDArray[Any], layout: LoRALayout, *, is_map: bool) -> NDArray[np.intp]:
+    known = np.empty((len(array), layout.n_modules), np.intp)
+    # The ranks of plain rows are known without reading them.
+    mapped = MappedRows(array) if is_map and not layout.has_plain_rows else None
+    # A copy of the rows, and for every number whether it is zero.
+    for rows in blocks(len(array), layout.width * (array.itemsize + 2)):
+        known[rows] = layout.infer_ranks(
+            array[rows] if mapped is None else mapped.copy(rows, array.dtype)
+        )
+    known.flags.writeable = False
+    return known
 
 
 def _checked_ranks(ranks: ArrayLike, n_adapters: int, layout: LoRALayout) -> NDArray[np.intp]:
@@ -286,6 +319,19 @@ def _checked_ranks(ranks: ArrayLike, n_adapters: int, layout: LoRALayout) -> NDA
     checked = given.astype(np.intp)
     checked.flags.writeable = False
     return checked
+
+
+def check_memory(n_rows: int, width: int, dtype: np.dtype[Any]) -> None:
+    """Check that the flat array of some adapters fits into memory."""
+    needed = n_rows * width * dtype.itemsize
+    available = available_memory()
+    if available is not None and needed > available:
+        raise MemoryError(
+            f"the flat array of {n_rows} adapters x {width} columns takes "
+            f"{needed / 2**30:.1f} GiB as {dtype}, but {available / 2**30:.1f} GiB are free. Give "
+            "the collection itself to a step of sklora, such as SVDSpectrum, which reads it in "
+            "blocks, or take fewer adapters."
+        )
 
 
 def available_memory() -> int | None:

@@ -11,8 +11,8 @@ from sklearn.utils.validation import validate_data
 
 from sklora._factors import LoRAAdapter
 from sklora._layout import LoRALayout
-from sklora._loras import LoRACollection, check_room
-from sklora._modules import LoRAModule, ModuleGroup
+from sklora._loras import LoRACollection
+from sklora._modules import LoRAModule, ModuleGroup, check_room
 from sklora._stores import Store
 
 __all__ = [
@@ -84,7 +84,7 @@ def check_loras(
     layout = estimator.layout if reset else estimator.layout_
     if layout is not None:
         layout.check_same_modules(loras.layout)
-    if is_collection:
+    if is_collection and not loras._store.is_checked:
         _check_numbers(loras)
     if layout is not None and (reset or rank == "fitted"):
         declared = "Declare more in the estimator's layout, with layout.with_ranks."
@@ -131,12 +131,12 @@ def _check_array(estimator: Any, X: Any, *, reset: bool) -> LoRACollection:
 def _check_numbers(loras: LoRACollection) -> None:
     """Check that weights are finite, and zero beyond the rank."""
     layout, all_ranks = loras.layout, loras.ranks
-    for batch in loras.iter_batches():
-        flat, ranks = loras.read(batch), all_ranks[batch]
+    for rows, flat in loras.iter_blocks():
+        ranks = all_ranks[rows]
         finite = np.isfinite(flat)
         if not finite.all():
             row, column = np.argwhere(~finite)[0]
-            [id] = loras.ids[[batch.start + row]].tolist()
+            [id] = loras.ids[[rows.start + row]].tolist()
             raise ValueError(
                 f"adapter {id!r} has NaN or infinity in {layout.column_name(int(column))}; leave "
                 "the adapter out, or mend its weights."
@@ -146,7 +146,7 @@ def _check_numbers(loras: LoRACollection) -> None:
         beyond = layout.infer_ranks(flat) > ranks
         if beyond.any():
             row, position = np.argwhere(beyond)[0]
-            [id] = loras.ids[[batch.start + row]].tolist()
+            [id] = loras.ids[[rows.start + row]].tolist()
             raise ValueError(
                 f"adapter {id!r} is said to have rank {ranks[row, position]} in module "
                 f"{layout.names[position]!r}, but has more columns that are not zero; leave out "

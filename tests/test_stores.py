@@ -32,7 +32,7 @@ def mapped(npy):
 @pytest.fixture
 def sparse(tmp_path, monkeypatch):
     """A file of 49 GiB, of which the disk holds one row; to read it all would fill the memory."""
-    monkeypatch.setattr(_loras, "available_memory", lambda: 2**30)
+    monkeypatch.setattr(_stores, "available_memory", lambda: 2**30)
     layout = LoRALayout([("q", 2**15, 2**15, 1)])
     shape = (N_SPARSE, layout.width)
     array = np.memmap(tmp_path / "sparse", np.float32, "w+", shape=shape)

@@ -374,8 +374,8 @@ def iter_blocks(
     rows : slice
     block : Tensor of shape (B, width)
     """
-    for rows in loras.iter_batches(bytes_per_adapter=8 * entries_per_adapter):
-        yield rows, _as_tensor(loras.read(rows)).to(device)
+    for rows, flat in loras.iter_blocks(8 * entries_per_adapter):
+        yield rows, _as_tensor(flat).to(device)
 
 
 def weighted_moments(

@@ -1,0 +1,68 @@
+"""The command line: ``python -m sklora``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+from sklora.cli._output import FAILED, CommandError, say
+from sklora.cli._parser import build_parser
+
+# What a shell reports of a command that a signal ended: 128 and its number.
+_INTERRUPTED, _BROKEN_PIPE = 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    argv : sequence of str or None, default=None
+        The arguments; those of the process by default.
+
+    Returns
+    -------
+    int
+        The exit code: 0 when all is well, 1 when some or all of the work failed, 2 when the command
+        was called wrongly.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _say_warning
+            code: int = import_module(f"sklora.cli._{args.command}").run(args)
+            sys.stdout.flush()
+            return code
+    except CommandError as error:
+        say(f"error: {error}")
+        return error.code
+    except BrokenPipeError:
+        _forget_stdout()
+        return _BROKEN_PIPE
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except (ValueError, OSError, MemoryError) as error:
+        say(f"error: {error}")
+        return FAILED
+
+
+def _say_warning(message: Warning | str, *_: Any) -> None:
+    say(f"warning: {message}")
+
+
+def _forget_stdout() -> None:
+    """Keep Python from flushing, on its way out, to a reader that is gone."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,336 @@
+"""A fitted model in a file: skops, which runs no code of the file, and a card that says what it is."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, BinaryIO, NoReturn
+
+from sklearn.pipeline import Pipeline
+
+import sklora
+from sklora._zoofile import _complete_or_not_at_all as replacing
+from sklora.architectures import ARCHITECTURES
+from sklora.collection import LoRALayout
+from sklora.estimators import GLNetClassifier, GLNetRegressor, MLPNetClassifier, MLPNetRegressor
+from sklora.io._build import parse_json
+from sklora.io._errors import Refusal, shown
+from sklora.io._plan import ReadOptions
+from sklora.io._read import read_options
+from sklora.io.containers._zip import ZipArchive
+from sklora.transform import DenseProduct, GLEquivariantProjection, OAlign, SVDSpectrum
+
+TRUSTED_TYPES: tuple[str, ...] = tuple(
+    f"{type.__module__}.{type.__qualname__}"
+    for type in (
+        DenseProduct,
+        GLEquivariantProjection,
+        GLNetClassifier,
+        GLNetRegressor,
+        LoRALayout,
+        MLPNetClassifier,
+        MLPNetRegressor,
+        OAlign,
+        SVDSpectrum,
+    )
+)
+
+CARD = "sklora.json"
+_FORMAT = "sklora model"
+_VERSION = 1
+_MAX_CARD = 2**26
+_NO_SKOPS = "models are stored with skops, which is missing: pip install 'sklora[secure]'."
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model in a file is, readable without loading it.
+
+    Attributes
+    ----------
+    task : {"classification", "regression"}
+    targets : tuple of str
+        What is predicted; several for multilabel classification and multi-output regression.
+    classes : tuple of str or int, or None
+        Of single-label classification.
+    architecture : str
+        One of `ARCHITECTURES`.
+    layout : LoRALayout
+        What the model was fitted on.
+    optional : tuple of str
+        Modules and side features that some of the training adapters lacked.
+    reading : ReadOptions
+        How adapters are to be read for it.
+    n_adapters : int
+        How many it was fitted on.
+    scores : mapping or None
+        Of cross-validation: "metric", "folds", "grouped", and for every architecture its "scores".
+    sklora : str
+        The version that wrote the file.
+    """
+
+    task: str
+    targets: tuple[str, ...]
+    classes: tuple[str | int, ...] | None
+    architecture: str
+    layout: LoRALayout
+    optional: tuple[str, ...]
+    reading: ReadOptions
+    n_adapters: int
+    scores: Mapping[str, Any] | None = None
+    sklora: str = field(default_factory=lambda: sklora.__version__)
+
+    def to_json(self) -> bytes:
+        """Write the card as the member `CARD` of a model file."""
+        modules = [list(module) for module in self.layout.modules]
+        card = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            **{name: getattr(self, name) for name in _PLAIN},
+            "layout": {
+                "modules": modules,
+                "side": self.layout.side,
+                "base_model": self.layout.base_model,
+            },
+            "reading": asdict(self.reading),
+        }
+        text = json.dumps(card, indent=1, allow_nan=False).encode()
+        if len(text) > _MAX_CARD:
+            raise ValueError(f"the model's card has {len(text)} bytes, more than {_MAX_CARD}.")
+        return text
+
+    @classmethod
+    def from_json(cls, text: bytes | bytearray) -> ModelCard:
+        """Read a card; nothing that it says is taken on trust.
+
+        Raises
+        ------
+        ValueError
+            When it is no card, or of another version of the format.
+        """
+        card = parse_json(bytes(text), CARD, _MAX_CARD)
+        if not isinstance(card, dict) or card.get("format") != _FORMAT:
+            raise Refusal(f"{CARD} is no card of a sklora model.")
+        if card.get("version") != _VERSION:
+            raise Refusal(
+                f"it is of format version {shown(card.get('version'))}, and this sklora reads "
+                f"version {_VERSION}; upgrade sklora, or fit again."
+            )
+        for name, is_right in _PLAIN.items():
+            if name not in card or not is_right(card[name]):
+                raise Refusal(f"{CARD} has {name} {shown(card.get(name))}.")
+        layout, reading = card.get("layout"), card.get("reading")
+        if not isinstance(layout, dict) or not isinstance(reading, dict):
+            raise Refusal(f"{CARD} has no layout, or does not say how adapters are read.")
+        plain = {name: _frozen(card[name]) for name in _PLAIN}
+        return cls(**plain, layout=_layout(layout), reading=_reading(reading))
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(type(name) is str for name in value)
+
+
+def _is_classes(value: Any) -> bool:
+    kinds = {type(name) for name in value} if isinstance(value, Sequence) else set()
+    return value is None or kinds in ({str}, {int})
+
+
+# The entries that are stored as they are, each with what it has to be.
+_PLAIN = {
+    "sklora": lambda value: type(value) is str,
+    "task": lambda value: value in ("classification", "regression"),
+    "targets": lambda value: _is_names(value) and len(value) > 0,
+    "classes": _is_classes,
+    "architecture": lambda value: value in ARCHITECTURES,
+    "optional": _is_names,
+    "n_adapters": lambda value: type(value) is int and value > 0,
+    "scores": lambda value: value is None or isinstance(value, dict),
+}
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _layout(state: Mapping[str, Any]) -> LoRALayout:
+    base_model = state.get("base_model")
+    if base_model is not None and not isinstance(base_model, str):
+        raise Refusal(f"{CARD} has the base model {shown(base_model)}.")
+    try:
+        return LoRALayout(state["modules"], side=state["side"], base_model=base_model)
+    except (KeyError, TypeError, ValueError) as error:
+        raise Refusal(f"{CARD} has no layout: {error}") from None
+
+
+def _reading(state: Mapping[str, Any]) -> ReadOptions:
+    try:
+        options = {**state, "keys": _frozen(state["keys"])}
+        if type(options["allow_torch_zip"]) is not bool:
+            raise TypeError("allow_torch_zip is neither true nor false.")
+        return read_options(**options)
+    except (KeyError, TypeError, ValueError) as error:
+        raise Refusal(f"{CARD} does not say how adapters are read: {error}") from None
+
+
+def layout_of(model: Pipeline) -> LoRALayout:
+    """Give the layout that a fitted pipeline of `make_architecture` takes."""
+    features, estimator = model["features"], model["model"]
+    layout: LoRALayout = (estimator if features == "passthrough" else features).layout_
+    return layout
+
+
+def check_skops() -> None:
+    """Check that models can be stored.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        When skops is missing; the message says how to get it.
+    """
+    try:
+        import skops.io  # noqa: F401
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(_NO_SKOPS) from None
+
+
+def save_model(path: str | os.PathLike[str], model: Pipeline, card: ModelCard) -> None:
+    """Write a fitted pipeline and its card.
+
+    The file appears under its name when it is complete. It is a skops file with one more member,
+    so ``skops.io.load(path, trusted=sklora.TRUSTED_TYPES)`` gives the pipeline.
+
+    Parameters
+    ----------
+    path : str or path-like
+    model : Pipeline
+        From `make_architecture`, fitted.
+    card : ModelCard
+
+    Raises
+    ------
+    ModuleNotFoundError
+        When skops is missing.
+    ValueError
+        When the card is too large.
+    """
+    check_skops()
+    import skops.io
+
+    text = card.to_json()
+    buffer = io.BytesIO()
+    skops.io.dump(model, buffer)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.writestr(CARD, text)
+    with replacing(os.path.realpath(path)) as file:
+        file.write(buffer.getbuffer())
+
+
+def load_model(path: str | os.PathLike[str]) -> tuple[Pipeline, ModelCard]:
+    """Read a file that `save_model` wrote.
+
+    Parameters
+    ----------
+    path : str or path-like
+
+    Returns
+    -------
+    model : Pipeline
+    card : ModelCard
+
+    Raises
+    ------
+    ModuleNotFoundError
+        When skops is missing.
+    ValueError
+        When the file is no such model, is damaged, or holds types that are not trusted.
+    OSError
+        When it cannot be opened.
+
+    Warns
+    -----
+    UserWarning
+        When another minor version of sklora wrote it.
+    """
+    check_skops()
+    with open(path, "rb") as file:
+        try:
+            card = _read_card(file)
+        except Refusal as error:
+            raise ValueError(f"{os.fspath(path)} is no model that sklora stored: {error}") from None
+        _warn_of_version(path, card.sklora)
+        return _read_pipeline(file, path, card), card
+
+
+def _read_card(file: BinaryIO) -> ModelCard:
+    if not file.read(4).startswith(b"PK"):
+        raise Refusal("it is no zip file.")
+    # Sizes are checked here, for what skops reads too.
+    archive = ZipArchive(file, os.fstat(file.fileno()).st_size)
+    for name in (CARD, "schema.json"):
+        if name not in archive.members:
+            raise Refusal(f"it has no {name}.")
+    member = archive.members[CARD]
+    if member.size > _MAX_CARD:
+        raise Refusal(f"{CARD} has {member.size} bytes, more than {_MAX_CARD}.")
+    return ModelCard.from_json(archive.unpack(member, member.size))
+
+
+def _warn_of_version(path: str | os.PathLike[str], version: str) -> None:
+    if version.split(".")[:2] != sklora.__version__.split(".")[:2]:
+        warnings.warn(
+            f"{os.fspath(path)} was stored by sklora {shown(version)}, and this is "
+            f"{sklora.__version__}; if predictions differ, fit again.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _read_pipeline(file: BinaryIO, path: str | os.PathLike[str], card: ModelCard) -> Pipeline:
+    import skops.io
+    from skops.io.exceptions import UntrustedTypesFoundException
+
+    file.seek(0)
+    try:
+        model = skops.io.load(file, trusted=list(TRUSTED_TYPES))
+    except UntrustedTypesFoundException as error:
+        types = ", ".join(sorted(map(shown, error.unsafe)))
+        _refuse(path, f"it holds types that are not sklora's: {types}; do not load it")
+    except Exception as error:  # the file may make skops and our own types raise anything
+        _refuse(path, f"skops cannot load it ({type(error).__name__}: {shown(str(error), 200)})")
+    try:
+        is_right = _fits(model, card)
+    except Exception:  # parts of a forged model may be of any type
+        is_right = False
+    if not is_right:
+        _refuse(path, f"its pipeline is not what {CARD} says")
+    return model
+
+
+def _fits(model: Any, card: ModelCard) -> bool:
+    """Tell whether a model is what its card says."""
+    if not isinstance(model, Pipeline) or [*model.named_steps] != ["features", "model"]:
+        return False
+    if model.memory is not None or layout_of(model) != card.layout:
+        return False
+    features, estimator = model.named_steps.values()
+    kinds = {
+        "classification": (GLNetClassifier, MLPNetClassifier),
+        "regression": (GLNetRegressor, MLPNetRegressor),
+    }
+    known = (DenseProduct, GLEquivariantProjection, OAlign, SVDSpectrum)
+    if not isinstance(estimator, kinds[card.task]):
+        return False
+    if features != "passthrough" and not isinstance(features, known):
+        return False
+    if card.classes is None:
+        return bool(estimator.n_outputs_ == len(card.targets))
+    return bool(estimator.classes_.tolist() == list(card.classes))
+
+
+def _refuse(path: str | os.PathLike[str], reason: str) -> NoReturn:
+    raise ValueError(f"{os.fspath(path)} is damaged, or no model that sklora stored: {reason}.")

@@ -1,0 +1,307 @@
+"""A zoo in one safetensors file: written block by block, and mapped into memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from sklora._layout import LoRALayout
+from sklora._stores import ArrayStore, MemmapStore, Store, store_of_array
+
+if TYPE_CHECKING:
+    from sklora._loras import LoRACollection
+
+_FORMAT = "sklora zoo"
+_VERSION = "1"
+_TENSORS = ("weights", "ranks", "ids")
+_MAX_ID_BYTES = 2**30
+# By the names that safetensors gives them, in its byte order.
+_WEIGHT_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_DTYPES = {**_WEIGHT_DTYPES, "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class _Tensor(NamedTuple):
+    """One entry of the header; `start` counts from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
+def save_zoo(loras: LoRACollection, path: str | os.PathLike[str]) -> None:
+    """Write a collection into one file, as `LoRACollection.save` says.
+
+    Parameters
+    ----------
+    loras : LoRACollection
+        Only one block of it is in memory at a time.
+    path : str or path-like
+
+    Raises
+    ------
+    ValueError
+        When `path` is a folder, ids are neither integers nor strings, or the base model is no
+        string.
+
+    Notes
+    -----
+    The tensors are ``weights (n_adapters, width)``, in the precision that they are stored with,
+    ``ranks (n_adapters, n_modules)`` and ``ids``, the bytes of a JSON list. The layout is in the
+    metadata.
+    """
+    path = os.path.realpath(path)
+    if os.path.isdir(path):
+        raise ValueError(f"path={path!r} is a folder; name a file in it.")
+    _checked_base_model(loras.layout.base_model)
+    ids = _ids_as_json(loras.ids)
+    dtype = _stored_dtype(loras._store)
+    tensors = {
+        "weights": (dtype, loras.shape),
+        "ranks": (_DTYPES["I32"], loras.ranks.shape),
+        "ids": (_DTYPES["U8"], (len(ids),)),
+    }
+    # Wider numbers first keep every tensor at a multiple of its item size.
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1][0].itemsize))
+    with _complete_or_not_at_all(path) as file:
+        file.write(_header(tensors, loras.layout))
+        for name in tensors:
+            if name == "weights":
+                _write_weights(file, loras, dtype)
+            else:
+                file.write(loras.ranks.astype("<i4").tobytes() if name == "ranks" else ids)
+
+
+def open_zoo(path: str | os.PathLike[str]) -> Store:
+    """Map a file that `save_zoo` wrote.
+
+    Parameters
+    ----------
+    path : str or path-like
+
+    Returns
+    -------
+    MemmapStore
+        Of its adapters. Of the weights nothing has been read.
+
+    Raises
+    ------
+    ValueError
+        When the file is no zoo, or damaged. Nothing that it says is taken on trust.
+    """
+    path = os.path.abspath(path)
+    metadata, tensors, data_start = _read_header(path)
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} is a safetensors file, but no zoo that LoRACollection.save has written. If it "
+            "is a single adapter, read it with sklora.io.read_adapters."
+        )
+    if metadata.get("version") != _VERSION:
+        raise ValueError(
+            f"{path} is a zoo of format version {_shown(metadata.get('version'))}, and this sklora "
+            f"reads version {_VERSION}; upgrade sklora, or save the zoo again with this one."
+        )
+    try:
+        layout = _layout_from_json(metadata.get("layout", ""))
+        _check_tensors(tensors, layout)
+        file = np.memmap(path, np.uint8, "r")
+        weights, ranks, ids = (
+            np.ndarray(shape, _DTYPES[dtype], file, data_start + start)
+            for dtype, shape, start in (tensors[name] for name in _TENSORS)
+        )
+        return store_of_array(weights, layout, ranks, _ids_from_json(ids.tobytes(), len(weights)))
+    except (ValueError, TypeError, RecursionError) as error:
+        _refuse(path, error)
+
+
+@contextmanager
+def _complete_or_not_at_all(path: str) -> Iterator[BinaryIO]:
+    """Open a file that gets its name when it is complete, and is removed on any exception."""
+    # Beside the final place, because a file is renamed within one disk alone.
+    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
+    file = open(temporary, "xb")  # noqa: SIM115 (closed below, before it is renamed)
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def _refuse(path: str, reason: Exception) -> NoReturn:
+    text = str(reason).rstrip(".")
+    raise ValueError(
+        f"{path} is damaged, or no zoo that LoRACollection.save has written: {text}. Copy or save "
+        "the zoo again; to read the files of adapters, use sklora.io.read_adapters."
+    ) from reason
+
+
+def _shown(value: object) -> str:
+    """Give a value from a file as it may stand in a message: escaped, and short."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _stored_dtype(store: Store) -> np.dtype[Any]:
+    """Give the floating-point numbers in which nothing that the store reads is lost."""
+    dtype = store.dtype
+    if isinstance(store, ArrayStore):
+        dtype = store.array.dtype
+    elif isinstance(store, MemmapStore):
+        dtype = store.span.dtype
+    little = dtype.newbyteorder("<")
+    return little if little in _WEIGHT_DTYPES.values() else store.dtype.newbyteorder("<")
+
+
+def _write_weights(file: BinaryIO, loras: LoRACollection, dtype: np.dtype[Any]) -> None:
+    # Two blocks, rows as the store has them, and as they are written.
+    width = 2 * loras.layout.width + loras._store.layout.width
+    bytes_per_adapter = width * loras.dtype.itemsize + loras.layout.width * dtype.itemsize
+    for _, flat in loras.iter_blocks(bytes_per_adapter):
+        # The block was read from numbers of this dtype, so that nothing but NaN can warn.
+        with np.errstate(invalid="ignore"):
+            file.write(flat.astype(dtype, copy=False).view(np.uint8).data)
+
+
+def _header(
+    tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], layout: LoRALayout
+) -> bytes:
+    entries: dict[str, Any] = {
+        "__metadata__": {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "layout": json.dumps(layout.__getstate__()),
+        }
+    }
+    start = 0
+    for name, (dtype, shape) in tensors.items():
+        stop = start + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _ids_as_json(ids: NDArray[Any]) -> bytes:
+    values = ids.tolist()
+    try:
+        _checked_ids(values)
+    except ValueError as error:
+        raise ValueError(f"{error}; make the collection with other ids=.") from None
+    return json.dumps(values).encode()
+
+
+def _ids_from_json(text: bytes, n_adapters: int) -> NDArray[Any] | None:
+    values = json.loads(text)
+    if not isinstance(values, list) or len(values) != n_adapters:
+        raise ValueError(f"ids are no list of {n_adapters}.")
+    return _checked_ids(values)
+
+
+def _checked_ids(values: list[Any]) -> NDArray[Any] | None:
+    """Check what a file may hold as ids; None if there are none."""
+    kinds = {type(value) for value in values}
+    if not kinds <= {int} and not kinds <= {str}:
+        raise ValueError("ids are neither all integers nor all strings")
+    # An array of strings has room for the longest in every place.
+    if kinds == {str} and 4 * len(values) * max(map(len, values)) > _MAX_ID_BYTES:
+        raise ValueError("ids are too long")
+    ids = np.array(values) if values else np.arange(0)
+    if ids.tolist() != values:
+        raise ValueError("ids do not fit into an array of 64-bit integers or of strings")
+    return ids
+
+
+def _layout_from_json(text: str) -> LoRALayout:
+    state = _parsed(text)
+    if not isinstance(state, dict) or not {"modules", "side", "base_model"} <= set(state):
+        raise ValueError(f"the layout in its metadata is {_shown(text)}.")
+    base_model = _checked_base_model(state["base_model"])
+    layout = LoRALayout(state["modules"], side=state["side"], base_model=base_model)
+    if not state.get("has_plain_rows"):
+        return layout
+    rows = LoRALayout.rows(layout.modules[0].n)
+    if rows.modules != layout.modules or layout.side or base_model is not None:
+        raise ValueError(f"the layout in its metadata is {_shown(text)}, which is no plain row.")
+    return rows
+
+
+def _checked_base_model(base_model: object) -> str | None:
+    if not isinstance(base_model, str | None):
+        raise ValueError(f"base_model is {_shown(base_model)}, which is no string.")
+    return base_model
+
+
+def _check_tensors(tensors: Mapping[str, _Tensor], layout: LoRALayout) -> None:
+    """Check dtypes and shapes; that every tensor lies in the file has been checked."""
+    if set(tensors) != set(_TENSORS):
+        raise ValueError(f"it has the tensors {_shown(sorted(tensors))}, not {_TENSORS}.")
+    n_adapters = (*tensors["weights"].shape, 0)[0]
+    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+        "weights": (tuple(_WEIGHT_DTYPES), (n_adapters, layout.width)),
+        "ranks": (("I32",), (n_adapters, layout.n_modules)),
+        "ids": (("U8",), (math.prod(tensors["ids"].shape),)),
+    }
+    for name, (dtypes, shape) in expected.items():
+        found = tensors[name]
+        if found.dtype not in dtypes or found.shape != shape:
+            raise ValueError(
+                f"{name} has dtype {found.dtype} and shape {_shown(found.shape)}, but "
+                f"{' or '.join(dtypes)} and {_shown(shape)} are expected."
+            )
+
+
+def _read_header(path: str) -> tuple[Mapping[str, str], dict[str, _Tensor], int]:
+    """Read metadata and tensors of a safetensors file, and where its data start."""
+    if os.path.isdir(path):
+        raise ValueError(
+            f"path={path!r} is a folder; name a file that LoRACollection.save has written, or read "
+            "the adapters in the folder with sklora.io.read_adapters."
+        )
+    try:
+        # The library checks sizes, dtypes, and that the tensors fill the file without a gap.
+        with safe_open(path, framework="numpy"):
+            pass
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = _parsed(file.read(size).decode())
+        metadata = header.pop("__metadata__", None) or {}
+        tensors = {
+            name: _Tensor(entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][0])
+            for name, entry in header.items()
+        }
+    except (SafetensorError, ValueError, TypeError, RecursionError) as error:
+        _refuse(path, error)
+    return metadata, tensors, 8 + size
+
+
+def _parsed(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_without_repeats)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a name that is given twice, of which two readers may take different ones."""
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        raise ValueError("a name stands twice in its header.")
+    return names

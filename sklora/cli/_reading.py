@@ -1,0 +1,147 @@
+"""Adapter files, read as the options say."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import fields, replace
+
+from sklora.cli._output import CommandError, with_options
+from sklora.collection import LoRACollection, LoRALayout
+from sklora.io import AdapterError
+from sklora.io._find import Found, find_files
+from sklora.io._plan import ReadOptions
+from sklora.io._read import _Reader, read_options
+
+Finding = Found | AdapterError
+
+
+def reading_options(args: argparse.Namespace, default: ReadOptions | None = None) -> ReadOptions:
+    """Give the options of the command line, or those of `default` where they are left out.
+
+    Raises
+    ------
+    CommandError
+        When a value is not possible.
+    """
+    default = default or ReadOptions()
+    given = {field.name: getattr(args, field.name) for field in fields(ReadOptions)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "keys" in given:
+        given["keys"] = tuple(given["keys"])
+    chosen = replace(default, **given)
+    try:
+        return read_options(*(getattr(chosen, field.name) for field in fields(ReadOptions)))
+    except ValueError as error:
+        raise CommandError(f"--{error}") from None
+
+
+def find(paths: Iterable[str]) -> list[Finding]:
+    """List the files that paths stand for; an error in place of a path that stands for none."""
+    findings: list[Finding] = []
+    for path in paths:
+        try:
+            findings += find_files(path)
+        except AdapterError as error:
+            findings.append(error)
+    return findings
+
+
+def check_device(device: str) -> None:
+    """Check that there is such a device.
+
+    Raises
+    ------
+    CommandError
+        When there is none.
+    """
+    from sklora._base import resolve_device
+
+    try:
+        resolve_device(device)
+    except ValueError as error:
+        raise CommandError(f"--{error}") from None
+
+
+class OneByOne:
+    """Reads adapters for a fitted model; what is said of one does not depend on the others.
+
+    Parameters
+    ----------
+    layout : LoRALayout
+        That of the model.
+    optional : collection of str
+        The modules and side features that an adapter may lack.
+    options : ReadOptions
+    any_modules : bool
+        Whether an adapter may lack others, and have more.
+    any_base_model : bool
+        Whether it may name another base model.
+    """
+
+    def __init__(
+        self,
+        layout: LoRALayout,
+        optional: Iterable[str],
+        options: ReadOptions,
+        *,
+        any_modules: bool,
+        any_base_model: bool,
+    ) -> None:
+        self._layout = layout
+        self._options = options
+        self._on_extra = "ignore" if any_modules else "raise"
+        self._on_base_model = "ignore" if any_base_model else "raise"
+        self._on_missing = "zero" if any_modules or any(optional) else "raise"
+        self._needed = None if any_modules else _needed(layout, frozenset(optional))
+
+    def read(self, found: Found) -> LoRACollection:
+        """Read one adapter into memory, as a collection of one.
+
+        Raises
+        ------
+        AdapterError
+            When it cannot be read, or does not fit the model.
+        """
+        if self._on_missing == "zero" and self._needed is not None:
+            # Only from the header: whether all is there that every training adapter had.
+            _Reader(self._needed, self._options, "raise", "ignore", "ignore").add(found)
+        reader = _Reader(
+            self._layout, self._options, self._on_missing, self._on_extra, self._on_base_model
+        )
+        reader.add(found)
+        loras = LoRACollection(reader.store())
+        return LoRACollection.from_array(
+            loras.read(), loras.layout, ranks=loras.ranks, ids=loras.ids
+        )
+
+
+def _needed(layout: LoRALayout, optional: frozenset[str]) -> LoRALayout | None:
+    """Give the layout of all that is not optional."""
+    modules = [module for module in layout.modules if module.name not in optional]
+    side = [(name, size) for name, size in layout.side if name not in optional]
+    return LoRALayout(modules, side=side) if modules else None
+
+
+def read_together(
+    files: Iterable[Found], options: ReadOptions, *, any_base_model: bool
+) -> LoRACollection:
+    """Read the headers of files that make one collection.
+
+    Raises
+    ------
+    CommandError
+        When any cannot be read, or does not fit the others.
+    """
+    on_base_model = "ignore" if any_base_model else "raise"
+    reader = _Reader(None, options, "zero", "ignore", on_base_model)
+    errors = []
+    for found in files:
+        try:
+            reader.add(found)
+        except AdapterError as error:
+            errors.append(error)
+    if errors:
+        more = f" ({len(errors) - 1} more files likewise: sklora inspect lists them)"
+        raise CommandError(f"{with_options(str(errors[0]))}{more if len(errors) > 1 else ''}", 1)
+    return LoRACollection(reader.store())

@@ -1,0 +1,179 @@
+"""One adapter file: opened, planned, and read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sklora._stores import compute_dtype
+from sklora.io._errors import AdapterError, Refusal, shown
+from sklora.io._find import Found, check_inside, read_config
+from sklora.io._plan import AdapterPlan, ModulePlan, ReadOptions, Scale, Source
+from sklora.io._tensors import DTYPES, FLOAT_DTYPES, TensorFile
+from sklora.io.containers import open_tensor_file
+from sklora.io.formats import plan_adapter
+from sklora.io.lowrank import METHODS
+
+
+class Stamp(NamedTuple):
+    """What tells whether a file is still the one that was seen."""
+
+    size: int
+    modified: int
+
+    @classmethod
+    def of(cls, path: str) -> Stamp:
+        """Look at a file."""
+        state = os.stat(path)
+        return cls(state.st_size, state.st_mtime_ns)
+
+
+class OpenAdapter(NamedTuple):
+    """A file whose header has been read, and what it says.
+
+    Attributes
+    ----------
+    path : str
+    file : TensorFile
+    plan : AdapterPlan
+    """
+
+    path: str
+    file: TensorFile
+    plan: AdapterPlan
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype in which its numbers are computed with: float32 or float64."""
+        names = {self.file.tensors[name].dtype for name in self._tensors()}
+        wide = [DTYPES[name] for name in names if name in FLOAT_DTYPES]
+        return compute_dtype(np.result_type(np.float32, *wide))
+
+    def stored_dtypes(self) -> tuple[str, ...]:
+        """The dtypes of its factors as they are stored, by safetensors' names."""
+        return tuple(sorted({self.file.tensors[name].dtype for name in self._tensors()}))
+
+    def _tensors(self) -> Iterator[str]:
+        return (name for module in self.plan.modules for name in module.tensors.values())
+
+    def scale(self, scale: Scale) -> float:
+        """Give the number s of an update ``s B A``, which may lie in a tensor."""
+        if scale.alpha is None:
+            return scale.value
+        alpha = float(self._numbers(scale.alpha, np.dtype(np.float64)).reshape(-1)[0])
+        # kohya's trainer and LyCORIS read an alpha of 0 as the rank.
+        return scale.value * alpha if alpha else 1.0
+
+    def factors(
+        self, modules: Mapping[str, Any], dtype: np.dtype[Any]
+    ) -> Iterator[tuple[str, NDArray[Any], NDArray[Any]]]:
+        """Read the factors of some modules, with the root of the scale in each and its sign in U.
+
+        Parameters
+        ----------
+        modules : mapping
+            By the names that the collection gives them; others are passed by.
+        dtype : numpy.dtype
+
+        Yields
+        ------
+        name : str
+        U : ndarray of shape (n, rank)
+        V : ndarray of shape (m, rank)
+
+        Raises
+        ------
+        Refusal
+            When the numbers are NaN or infinite, or cannot be read.
+        """
+        shared: dict[str, str] = {}
+        for module in self.plan.modules:
+            if module.name not in modules:
+                continue
+            # Experts of one layer share tensors, which are read once for all of them.
+            if module.tensors != shared:
+                shared, factors = module.tensors, self._factors(module, dtype)
+            yield module.name, *self._scaled(module, *factors)
+
+    def side(
+        self, names: Mapping[str, Any], dtype: np.dtype[Any]
+    ) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Read some side features, each a vector."""
+        for name, tensor, _ in self.plan.side:
+            if name in names:
+                yield name, self._numbers(tensor, dtype).reshape(-1)
+
+    def _factors(
+        self, module: ModulePlan, dtype: np.dtype[Any]
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        arrays = {role: self._numbers(name, dtype) for role, name in module.tensors.items()}
+        with np.errstate(over="ignore", invalid="ignore"):
+            return METHODS[module.method].factors(arrays)
+
+    def _scaled(
+        self, module: ModulePlan, U: NDArray[Any], V: NDArray[Any]
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        place, count = module.part
+        if count > 1:
+            U, V = U[:, place::count], V[:, place * module.rank : (place + 1) * module.rank]
+        scale = self.scale(module.scale)
+        if scale == 1 and module.method == "lora":
+            return U, V
+        root = np.sqrt(abs(scale))
+        with np.errstate(over="ignore", invalid="ignore"):
+            U, V = U * U.dtype.type(np.copysign(root, scale)), V * V.dtype.type(root)
+        if not (np.isfinite(U).all() and np.isfinite(V).all()):
+            raise Refusal(
+                f"module {shown(module.path)} with the scale {scale:g} has numbers that {U.dtype} "
+                "cannot hold; it is damaged."
+            )
+        return U, V
+
+    def _numbers(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+        with np.errstate(over="ignore"):
+            numbers: NDArray[Any] = self.file.read(name).astype(dtype)
+        if not np.isfinite(numbers).all():
+            raise Refusal(
+                f"tensor {shown(name)} has NaN or infinity, or numbers too large for {dtype}; leave "
+                "the adapter out, or mend it."
+            )
+        return numbers
+
+
+@contextmanager
+def opened(
+    found: Found, options: ReadOptions, stamp: Stamp | None = None
+) -> Iterator[OpenAdapter]:
+    """Open a file and read its header; whatever is refused names the file.
+
+    Parameters
+    ----------
+    found : Found
+    options : ReadOptions
+    stamp : Stamp or None, default=None
+        What the file has to be still.
+
+    Yields
+    ------
+    OpenAdapter
+
+    Raises
+    ------
+    AdapterError
+        When the file is refused, in here or in the body of the `with` statement.
+    """
+    try:
+        if found.in_folder:
+            check_inside(found.path, found.root)
+        with open_tensor_file(found.path, allow_torch_zip=options.allow_torch_zip) as file:
+            if stamp is not None and Stamp.of(found.path) != stamp:
+                raise Refusal("it changed since its header was read; read the adapters again.")
+            source = Source(file.container, file.tensors, file.metadata, read_config(found))
+            yield OpenAdapter(found.path, file, plan_adapter(source, options))
+    except Refusal as error:
+        raise AdapterError(found.path, str(error)) from None

@@ -1,0 +1,343 @@
+"""What every format does once it knows its keys: from tensors by role to a plan that holds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from sklora.io._errors import Refusal, shown
+from sklora.io._plan import (
+    AdapterPlan,
+    LeftOut,
+    ModulePlan,
+    ReadOptions,
+    Scale,
+    SideTensor,
+    Source,
+)
+from sklora.io._tensors import FLOAT_DTYPES, TensorInfo
+from sklora.io.lowrank import METHODS, dimension, method_of
+from sklora.io.names import canonical_name
+
+Modules = dict[str, dict[str, str]]
+ScaleRule = Callable[[str, Mapping[str, str], int | None], Scale]
+
+# Products (LoHa, LoKr) can imply far more numbers than a file holds. So many times the file's own
+# are as many as their honest uses need; LoKr beyond can be read as lokr="kronecker".
+MAX_EXPANSION = 128
+MIN_NUMBERS = 2**20
+
+_MAGNITUDES = ("magnitude", "magnitude_out")
+_SIDE_ROLES = ("alpha", *_MAGNITUDES)
+
+
+def by_module(
+    tensors: Iterable[str], suffixes: Mapping[str, str], strip: Iterable[str] = ()
+) -> tuple[Modules, tuple[str, ...]]:
+    """Sort tensors by module and role.
+
+    Parameters
+    ----------
+    tensors : iterable of str
+    suffixes : mapping of str to str
+        From the end of a name, of one or two components such as "lora_up.weight", to the role.
+    strip : iterable of str, default=()
+        What else a module's name may end in and is not to.
+
+    Returns
+    -------
+    modules : dict
+        For every module its tensors by role.
+    rest : tuple of str
+        Tensors with no such suffix.
+    """
+    modules: Modules = {}
+    rest = []
+    for tensor in tensors:
+        head, _, last = tensor.rpartition(".")
+        path, _, middle = head.rpartition(".")
+        role = suffixes.get(f"{middle}.{last}")
+        if role is None or not path:
+            path, role = head, suffixes.get(last)
+        if role is None or not path:
+            rest.append(tensor)
+            continue
+        for ending in strip:
+            path = path.removesuffix(ending)
+        add_role(modules, path, role, tensor)
+    return modules, tuple(rest)
+
+
+def add_role(modules: Modules, path: str, role: str, tensor: str) -> None:
+    """Note a tensor of a module, which may have one for every role."""
+    known = modules.setdefault(path, {})
+    if role in known:
+        raise Refusal(
+            f"tensors {shown(known[role])} and {shown(tensor)} are both the {role} of module "
+            f"{shown(path)}; the file holds two adapters, or mixes two formats: split it."
+        )
+    known[role] = tensor
+
+
+def left_out_of(rest: Iterable[str]) -> list[LeftOut]:
+    """Say why tensors that are no part of an update are left out."""
+    return [LeftOut(name, _why_left_out(name)) for name in rest]
+
+
+def _why_left_out(name: str) -> str:
+    lower = name.lower()
+    for mark, reason in _MARKS:
+        if mark in lower:
+            return reason
+    return "it is no part of a low-rank update"
+
+
+_MARKS = (
+    (".modules_to_save.", "a module that was saved whole"),
+    (".original_module.", "the original of a module that was saved whole"),
+    (".base_layer.", "a weight of the base model"),
+    (".diff", "a dense difference, which is no low-rank update"),
+    ("_norm", "a parameter of a normalisation layer"),
+    ("norm.", "a parameter of a normalisation layer"),
+    (".bias", "a bias"),
+    ("emb", "an embedding that was saved whole"),
+)
+
+
+def has_suffix(source: Source, *suffixes: str) -> bool:
+    """Tell whether any tensor's name ends so."""
+    return any(name.endswith(suffixes) for name in source.tensors)
+
+
+def make_plan(
+    source: Source,
+    options: ReadOptions,
+    format: str,
+    modules: Modules,
+    scale: ScaleRule,
+    *,
+    left_out: Iterable[LeftOut] = (),
+    base_model: str | None = None,
+) -> AdapterPlan:
+    """Check the tensors of every module, and give the plan.
+
+    Parameters
+    ----------
+    source : Source
+    options : ReadOptions
+    format : str
+        What the format is called.
+    modules : dict
+        As from `by_module`, with the roles of `sklora.io.lowrank` and "alpha", "magnitude" (whose
+        axis its shape tells) and "magnitude_out".
+    scale : callable
+        ``scale(path, tensors, dimension)`` gives the scale of one module.
+    left_out : iterable of LeftOut
+    base_model : str or None
+
+    Returns
+    -------
+    AdapterPlan
+
+    Raises
+    ------
+    Refusal
+        When a factor is missing, shapes do not fit, a rank is 0, two modules have one name, or the
+        factors would be far larger than the file.
+    """
+    plans: list[ModulePlan] = []
+    side: list[SideTensor] = []
+    skipped = list(left_out)
+    for path, tensors in modules.items():
+        factors = {role: name for role, name in tensors.items() if role not in _SIDE_ROLES}
+        if not factors:
+            reason = "there is no update of this module"
+            skipped += [LeftOut(name, reason) for name in tensors.values()]
+            continue
+        plan = _plan_module(source, options, path, tensors, factors, scale)
+        plans.append(plan)
+        for role in tensors.keys() & _MAGNITUDES:
+            known = _magnitude(source, plan, role, tensors[role])
+            if isinstance(known, SideTensor):
+                side.append(known)
+            else:
+                skipped.append(known)
+    if not plans:
+        raise Refusal(f"it has no LoRA factors, though its tensors look like {format}.")
+    _check_names(plans)
+    _check_expansion(source, plans)
+    return AdapterPlan(
+        format,
+        tuple(sorted(plans, key=lambda plan: plan.name)),
+        tuple(sorted(side)),
+        tuple(skipped),
+        base_model,
+    )
+
+
+def _plan_module(
+    source: Source,
+    options: ReadOptions,
+    path: str,
+    tensors: Mapping[str, str],
+    factors: dict[str, str],
+    scale: ScaleRule,
+) -> ModulePlan:
+    method = method_of(factors)
+    if method is None:
+        raise Refusal(
+            f"module {shown(path)} has {', '.join(sorted(factors))} and no more, which make no "
+            "update; the file is incomplete, or of a method that sklora does not know."
+        )
+    for name in tensors.values():
+        check_floats(name, source.tensors[name])
+    if method == "lokr" and options.lokr == "kronecker":
+        method = "lokr-kronecker"
+    shapes = source.shapes(factors)
+    try:
+        n, m, rank = METHODS[method].size(shapes)
+    except Refusal as error:
+        raise Refusal(f"module {shown(path)}: {error}") from None
+    if not n or not m or not rank:
+        raise Refusal(
+            f"module {shown(path)} has an update of shape ({n}, {m}) and rank {rank}; leave the "
+            "module out of the file to say that its update is zero."
+        )
+    if "alpha" in tensors and source.tensors[tensors["alpha"]].size != 1:
+        shape = source.tensors[tensors["alpha"]].shape
+        raise Refusal(f"{shown(tensors['alpha'])} has shape {shape}, but alpha is one number.")
+    found = scale(path, tensors, dimension(shapes))
+    if not math.isfinite(found.value):
+        raise Refusal(f"module {shown(path)} has the scale {found.value}; it must be finite.")
+    name = canonical_name(path) if options.names == "canonical" else path
+    return ModulePlan(path, name, method, factors, n, m, rank, found)
+
+
+def check_floats(name: str, info: TensorInfo) -> None:
+    """Check that a tensor holds floats; alpha may be an integer."""
+    if info.dtype not in FLOAT_DTYPES and info.size != 1:
+        raise Refusal(
+            f"tensor {shown(name)} holds {info.dtype}, which are no weights; an adapter holds "
+            f"{', '.join(FLOAT_DTYPES)}: dequantise it first."
+        )
+
+
+def _magnitude(source: Source, plan: ModulePlan, role: str, tensor: str) -> SideTensor | LeftOut:
+    """Find the axis of a magnitude of DoRA.
+
+    It is that of the output side, as in PEFT, or told by the shape: (out,), (out, 1, ...) or
+    (1, in, ...).
+    """
+    shape = source.tensors[tensor].shape
+    size = source.tensors[tensor].size
+    if size == plan.n and (shape[:1] == (plan.n,) or role == "magnitude_out"):
+        return SideTensor(f"{plan.name}:magnitude_out", tensor, size)
+    across = len(shape) > 1 and shape[:2] == (1, size) and size and plan.m % size == 0
+    if across and role == "magnitude":
+        return SideTensor(f"{plan.name}:magnitude_in", tensor, size)
+    return LeftOut(tensor, f"a magnitude of shape {shape} does not fit ({plan.n}, {plan.m})")
+
+
+def _check_names(plans: Iterable[ModulePlan]) -> None:
+    paths: dict[str, str] = {}
+    for plan in plans:
+        if paths.setdefault(plan.name, plan.path) != plan.path:
+            raise Refusal(
+                f"modules {shown(paths[plan.name])} and {shown(plan.path)} are both called "
+                f"{shown(plan.name)}; pass names='raw' to keep the names of the file."
+            )
+
+
+def _check_expansion(source: Source, plans: Iterable[ModulePlan]) -> None:
+    stored = sum(info.size for info in source.tensors.values())
+    needed = sum((plan.n + plan.m) * plan.rank for plan in plans)
+    if needed > max(MAX_EXPANSION * stored, MIN_NUMBERS):
+        largest = max(plans, key=lambda plan: (plan.n + plan.m) * plan.rank)
+        remedy = _REMEDIES.get(largest.method, "leave the adapter out")
+        raise Refusal(
+            f"its exact factors have {needed:.2e} numbers, but the file holds {stored}; module "
+            f"{shown(largest.path)} alone is an update ({largest.n}, {largest.m}) of rank "
+            f"{largest.rank}; {remedy}."
+        )
+
+
+_REMEDIES = {
+    "lokr": "read it with lokr='kronecker'",
+    "loha": "extract a plain LoRA of a lower rank from it",
+}
+
+
+def alpha_over_rank(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
+    """Scale as kohya's trainer and LyCORIS have it: alpha/r, 1 without alpha or without a rank."""
+    if "alpha" not in tensors or dimension is None:
+        return Scale(1.0)
+    return Scale(1.0 / max(dimension, 1), tensors["alpha"])
+
+
+def stated_scale(options: ReadOptions, why: str) -> float:
+    """Give the scale that the caller stated, for files that do not tell it themselves."""
+    if options.scale is None:
+        raise Refusal(f"{why}; pass scale=, the factor s of the update s B A.")
+    return float(options.scale)
+
+
+def number(settings: Mapping[str, Any], key: str) -> float:
+    """Give a finite number from a configuration."""
+    value = settings.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
+        raise Refusal(f"{key} is {shown(value)} in its configuration; it must be a number.")
+    return float(value)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def parse_json(text: str | bytes, what: str, max_bytes: int = 2**20) -> Any:
+    """Parse JSON from a file: size and depth are bounded.
+
+    Parameters
+    ----------
+    text : str or bytes
+    what : str
+        What it is, for messages.
+    max_bytes : int
+
+    Returns
+    -------
+    object
+
+    Raises
+    ------
+    Refusal
+        When it is too large, nested too deeply, or no JSON.
+    """
+    if len(text) > max_bytes:
+        raise Refusal(f"{what} has {len(text)} characters; at most {max_bytes} are read.")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise Refusal(f"{what} is nested too deeply.") from None
+    except ValueError as error:
+        raise Refusal(f"{what} is no JSON: {error}.") from None
+
+
+def base_model_label(value: object) -> str | None:
+    """Shorten what a configuration calls its base model to a label.
+
+    A folder of the Hugging Face cache becomes the repository's name, another absolute path its last
+    component; nothing is ever opened.
+    """
+    if not isinstance(value, str) or not value.strip():
+        return None
+    parts = value.replace("\\", "/").rstrip("/").split("/")
+    for part in parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    is_path = parts[0] in ("", ".", "..", "~") or parts[0].endswith(":") or len(parts) > 2
+    return parts[-1] if is_path else "/".join(parts)

@@ -1,0 +1,199 @@
+"""Match module names against the patterns of PEFT, in time that no pattern can blow up.
+
+The keys of `rank_pattern` and `alpha_pattern` are regular expressions from a file that anyone may
+have written, so Python's backtracking engine must not run them. Here a pattern becomes a small
+program, and all places that the program can be at advance together over the name [1]_.
+
+References
+----------
+.. [1] K. Thompson, "Regular expression search algorithm", Communications of the ACM 11(6), 1968.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import TypeAlias
+
+from ._errors import Refusal, shown
+
+MAX_LENGTH = 1000
+MAX_DEPTH = 20
+MAX_REPEAT = 100
+MAX_STEPS = 1000
+
+_SUPPORTED = (
+    r"supported are literals, ., \d \D \w \W \s \S, escaped punctuation, [...], (...), (?:...), "
+    f"(?P<name>...), |, *, +, ?, {{m,n}} up to {MAX_REPEAT}, their lazy forms, ^ and $"
+)
+
+# A step takes one character, or none if it is an anchor; a tuple jumps to all of its relative
+# places at once. Nothing in a program is absolute, so repeating one is multiplying a list.
+_Step: TypeAlias = re.Pattern[str] | tuple[int, ...]
+_Program: TypeAlias = list[_Step]
+
+_PLAIN = re.compile(r"[\w.-]*")
+_OPEN = re.compile(r"\((?:\?:|\?P<\w+>|(?!\?))")
+_QUANTIFIER = re.compile(r"(?:([*+?])|\{(?=,?[0-9])([0-9]*)(,?)([0-9]*)\})\??")
+_ESCAPE = r"\\[dDwWsS]|\\[^a-zA-Z0-9]"
+# Python warns of [[, --, &&, ~~ and || in a class: it may give them a meaning one day.
+_MEMBER = rf"(?:{_ESCAPE}|(?!--|&&|~~|\|\|)[^\\\[\]])"
+_ONE = re.compile(rf"{_ESCAPE}|\[\^?+(?:\]|{_MEMBER}){_MEMBER}*+\]|[^\\\[(){{*+?|]")
+
+
+def matches_module(pattern: str, module: str) -> bool:
+    r"""Say whether PEFT would apply the setting under `pattern` to `module`.
+
+    The answer is that of ``re.match(rf"(.*\.)?({pattern})$", module)``. It takes at most time
+    proportional to the length of `module` times the size of `pattern` with repeats written out.
+
+    Parameters
+    ----------
+    pattern : str
+        A key of `rank_pattern` or `alpha_pattern`.
+    module : str
+        The module's full name.
+
+    Returns
+    -------
+    bool
+
+    Raises
+    ------
+    Refusal
+        If `pattern` is no string, is invalid, too large, or has syntax that is not supported.
+
+    Examples
+    --------
+    >>> matches_module("q_proj", "model.layers.0.self_attn.q_proj")
+    True
+    >>> matches_module(r"layers\.(0|1)\.mlp", "model.layers.2.mlp")
+    False
+    """
+    if not isinstance(pattern, str):
+        raise Refusal(f"the pattern {shown(pattern)} is no string; write it as one.")
+    if len(pattern) > MAX_LENGTH:
+        raise _refusal(pattern, f"has more than {MAX_LENGTH} characters")
+    if _PLAIN.fullmatch(pattern) and "\n" not in module:
+        rest = len(module) - len(pattern)
+        return (rest == 0 or (rest > 0 and module[rest - 1] == ".")) and all(
+            wanted in (".", given) for wanted, given in zip(pattern, module[rest:], strict=True)
+        )
+    return _run(_compiled(pattern), module)
+
+
+def _run(program: _Program, module: str) -> bool:
+    later = [0]
+    for position in range(len(module) + 1):
+        here, later, seen = later, [], set()
+        while here:
+            place = here.pop()
+            if place in seen:
+                continue
+            seen.add(place)
+            if place == len(program):
+                return True
+            step = program[place]
+            if isinstance(step, tuple):
+                here.extend(place + jump for jump in step)
+            elif found := step.match(module, position):
+                (here if found.end() == position else later).append(place + 1)
+    return False
+
+
+@lru_cache(maxsize=128)
+def _compiled(pattern: str) -> _Program:
+    try:
+        key = _Parser(pattern).parse()
+        # Compiling runs nothing, and knows what else is invalid: {2,1}, ^*, a name used twice.
+        re.compile(pattern)
+    except re.error as error:
+        reason = f"is no valid regular expression ({shown(error.msg)})"
+        raise _refusal(pattern, reason) from None
+    return [*_Parser(r"(.*\.)?").parse(), *key, re.compile("$")]
+
+
+def _refusal(pattern: str, reason: str) -> Refusal:
+    return Refusal(f"the pattern {shown(pattern)} {reason}; {_SUPPORTED}.")
+
+
+class _Parser:
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
+        self.at = 0
+
+    def parse(self) -> _Program:
+        program = self._alternatives(depth=0)
+        if self.at < len(self.pattern):
+            raise _refusal(self.pattern, f"closes a parenthesis too many at {self.at}")
+        return program
+
+    def _take(self, token: re.Pattern[str]) -> re.Match[str] | None:
+        found = token.match(self.pattern, self.at)
+        if found:
+            self.at = found.end()
+        return found
+
+    def _next(self) -> str:
+        return self.pattern[self.at : self.at + 1]
+
+    def _checked(self, program: _Program) -> _Program:
+        if len(program) > MAX_STEPS:
+            raise _refusal(self.pattern, f"needs more than {MAX_STEPS} steps, repeats written out")
+        return program
+
+    def _alternatives(self, depth: int) -> _Program:
+        if depth > MAX_DEPTH:
+            raise _refusal(self.pattern, f"nests more than {MAX_DEPTH} groups")
+        branches = [self._sequence(depth)]
+        while self._next() == "|":
+            self.at += 1
+            branches.append(self._sequence(depth))
+        if len(branches) == 1:
+            return branches[0]
+        starts = [1]
+        for branch in branches:
+            starts.append(starts[-1] + len(branch) + 1)
+        end = starts.pop()
+        program: _Program = [tuple(starts)]
+        for branch in branches:
+            program += branch
+            program.append((end - len(program),))
+        return self._checked(program)
+
+    def _sequence(self, depth: int) -> _Program:
+        program: _Program = []
+        while self._next() not in ("", "|", ")"):
+            program += self._repeated(self._item(depth))
+            self._checked(program)
+        return program
+
+    def _item(self, depth: int) -> _Program:
+        if self._take(_OPEN):
+            program = self._alternatives(depth + 1)
+            if self._next() != ")":
+                raise _refusal(self.pattern, "leaves a parenthesis open")
+            self.at += 1
+            return program
+        if one := self._take(_ONE):
+            return [re.compile(one[0])]
+        raise _refusal(self.pattern, f"has syntax at {self.at} that is not supported")
+
+    def _repeated(self, body: _Program) -> _Program:
+        found = self._take(_QUANTIFIER)
+        if found is None:
+            return body
+        sign, least, comma, most = found.groups()
+        low = int(sign == "+") if sign else int(least or 0)
+        if sign:
+            high = 1 if sign == "?" else None
+        else:
+            high = int(most) if most else None if comma else low
+        if max(low, high or 0) > MAX_REPEAT:
+            raise _refusal(self.pattern, f"repeats more than {MAX_REPEAT} times")
+        size = len(body)
+        if high is None:
+            tail: _Program = [(1, size + 2), *body, (-size - 1,)]
+        else:
+            tail = [(1, size + 1), *body] * (high - low)
+        return self._checked(body * low + tail)

@@ -1,0 +1,342 @@
+"""read_adapters: from paths to a collection that is backed by the files."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from sklora._base import check_option
+from sklora.collection import LoRACollection, LoRALayout
+from sklora.io._adapter import OpenAdapter, opened
+from sklora.io._errors import AdapterError, shown
+from sklora.io._find import Found, Paths, find_files
+from sklora.io._plan import ReadOptions
+from sklora.io._store import AdapterFile, AdapterStore, located
+from sklora.io.formats.custom import check_keys
+
+
+class SkippedAdapterWarning(UserWarning):
+    """Some files were left out of a collection; the message names each, and says why.
+
+    Parameters
+    ----------
+    errors : sequence of AdapterError
+
+    Attributes
+    ----------
+    errors : tuple of AdapterError
+    """
+
+    def __init__(self, errors: Sequence[AdapterError]) -> None:
+        self.errors = tuple(errors)
+        lines = "\n".join(f"- {error}" for error in self.errors)
+        super().__init__(f"{len(self.errors)} files were left out:\n{lines}")
+
+
+class _Header(NamedTuple):
+    """What the collection needs to know of one file."""
+
+    file: AdapterFile
+    id: str
+    modules: dict[str, tuple[int, int, int]]
+    side: dict[str, int]
+    base_model: str | None
+    dtype: np.dtype
+
+
+def read_adapters(
+    paths: Paths,
+    *,
+    layout: LoRALayout | None = None,
+    on_missing: Literal["zero", "raise"] = "zero",
+    on_extra: Literal["ignore", "raise"] = "ignore",
+    strict: bool = False,
+    on_error: Literal["raise", "skip"] = "raise",
+    on_base_model: Literal["raise", "ignore"] = "raise",
+    names: Literal["canonical", "raw"] = "canonical",
+    keys: tuple[str, str] | None = None,
+    scale: float | None = None,
+    lokr: Literal["exact", "kronecker"] = "exact",
+    allow_torch_zip: bool = False,
+) -> LoRACollection:
+    r"""Read LoRA adapters from files, as a collection that is backed by them.
+
+    Headers alone are read now; weights are read when a block of adapters is needed, and again when
+    it is needed again. Each file is one adapter. Its format is told by its content. The scale
+    :math:`s` of an update :math:`s B A` is folded into the factors,
+    :math:`U = \sqrt{|s|}\, \mathrm{sign}(s) B` and :math:`V = \sqrt{|s|}\, A^\top`.
+
+    Parameters
+    ----------
+    paths : str, path-like, or iterable of them
+        Files; folders, which stand for all adapters in them and below; or patterns such as
+        ``"zoo/*/adapter_model.safetensors"``. In a folder that has other adapters, pickles are
+        passed by: trainers save the same weights twice.
+    layout : LoRALayout or None, default=None
+        The modules to read, such as ``estimator.layout_``; ranks may exceed those of the layout,
+        and the collection then has room for them. By default all modules of all files, by name.
+    on_missing : {"zero", "raise"}, default="zero"
+        What becomes of a module or side feature that a file lacks: the zero update, or an error.
+    on_extra : {"ignore", "raise"}, default="ignore"
+        What becomes of a module that `layout` lacks.
+    strict : bool, default=False
+        Whether both are errors.
+    on_error : {"raise", "skip"}, default="raise"
+        What becomes of a file that cannot be read: an error, or it is left out with a
+        `SkippedAdapterWarning` that lists all such files. ``"skip"`` reads every file once now, so
+        that none fails later. `ids` of the collection tell which adapters remain.
+    on_base_model : {"raise", "ignore"}, default="raise"
+        What becomes of a file whose configuration names another base model than `layout` or the
+        files before it. Files that name none are taken. With ``"ignore"`` the collection has the
+        label of `layout`, if that is given, or none.
+    names : {"canonical", "raw"}, default="canonical"
+        Whether modules get one name for all trainers, or that of the file.
+    keys : (str, str) or None, default=None
+        Names of ``A (r, in)`` and ``B (out, r)`` in files with keys of their own, where
+        ``{module}`` stands for the module: ``("w_a_{module}", "w_b_{module}")``.
+    scale : float or None, default=None
+        The scale :math:`s` of files that do not tell it themselves. They are refused without it.
+    lokr : {"exact", "kronecker"}, default="exact"
+        How LoKr is read: as the exact factors of the update, or as the outer product of the
+        flattened parts, whose gauge is GL(1) (appendix E of the paper).
+    allow_torch_zip : bool, default=False
+        Whether PyTorch's ``.bin``, ``.pt`` and ``.ckpt`` are read, tensors alone; no code in them
+        is run.
+
+    Returns
+    -------
+    LoRACollection
+        Its `ids` are the paths of the files. It pickles as paths.
+
+    Raises
+    ------
+    AdapterError
+        When a path does not exist, or a file is no adapter, is damaged, is of an unknown format, or
+        does not fit the others. Also later, where blocks are read, when numbers are NaN or infinite
+        or a file has changed.
+    ValueError
+        When an argument has no such choice, or no file is left.
+
+    See Also
+    --------
+    scan_adapters : Reports what files hold.
+    write_adapter : Writes an adapter.
+
+    Notes
+    -----
+    No pickle is executed, whatever the arguments. Nothing that a file names is opened, and links in
+    a folder do not lead out of it.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from sklora.io import read_adapters, write_adapter
+    >>> rng = np.random.default_rng(0)
+    >>> with tempfile.TemporaryDirectory() as zoo:
+    ...     for name in ("cat", "dog"):
+    ...         factors = {"layers.0.q_proj": (rng.normal(size=(8, 2)), rng.normal(size=(6, 2)))}
+    ...         write_adapter(f"{zoo}/{name}", factors)
+    ...     X = read_adapters(zoo)
+    ...     X, X[0]["layers.0.q_proj"][0].shape
+    (LoRACollection(n_adapters=2, n_modules=1, width=28, dtype=float64), (8, 2))
+    """
+    check_option("on_missing", on_missing, ("zero", "raise"))
+    check_option("on_extra", on_extra, ("ignore", "raise"))
+    check_option("on_error", on_error, ("raise", "skip"))
+    check_option("on_base_model", on_base_model, ("raise", "ignore"))
+    options = read_options(names, keys, scale, lokr, allow_torch_zip)
+    if strict:
+        on_missing = on_extra = "raise"
+    reader = _Reader(layout, options, on_missing, on_extra, on_base_model)
+    skipped: list[AdapterError] = []
+    for found in find_files(paths):
+        try:
+            reader.add(found)
+        except AdapterError as error:
+            if on_error == "raise":
+                raise
+            skipped.append(error)
+    store = reader.store()
+    if on_error == "skip":
+        damaged = {error.path: error for error in store.check()}
+        skipped += damaged.values()
+        reader.drop(damaged)
+        store = reader.store()
+    if skipped:
+        warnings.warn(SkippedAdapterWarning(skipped), stacklevel=2)
+    return LoRACollection(store)
+
+
+def read_options(
+    names: str, keys: tuple[str, str] | None, scale: float | None, lokr: str, allow_torch_zip: bool
+) -> ReadOptions:
+    """Check the arguments that say how a single file is read."""
+    check_option("names", names, ("canonical", "raw"))
+    check_option("lokr", lokr, ("exact", "kronecker"))
+    if keys is not None:
+        check_keys(keys)
+    if scale is not None and not (np.isscalar(scale) and np.isfinite(scale)):
+        raise ValueError(f"scale is {scale!r}; pass a finite number.")
+    return ReadOptions(names, keys, scale, lokr, allow_torch_zip)  # type: ignore[arg-type]
+
+
+class _Reader:
+    """Headers of files that fit together."""
+
+    def __init__(
+        self,
+        layout: LoRALayout | None,
+        options: ReadOptions,
+        on_missing: str,
+        on_extra: str,
+        on_base_model: str,
+    ) -> None:
+        if layout is not None and layout.has_plain_rows:
+            raise ValueError("layout is of plain rows, which adapters do not have; pass another.")
+        self._layout = layout
+        self._options = options
+        self._missing_is_error = on_missing == "raise"
+        self._extra_is_error = on_extra == "raise"
+        self._check_base = on_base_model == "raise"
+        self._headers: list[_Header] = []
+        # What is known so far, and which file said it.
+        self._shapes: dict[str, tuple[int, int, str]] = {}
+        self._sides: dict[str, tuple[int, str]] = {}
+        self._base: tuple[str, str] | None = None
+        if layout is not None:
+            self._shapes = {name: (n, m, "the layout") for name, n, m, _ in layout.modules}
+            self._sides = {name: (size, "the layout") for name, size in layout.side}
+            if layout.base_model is not None:
+                self._base = layout.base_model, "the layout"
+
+    def add(self, found: Found) -> None:
+        """Read a header, and check it against the layout and the files before."""
+        with opened(found, self._options) as adapter:
+            header = _header(found, adapter)
+        try:
+            self._check(header)
+        except ValueError as error:
+            raise AdapterError(found.path, str(error)) from None
+        if self._layout is None:
+            for name, (n, m, _) in header.modules.items():
+                self._shapes.setdefault(name, (n, m, header.id))
+            for name, size in header.side.items():
+                self._sides.setdefault(name, (size, header.id))
+        if self._base is None and header.base_model is not None:
+            self._base = header.base_model, header.id
+        self._headers.append(header)
+
+    def drop(self, damaged: dict[str, AdapterError]) -> None:
+        """Forget files, named by their absolute paths."""
+        self._headers = [
+            header for header in self._headers if header.file.found.path not in damaged
+        ]
+
+    def store(self) -> AdapterStore:
+        """Make the store of all files so far."""
+        if not self._headers:
+            raise ValueError("no adapter is left to read; scan_adapters says why of each file.")
+        if self._missing_is_error:
+            self._check_complete()
+        layout = self._final_layout()
+        ranks = np.zeros((len(self._headers), layout.n_modules), np.intp)
+        for row, header in enumerate(self._headers):
+            for position, name in enumerate(layout.names):
+                ranks[row, position] = header.modules.get(name, (0, 0, 0))[2]
+        ids = np.array([header.id for header in self._headers])
+        ranks.flags.writeable = ids.flags.writeable = False
+        files = [header.file for header in self._headers]
+        dtype = np.result_type(*(header.dtype for header in self._headers))
+        return AdapterStore(files, self._options, layout, ranks, ids, dtype)
+
+    def _final_layout(self) -> LoRALayout:
+        rooms = dict(zip(self._layout.names, self._layout.ranks, strict=True)) if self._layout else {}
+        for header in self._headers:
+            for name, (_, _, rank) in header.modules.items():
+                if self._layout is None or name in rooms:
+                    rooms[name] = max(rooms.get(name, 0), rank)
+        if self._layout is not None:
+            return self._layout.with_ranks(rooms.values())
+        known = sorted(rooms, key=natural_order)
+        sides = {name: size for header in self._headers for name, size in header.side.items()}
+        return LoRALayout(
+            [(name, *self._shapes[name][:2], rooms[name]) for name in known],
+            side=[(name, sides[name]) for name in sorted(sides, key=natural_order)],
+            base_model=self._base[0] if self._base and self._check_base else None,
+        )
+
+    def _check(self, header: _Header) -> None:
+        label = header.base_model
+        if self._check_base and self._base and label not in (None, self._base[0]):
+            raise ValueError(
+                f"its base model is {shown(label)}, but that of {self._base[1]} is "
+                f"{shown(self._base[0])}; read them apart, or pass on_base_model='ignore' if they "
+                "are the same."
+            )
+        for name, (n, m, _) in header.modules.items():
+            known = self._shapes.get(name)
+            if known is not None and known[:2] != (n, m):
+                raise ValueError(
+                    f"module {shown(name)} has updates of shape ({n}, {m}), but ({known[0]}, "
+                    f"{known[1]}) in {known[2]}; adapters of different base models make different "
+                    "collections."
+                )
+        for name, size in header.side.items():
+            if self._sides.get(name, (size,))[0] != size:
+                raise ValueError(
+                    f"side feature {shown(name)} has {size} numbers, but {self._sides[name][0]} in "
+                    f"{self._sides[name][1]}."
+                )
+        if self._layout is not None:
+            self._check_against_layout(header)
+
+    def _check_against_layout(self, header: _Header) -> None:
+        if not self._shapes.keys() & header.modules.keys():
+            raise ValueError(
+                f"it has none of the {len(self._shapes)} modules of the layout, such as "
+                f"{shown(next(iter(self._shapes)))}; its own are such as "
+                f"{shown(next(iter(header.modules)))}."
+            )
+        extra = [*(header.modules.keys() - self._shapes.keys())]
+        extra += header.side.keys() - self._sides.keys()
+        if extra and self._extra_is_error:
+            raise ValueError(
+                f"{shown(min(extra))} is not in the layout, nor are {len(extra) - 1} others; pass "
+                "on_extra='ignore' to pass them by."
+            )
+        self._check_missing(header)
+
+    def _check_missing(self, header: _Header) -> None:
+        missing = [*(self._shapes.keys() - header.modules.keys())]
+        missing += self._sides.keys() - header.side.keys()
+        if missing and self._missing_is_error:
+            raise ValueError(
+                f"it lacks {shown(min(missing))} and {len(missing) - 1} others; pass "
+                "on_missing='zero' to take them as zero."
+            )
+
+    def _check_complete(self) -> None:
+        """Check all files against the modules of all."""
+        for header in self._headers:
+            try:
+                self._check_missing(header)
+            except ValueError as error:
+                raise AdapterError(header.id, str(error)) from None
+
+
+def _header(found: Found, adapter: OpenAdapter) -> _Header:
+    modules = {module.name: (module.n, module.m, module.rank) for module in adapter.plan.modules}
+    side = {name: size for name, _, size in adapter.plan.side}
+    return _Header(
+        located(found), found.path, modules, side, adapter.plan.base_model, adapter.dtype
+    )
+
+
+def natural_order(name: str) -> Sequence[str | int]:
+    """Sort numbers in names by their value: layer 2 before layer 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

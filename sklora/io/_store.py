@@ -1,0 +1,113 @@
+"""A store of adapters that stay in their files until they are asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sklora._layout import LoRALayout
+from sklora._stores import Rows
+from sklora.io._adapter import Stamp, opened
+from sklora.io._errors import AdapterError, Refusal
+from sklora.io._find import Found
+from sklora.io._plan import ReadOptions
+
+
+class AdapterFile(NamedTuple):
+    """An adapter file that has been looked at."""
+
+    found: Found
+    stamp: Stamp
+
+
+class AdapterStore:
+    """Rows that are read from adapter files, one file for each.
+
+    Its pickle holds paths, not weights. A file that changed since it was scanned is refused.
+
+    Parameters
+    ----------
+    files : sequence of AdapterFile
+        With absolute paths.
+    options : ReadOptions
+    layout : LoRALayout
+    ranks : ndarray of shape (N, n_modules)
+    ids : ndarray of shape (N,)
+    dtype : numpy.dtype
+        What rows are read as.
+    """
+
+    # Every number is checked as it is read, and fills no more than its rank.
+    is_checked = True
+
+    def __init__(
+        self,
+        files: Sequence[AdapterFile],
+        options: ReadOptions,
+        layout: LoRALayout,
+        ranks: NDArray[np.intp],
+        ids: NDArray[Any],
+        dtype: np.dtype[Any],
+    ) -> None:
+        self.layout = layout
+        self.ranks = ranks
+        self.ids = ids
+        self.dtype = dtype
+        self._files = tuple(files)
+        self._options = options
+        self._positions = {name: position for position, name in enumerate(layout.names)}
+        start = layout.side_slice.start
+        self._side: dict[str, slice] = {}
+        for name, size in layout.side:
+            self._side[name] = slice(start, start + size)
+            start += size
+
+    def read(self, rows: Rows) -> NDArray[Any]:
+        """Read some adapters from their files."""
+        positions = np.arange(len(self._files))[rows]
+        flat = np.zeros((len(positions), self.layout.width), self.dtype)
+        for place, position in enumerate(positions):
+            self._read_row(self._files[position], self.ranks[position], flat[place : place + 1])
+        return flat
+
+    def _read_row(self, file: AdapterFile, ranks: NDArray[np.intp], row: NDArray[Any]) -> None:
+        with opened(file.found, self._options, file.stamp) as adapter:
+            for name, U, V in adapter.factors(self._positions, self.dtype):
+                position = self._positions[name]
+                rank = ranks[position]
+                for place, factor in zip(
+                    self.layout._factors_at(row, position), (U, V), strict=True
+                ):
+                    if factor.shape != (place.shape[1], rank):
+                        raise Refusal("it changed while it was read; read the adapters again.")
+                    place[0, :, :rank] = factor
+            for name, vector in adapter.side(self._side, self.dtype):
+                row[0, self._side[name]] = vector
+
+    def check(self) -> list[AdapterError]:
+        """Read every file once, and give what is wrong with those whose numbers are."""
+        errors = []
+        row = np.empty((1, self.layout.width), self.dtype)
+        for file, ranks in zip(self._files, self.ranks, strict=True):
+            try:
+                self._read_row(file, ranks, row)
+            except AdapterError as error:
+                errors.append(error)
+        return errors
+
+    def subset(self, rows: NDArray[np.intp]) -> AdapterStore:
+        """Give a store of some files."""
+        files = [self._files[row] for row in rows]
+        return AdapterStore(
+            files, self._options, self.layout, self.ranks[rows], self.ids[rows], self.dtype
+        )
+
+
+def located(found: Found) -> AdapterFile:
+    """Note where a file lies, whatever the current folder will be, and what it is now."""
+    path, root = os.path.abspath(found.path), os.path.abspath(found.root)
+    return AdapterFile(Found(path, root, found.in_folder), Stamp.of(path))

@@ -1,0 +1,175 @@
+"""write_adapter: factors back into a file that PEFT loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from safetensors.numpy import save
+
+from sklora._zoofile import _complete_or_not_at_all as replacing
+from sklora.collection import LoRAAdapter, LoRACollection
+from sklora.io._adapter import OpenAdapter, opened
+from sklora.io._errors import AdapterError, shown
+from sklora.io._find import CONFIG, find_files, read_config
+from sklora.io._plan import ModulePlan, ReadOptions
+from sklora.io.formats.peft import PREFIX
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def write_adapter(
+    path: str | os.PathLike[str],
+    adapter: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    *,
+    like: str | os.PathLike[str] | None = None,
+    base_model: str | None = None,
+) -> None:
+    """Write one adapter as a folder that PEFT loads.
+
+    The factors are stored as they are, ``B = U`` and ``A = V^T``, with the scale 1: alpha is r.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The folder. What it has of an adapter is replaced, once the new files are complete.
+    adapter : mapping of str to (U, V)
+        For every module ``U (n, r)`` and ``V (m, r)``, such as ``X[0]``. Modules that it lacks are
+        not written.
+    like : str, path-like or None, default=None
+        A PEFT adapter whose keys, configuration and other tensors (biases, modules that were saved
+        whole, magnitudes of DoRA) the new one is to have. Modules are found by the name that the
+        file gives them or by their canonical name.
+    base_model : str or None, default=None
+        What the configuration names as base model; by default what `like` or the collection names.
+
+    Raises
+    ------
+    ValueError
+        When factors do not fit together or have NaN or infinity, or a module is not one of `like`,
+        or of another shape there.
+    AdapterError
+        When `like` cannot be read, or is not of PEFT's format.
+
+    See Also
+    --------
+    read_adapters : Reads it again.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from sklora.io import read_adapters, write_adapter
+    >>> U, V = np.ones((8, 2)), np.ones((6, 2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_adapter(folder, {"q_proj": (U, V)}, base_model="gpt2")
+    ...     X = read_adapters(folder)
+    ...     np.array_equal(X[0]["q_proj"][0], U), X.layout.base_model
+    (True, 'gpt2')
+    """
+    [checked] = LoRACollection.from_factors([adapter])
+    factors = {name: checked[name] for name in checked}
+    if base_model is None and isinstance(adapter, LoRAAdapter):
+        base_model = adapter.base_model
+    if like is None:
+        tensors, paths = _plain(factors), {name: name for name in factors}
+        config: dict[str, Any] = {}
+    else:
+        tensors, paths, config = _like(os.fspath(like), factors)
+    ranks = {paths[name]: U.shape[1] for name, (U, _) in factors.items()}
+    if base_model is not None:
+        config["base_model_name_or_path"] = base_model
+    config.update(_scale_of_one(ranks))
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    os.makedirs(path, exist_ok=True)
+    with (
+        replacing(os.path.join(path, WEIGHTS)) as weights,
+        replacing(os.path.join(path, CONFIG)) as text,
+    ):
+        weights.write(save(contiguous, metadata={"format": "pt"}))
+        text.write(json.dumps(config, indent=2).encode())
+
+
+def _plain(factors: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    tensors = {}
+    for name, (U, V) in factors.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = V.T
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = U
+    return tensors
+
+
+def _scale_of_one(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Give the settings by which every module has alpha = r, whatever else was configured."""
+    largest = max(ranks.values())
+    # Patterns match the end of a name and the first hit wins, so that longer names come first.
+    mixed = len(set(ranks.values())) > 1
+    pattern = {
+        re.escape(path): ranks[path]
+        for path in sorted(ranks, key=lambda path: (-len(path), path))
+        if mixed
+    }
+    return {
+        "peft_type": "LORA",
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": sorted(ranks),
+        "use_rslora": False,
+        "init_lora_weights": True,
+    }
+
+
+def _like(
+    path: str, factors: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]
+) -> tuple[dict[str, NDArray[Any]], dict[str, str], dict[str, Any]]:
+    """Give tensors, paths of modules and configuration after an adapter of PEFT."""
+    found = find_files(path)
+    if len(found) != 1:
+        raise AdapterError(path, f"there are {len(found)} adapters in it; name one file.")
+    with opened(found[0], ReadOptions(names="canonical")) as adapter:
+        plan = adapter.plan
+        config = read_config(found[0])
+        plain = {module.method for module in plan.modules} == {"lora"}
+        if plan.format != "peft" or config is None or not plain:
+            raise AdapterError(path, f"it is no plain LoRA of PEFT, but {plan.format}.")
+        known = {module.name: module for module in plan.modules}
+        known |= {module.path.removeprefix(PREFIX): module for module in plan.modules}
+        known |= {module.path: module for module in plan.modules}
+        tensors, paths = _kept(adapter), {}
+        for name, (U, V) in factors.items():
+            if name not in known:
+                raise ValueError(
+                    f"module {name!r} is not in {path!r}, which has {shown(next(iter(known)))} and "
+                    f"{len(plan.modules) - 1} others; leave it out, or pass another like=."
+                )
+            paths[name] = known[name].path.removeprefix(PREFIX)
+            tensors |= _shaped(adapter, known[name], U, V)
+    return tensors, paths, dict(config)
+
+
+def _kept(adapter: OpenAdapter) -> dict[str, NDArray[Any]]:
+    names = [tensor for tensor, _ in adapter.plan.left_out]
+    names += [tensor for _, tensor, _ in adapter.plan.side]
+    return {name: adapter.file.read(name) for name in names}
+
+
+def _shaped(
+    adapter: OpenAdapter, module: ModulePlan, U: NDArray[Any], V: NDArray[Any]
+) -> dict[str, NDArray[Any]]:
+    """Give the tensors of one module, with the axes of a convolution where it is one."""
+    if (len(U), len(V)) != (module.n, module.m) or module.part != (0, 1):
+        raise ValueError(
+            f"module {module.name!r} has U {U.shape} and V {V.shape}, but its update is of shape "
+            f"({module.n}, {module.m}) there."
+        )
+    down, up = module.tensors["down"], module.tensors["up"]
+    rank = U.shape[1]
+    down_shape = (rank, *adapter.file.tensors[down].shape[1:])
+    up_shape = (module.n, rank, *adapter.file.tensors[up].shape[2:])
+    return {down: V.T.reshape(down_shape), up: U.reshape(up_shape)}

@@ -1,0 +1,81 @@
+"""diffusers: ``pytorch_lora_weights.safetensors``, in three generations of keys.
+
+``.processor.to_q_lora.down``, ``.to_q.lora.down`` and ``.to_q.lora_A``; ``.lora_linear_layer.`` in
+text encoders. Scale: that of the metadata entry ``lora_adapter_metadata`` (a configuration of PEFT
+for each component), else alpha/r of an ``.alpha`` tensor, else 1
+(`diffusers/loaders/lora_base.py`, `diffusers/utils/state_dict_utils.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sklora.io._build import (
+    alpha_over_rank,
+    by_module,
+    has_suffix,
+    left_out_of,
+    make_plan,
+    parse_json,
+)
+from sklora.io._errors import Refusal
+from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
+from sklora.io.formats.peft import scale_of_config
+
+_SUFFIXES = {
+    "down.weight": "down",
+    "up.weight": "up",
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "alpha": "alpha",
+    "lora_magnitude_vector": "magnitude",
+}
+_COMPONENTS = (
+    *("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "prior.", "controlnet."),
+    *("transformer.", "transformer_2.", "diffusion_model."),
+    *("down_blocks.", "mid_block.", "up_blocks.", "transformer_blocks."),
+    "single_transformer_blocks.",
+)
+_METADATA = "lora_adapter_metadata"
+
+
+def _matches(source: Source, options: ReadOptions) -> bool:
+    if source.config is not None and "peft_type" in source.config:
+        return False
+    if has_suffix(source, "_lora.down.weight", ".lora.down.weight", "_layer.down.weight"):
+        return True
+    new = has_suffix(source, ".lora_A.weight")
+    named = any(name.startswith(_COMPONENTS) for name in source.tensors)
+    return new and (named or _METADATA in source.metadata)
+
+
+def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
+    modules, rest = by_module(source.tensors, _SUFFIXES, strip=(".lora", ".lora_linear_layer"))
+    settings = _settings(source.metadata)
+
+    def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
+        for component, config in settings.items():
+            if path.startswith(f"{component}.") or len(settings) == 1 and not component:
+                module = path.removeprefix(f"{component}.")
+                return Scale(scale_of_config(config, module, dimension))
+        return alpha_over_rank(path, tensors, dimension)
+
+    return make_plan(source, options, "diffusers", modules, scale, left_out=left_out_of(rest))
+
+
+FORMAT = Format("diffusers", _matches, _plan)
+
+
+def _settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Sort ``{"unet.lora_alpha": 8, ...}`` by component; one without components is named ""."""
+    if _METADATA not in metadata:
+        return {}
+    flat = parse_json(metadata[_METADATA], f"the metadata entry {_METADATA}")
+    if not isinstance(flat, Mapping):
+        raise Refusal(f"the metadata entry {_METADATA} is no mapping.")
+    settings: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        component, _, name = key.rpartition(".")
+        settings.setdefault(component, {})[name] = value
+    return {name: config for name, config in settings.items() if "lora_alpha" in config}

@@ -1,0 +1,38 @@
+"""LyCORIS: LoCon with a Tucker core, LoHa and LoKr, beside plain modules in kohya's keys.
+
+Scale: alpha/r, with r the inner size of the stored factors; exactly 1 for LoKr of two full matrices,
+which has none (`lycoris/modules/locon.py`, `loha.py`, `lokr.py`, ``__init__``). A missing alpha, and
+an alpha of 0, means r.
+"""
+
+from __future__ import annotations
+
+from sklora.io._build import alpha_over_rank, by_module, has_suffix, left_out_of, make_plan
+from sklora.io._plan import AdapterPlan, Format, ReadOptions, Source
+from sklora.io.formats.kohya import SUFFIXES as KOHYA
+
+_OWN = {
+    "lora_mid.weight": "mid",
+    **{
+        role: role
+        for role in (
+            *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+            *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+        )
+    },
+}
+SUFFIXES = {**KOHYA, **_OWN}
+_ENDINGS = tuple(f".{suffix}" for suffix in _OWN)
+
+
+def _matches(source: Source, options: ReadOptions) -> bool:
+    return has_suffix(source, *_ENDINGS)
+
+
+def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
+    modules, rest = by_module(source.tensors, SUFFIXES)
+    left_out = left_out_of(rest)
+    return make_plan(source, options, "lycoris", modules, alpha_over_rank, left_out=left_out)
+
+
+FORMAT = Format("lycoris", _matches, _plan)

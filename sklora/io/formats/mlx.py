@@ -1,0 +1,60 @@
+"""mlx-lm: ``lora_a (in, r)`` and ``lora_b (r, out)``, beside ``adapter_config.json``.
+
+Scale: ``lora_parameters.scale`` as it stands, whatever alpha says, by default 20
+(`mlx_lm/tuner/lora.py`). The old ``adapters.npz`` has no configuration, so its scale is not known.
+DoRA keeps its magnitude in ``.m``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sklora.io._build import (
+    base_model_label,
+    by_module,
+    has_suffix,
+    left_out_of,
+    make_plan,
+    number,
+    stated_scale,
+)
+from sklora.io._errors import Refusal, shown
+from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
+
+_SUFFIXES = {"lora_a": "a", "lora_b": "b", "m": "magnitude"}
+_DEFAULT_SCALE = 20.0
+
+
+def _matches(source: Source, options: ReadOptions) -> bool:
+    return source.container != "gguf" and has_suffix(source, ".lora_a", ".lora_b")
+
+
+def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
+    modules, rest = by_module(source.tensors, _SUFFIXES)
+    config = source.config
+    value = _scale(config, options)
+    return make_plan(
+        source,
+        options,
+        "mlx",
+        modules,
+        lambda *_: Scale(value),
+        left_out=left_out_of(rest),
+        base_model=base_model_label(config.get("model")) if config else None,
+    )
+
+
+FORMAT = Format("mlx", _matches, _plan)
+
+
+def _scale(config: Mapping[str, object] | None, options: ReadOptions) -> float:
+    parameters = config.get("lora_parameters") if config else None
+    if parameters is None:
+        return stated_scale(
+            options,
+            "it has the keys of mlx-lm, but no adapter_config.json with lora_parameters beside it, "
+            "so its scale is not known; put that file there",
+        )
+    if not isinstance(parameters, Mapping):
+        raise Refusal(f"lora_parameters is {shown(parameters)}; it must be a mapping.")
+    return number(parameters, "scale") if "scale" in parameters else _DEFAULT_SCALE

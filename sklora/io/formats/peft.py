@@ -1,0 +1,224 @@
+"""PEFT: ``adapter_model.safetensors`` beside ``adapter_config.json``.
+
+Scale: alpha/r, or alpha/sqrt(r) with ``use_rslora`` (`peft/tuners/lora/layer.py`,
+``update_layer``); AdaLoRA alpha/(r + 1e-5) (`peft/tuners/adalora/layer.py`); LoHa and LoKr alpha/r.
+``alpha_pattern`` wins over ``lora_alpha``; its keys are matched as ``(.*\\.)?(KEY)$``, the first hit
+wins (`peft/utils/other.py`). r is that of the tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sklora.io._build import (
+    Modules,
+    add_role,
+    base_model_label,
+    left_out_of,
+    make_plan,
+    number,
+    stated_scale,
+)
+from sklora.io._errors import Refusal, shown
+from sklora.io._pattern import matches_module
+from sklora.io._plan import AdapterPlan, Format, ModulePlan, ReadOptions, Scale, Source
+
+PREFIX = "base_model.model."
+_ROLES = {
+    "lora_A": "down",
+    "lora_B": "up",
+    "lora_embedding_A": "down",
+    "lora_embedding_B": "up",
+    "lora_E": "diagonal",
+    "lora_magnitude_vector": "magnitude",
+    **{
+        role: role
+        for role in (
+            *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+            *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+        )
+    },
+}
+_TYPES = ("LORA", "ADALORA", "LOHA", "LOKR")
+# These leave the base model as it is, so that B A is the whole update.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "true", "false")
+_OTHER_BASES = ("use_qalora", "kasa_config", "use_bdlora")
+
+
+def _matches(source: Source, options: ReadOptions) -> bool:
+    if source.config is not None and "peft_type" in source.config:
+        return True
+    return any(_role_of(name) is not None for name in source.tensors)
+
+
+def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
+    config = source.config if source.config and "peft_type" in source.config else None
+    modules: Modules = {}
+    rest = []
+    for name in source.tensors:
+        found = _role_of(name)
+        if found is None:
+            rest.append(name)
+        else:
+            add_role(modules, found[0], found[1], name)
+    if config is None:
+        value = stated_scale(
+            options,
+            "it has the keys of PEFT, but no adapter_config.json with a peft_type beside it, so "
+            "its scale is not known; put that file there",
+        )
+        plan = make_plan(
+            source, options, "peft", modules, lambda *_: Scale(value), left_out=left_out_of(rest)
+        )
+        return plan
+    _check_config(config)
+
+    def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
+        return Scale(_scale(config, path.removeprefix(PREFIX), tensors, dimension))
+
+    label = base_model_label(config.get("base_model_name_or_path"))
+    plan = make_plan(
+        source, options, "peft", modules, scale, left_out=left_out_of(rest), base_model=label
+    )
+    return _with_experts(plan, config)
+
+
+FORMAT = Format("peft", _matches, _plan)
+
+
+def _role_of(name: str) -> tuple[str, str] | None:
+    """Give module and role: ``<module>.<role>``, then the adapter's name and "weight" or not."""
+    parts = name.split(".")
+    for length in (1, 2, 3):
+        if length < len(parts) and parts[-length] in _ROLES:
+            tail = parts[len(parts) - length + 1 :]
+            if length == 3 and tail[1] != "weight" or tail[-1:] == ["bias"]:
+                return None
+            return ".".join(parts[:-length]), _ROLES[parts[-length]]
+    return None
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    kind = config["peft_type"]
+    if kind not in _TYPES:
+        detail = _DETAILS.get(kind, "") if isinstance(kind, str) else ""
+        raise Refusal(
+            f"peft_type {shown(kind)} is no low-rank update that sklora reads{detail}; it reads "
+            f"{', '.join(_TYPES)}."
+        )
+    init = config.get("init_lora_weights")
+    if not any(init is plain or init == plain for plain in _PLAIN_INITS):
+        raise Refusal(
+            f"init_lora_weights is {shown(init)}: that method changes the base model too, so B A is "
+            "not the whole update. Convert the adapter to plain LoRA with save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...) of PEFT."
+        )
+    for key in _OTHER_BASES:
+        if config.get(key):
+            raise Refusal(f"{key} is set: its update is not B A times a scale, as sklora reads it.")
+
+
+_DETAILS = {
+    "VERA": " (the file does not tell the input width of each module)",
+    "IA3": " (it multiplies activations)",
+    "OFT": " (it rotates the weight)",
+    "BOFT": " (it rotates the weight)",
+    "FOURIERFT": " (its update has full rank)",
+}
+
+
+def _scale(
+    config: Mapping[str, Any], module: str, tensors: Mapping[str, str], dimension: int | None
+) -> float:
+    kind = config["peft_type"]
+    key = "lora_alpha" if kind in ("LORA", "ADALORA") else "alpha"
+    if kind == "ADALORA":
+        return number(config, key) / (_rank(dimension) + 1e-5)
+    if dimension is None:
+        # LoKr of two full matrices: the tensors do not tell r.
+        dimension = int(pattern_value(config, "rank_pattern", "r", module))
+    return scale_of_config(config, module, dimension, key)
+
+
+def scale_of_config(
+    config: Mapping[str, Any], module: str, rank: int | None, key: str = "lora_alpha"
+) -> float:
+    """Give the scale of one module: alpha/r, or alpha/sqrt(r) with ``use_rslora``.
+
+    Parameters
+    ----------
+    config : mapping
+        Of PEFT's ``LoraConfig``.
+    module : str
+        Without PEFT's prefix.
+    rank : int or None
+    key : str, default="lora_alpha"
+
+    Returns
+    -------
+    float
+    """
+    alpha = pattern_value(config, "alpha_pattern", key, module)
+    return alpha / (math.sqrt(_rank(rank)) if config.get("use_rslora") else _rank(rank))
+
+
+def _rank(rank: int | None) -> int:
+    if not rank or rank < 1:
+        raise Refusal(f"a module has rank {rank}; a rank is at least 1.")
+    return rank
+
+
+def pattern_value(config: Mapping[str, Any], patterns: str, default: str, module: str) -> float:
+    """Give the number of the first pattern that a module's name matches, else the default."""
+    table = config.get(patterns) or {}
+    if not isinstance(table, Mapping):
+        raise Refusal(f"{patterns} is {shown(table)} in its configuration; it must be a mapping.")
+    for pattern in table:
+        if matches_module(pattern, module):
+            return number(table, pattern)
+    return number(config, default)
+
+
+def _with_experts(plan: AdapterPlan, config: Mapping[str, Any]) -> AdapterPlan:
+    """Split the updates of stacked experts (``target_parameters``), which share their tensors."""
+    targets = config.get("target_parameters") or ()
+    if not isinstance(targets, (list, tuple)):
+        raise Refusal(f"target_parameters is {shown(targets)}; it must be a list of names.")
+    parents = {target.rpartition(".")[0] for target in targets if isinstance(target, str)}
+    if not parents:
+        return plan
+    modules: list[ModulePlan] = []
+    for module in plan.modules:
+        modules += _experts(module, parents, config)
+    return AdapterPlan(plan.format, tuple(modules), plan.side, plan.left_out, plan.base_model)
+
+
+def _experts(
+    module: ModulePlan, parents: set[str], config: Mapping[str, Any]
+) -> Iterator[ModulePlan]:
+    path = module.path.removeprefix(PREFIX)
+    # Further parameters of the same module are wrapped inside each other.
+    owner = path
+    while owner.endswith(".base_layer"):
+        owner = owner.removesuffix(".base_layer")
+    if not any(f".{owner}".endswith(f".{parent}") for parent in parents):
+        yield module
+        return
+    rank = int(pattern_value(config, "rank_pattern", "r", owner))
+    if rank < 1 or module.rank % rank or module.method != "lora":
+        raise Refusal(
+            f"module {shown(path)} has factors of {module.rank} columns, which are no whole number "
+            f"of experts of rank r={rank}."
+        )
+    count = module.rank // rank
+    value = scale_of_config(config, owner, rank)
+    for place in range(count):
+        yield module._replace(
+            path=f"{module.path}.{place}",
+            name=f"{module.name}.{place}",
+            rank=rank,
+            scale=Scale(value),
+            part=(place, count),
+        )
