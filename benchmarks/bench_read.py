@@ -29,7 +29,11 @@ def module_shapes():
     for block, width in enumerate(WIDTHS):
         for attention, source in ((1, width), (2, TEXT_WIDTH)):
             for name, columns in (("q", width), ("k", source), ("v", source), ("out.0", width)):
-                yield f"unet.down_blocks.{block}.attentions.0.attn{attention}.to_{name}", width, columns
+                yield (
+                    f"unet.down_blocks.{block}.attentions.0.attn{attention}.to_{name}",
+                    width,
+                    columns,
+                )
 
 
 def write_zoo(folder, n_adapters, rank, dtype):
@@ -73,6 +77,7 @@ with tempfile.TemporaryDirectory() as folder:
     size = sum(path.stat().st_size for path in Path(folder).iterdir())
     runs = [(seconds(baseline, folder), seconds(ours, folder)) for _ in range(args.repeats)]
     theirs, mine = (sorted(times)[len(times) // 2] for times in zip(*runs, strict=True))
-print(f"{args.adapters} adapters of 128 modules, rank {args.rank}, {args.dtype}: {size / 2**20:.0f} MiB")
+print(f"{args.adapters} adapters of 128 modules, rank {args.rank}, {args.dtype}")
+print(f"together {size / 2**20:.0f} MiB")
 print(f"torch threads: {torch.get_num_threads()}")
 print(f"files to spectra / (safetensors + QR in NumPy): {mine / theirs:.2f}")

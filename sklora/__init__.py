@@ -1,5 +1,6 @@
 """Learn from LoRA weights with scikit-learn."""
 
+from sklora._saved import TRUSTED_TYPES
 from sklora.architectures import ARCHITECTURES, architecture_grid, make_architecture
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.estimators import (
@@ -24,6 +25,7 @@ __all__ = [
     "MLPNetRegressor",
     "OAlign",
     "SVDSpectrum",
+    "TRUSTED_TYPES",
     "architecture_grid",
     "make_architecture",
 ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
-from typing import Any
 
 from sklora.cli._output import FAILED, CommandError, say
 from sklora.cli._parser import build_parser
@@ -36,32 +36,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
+        code = _run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _forget_streams()
+        return _BROKEN_PIPE
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
         with warnings.catch_warnings():
             warnings.showwarning = _say_warning
             code: int = import_module(f"sklora.cli._{args.command}").run(args)
-            sys.stdout.flush()
             return code
     except CommandError as error:
         say(f"error: {error}")
         return error.code
     except BrokenPipeError:
-        _forget_stdout()
-        return _BROKEN_PIPE
-    except KeyboardInterrupt:
-        return _INTERRUPTED
+        raise
     except (ValueError, OSError, MemoryError) as error:
         say(f"error: {error}")
         return FAILED
 
 
-def _say_warning(message: Warning | str, *_: Any) -> None:
+def _say_warning(message: Warning | str, *_: object, **__: object) -> None:
     say(f"warning: {message}")
 
 
-def _forget_stdout() -> None:
+def _forget_streams() -> None:
     """Keep Python from flushing, on its way out, to a reader that is gone."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            os.dup2(nowhere, stream.fileno())
 
 
 if __name__ == "__main__":

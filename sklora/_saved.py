@@ -1,4 +1,4 @@
-"""A fitted model in a file: skops, which runs no code of the file, and a card that says what it is."""
+"""A fitted model in a file: skops, which runs no code of it, and a card that says what it is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO, NoReturn
 
@@ -141,7 +141,7 @@ def _is_classes(value: Any) -> bool:
 
 
 # The entries that are stored as they are, each with what it has to be.
-_PLAIN = {
+_PLAIN: dict[str, Callable[[Any], bool]] = {
     "sklora": lambda value: type(value) is str,
     "task": lambda value: value in ("classification", "regression"),
     "targets": lambda value: _is_names(value) and len(value) > 0,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from safetensors import SafetensorError, safe_open
 
 from sklora._layout import LoRALayout
@@ -226,9 +226,17 @@ def _checked_ids(values: list[Any]) -> NDArray[Any] | None:
     # An array of strings has room for the longest in every place.
     if kinds == {str} and 4 * len(values) * max(map(len, values)) > _MAX_ID_BYTES:
         raise ValueError("ids are too long")
-    ids = np.array(values) if values else np.arange(0)
+    if not values:
+        return None
+    dtype: DTypeLike = str
+    if kinds == {int}:
+        dtype = np.int64 if max(values) < 2**63 else np.uint64
+    try:
+        ids = np.array(values, dtype)
+    except OverflowError:
+        raise ValueError("ids are beyond the integers of 64 bits") from None
     if ids.tolist() != values:
-        raise ValueError("ids do not fit into an array of 64-bit integers or of strings")
+        raise ValueError("ids end in NUL, which NumPy cuts off")
     return ids
 
 

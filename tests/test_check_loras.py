@@ -5,6 +5,7 @@ import scipy.sparse
 import sklearn
 from sklearn.base import BaseEstimator
 
+from sklora._stores import ArrayStore
 from sklora.collection import LoRACollection, LoRALayout, check_loras
 
 LAYOUT = LoRALayout([("q", 3, 2, 2), ("v", 2, 2, 1)])
@@ -55,6 +56,17 @@ class TestCollections:
     def test_padding_does_not_count_as_rank(self):
         X = LORAS.with_layout(LAYOUT.with_ranks([8, 8]))
         np.testing.assert_array_equal(Estimator().fit(LORAS).check(X, rank="fitted").read(), ROWS)
+
+    def test_what_a_store_checks_is_not_read_again(self):
+        class Checked(ArrayStore):
+            is_checked = True
+
+            def read(self, rows):
+                raise AssertionError("nothing has to be read")
+
+        X = LoRACollection(Checked(ROWS, LAYOUT, LORAS.ranks, LORAS.ids))
+        estimator = Estimator().fit(X)
+        assert estimator.check(X[1:], rank="fitted").shape == (4, LAYOUT.width)
 
     def test_stale_feature_names_go(self):
         estimator = Estimator().fit(pd.DataFrame({"a": [1.0], "b": [2.0]}))

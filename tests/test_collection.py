@@ -1,5 +1,6 @@
 import copy
 import pickle
+import tracemalloc
 from collections.abc import Mapping
 
 import ml_dtypes
@@ -9,8 +10,9 @@ import sklearn
 from hypothesis import given
 from hypothesis import strategies as st
 
-import sklora._loras
-from sklora.collection import LoRACollection, LoRALayout
+import sklora._stores
+from sklora.collection import LoRACollection, LoRALayout, check_loras
+from sklora.transform import SVDSpectrum
 
 LAYOUT = LoRALayout([("q", 3, 2, 2), ("v", 2, 2, 1)], side=[("scale", 1)])
 ROWS = np.arange(1.0, 5 * LAYOUT.width + 1).reshape(5, -1)
@@ -274,6 +276,46 @@ class TestArrayLike:
             assert len(list(LORAS.iter_batches(bytes_per_adapter=1e9))) == 5
         assert list(LORAS.iter_batches()) == [slice(0, 5)]
         assert list(LORAS[:0].iter_batches()) == []
+
+
+class TestBlocks:
+    @pytest.mark.parametrize("key", [slice(None), slice(3, 0, -1), [4, 4, 0]])
+    def test_blocks_are_the_rows_in_order(self, key):
+        X = LORAS[key].with_layout(LAYOUT.with_ranks([2, 3]))
+        with sklearn.config_context(working_memory=1.9 * 8 * (2 * X.shape[1] + 15) / 2**20):
+            rows, flats = zip(*X.iter_blocks(), strict=True)
+        assert [len(flat) for flat in flats] == [1] * len(X)
+        assert rows == tuple(slice(row, row + 1) for row in range(len(X)))
+        np.testing.assert_array_equal(np.concatenate(flats), X.read())
+        assert all(flat.flags.writeable for flat in flats)
+
+    def test_the_work_counts(self):
+        with sklearn.config_context(working_memory=2 * 1000 / 2**20):
+            assert [rows for rows, _ in LORAS.iter_blocks(1000)] == list(LORAS.iter_batches(1000))
+        assert list(LORAS[:0].iter_blocks()) == []
+
+    @pytest.mark.parametrize("stored", [np.float16, np.float64])
+    @pytest.mark.parametrize("use", ["blocks", "columns", "check", "ranks"])
+    def test_memory_stays_within_the_working_memory(self, tmp_path, stored, use):
+        layout = LoRALayout([("q", 500, 500, 2)])
+        array = np.memmap(tmp_path / "rows", stored, "w+", shape=(4000, layout.width))
+        array = np.memmap(tmp_path / "rows", stored, "r", shape=array.shape)
+        ranks = None if use == "ranks" else np.ones((4000, 1), int)
+        with sklearn.config_context(working_memory=8):
+            tracemalloc.start()
+            try:
+                X = LoRACollection.from_array(array, layout, ranks=ranks)
+                if use == "blocks":
+                    for _, flat in X.with_layout(layout.with_ranks([3])).iter_blocks():
+                        assert not flat.any()
+                elif use == "columns":
+                    assert not X[:, :10].any()
+                elif use == "check":
+                    check_loras(SVDSpectrum(), X, reset=True)
+                _, peak = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+        assert peak < 9 * 2**20
 
 
 class TestViews:

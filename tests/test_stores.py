@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sklora import _loras, _stores
+from sklora import _stores
 from sklora._stores import ArrayStore, FileSpan, MemmapStore, compute_dtype
 from sklora.collection import LoRACollection, LoRALayout
 

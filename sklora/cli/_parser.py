@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import sklora
 from sklora.architectures import ARCHITECTURES
@@ -98,12 +99,25 @@ def _learning() -> argparse.ArgumentParser:
     group.add_argument(
         "--groups", metavar="COLUMN", help="never test on a group that was trained on"
     )
-    group.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    group.add_argument("--seed", type=_at_least(0), default=0, help="(default: 0)")
     group.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)"
     )
-    group.add_argument("--jobs", type=int, default=1, help="folds at the same time (default: 1)")
+    group.add_argument(
+        "--jobs", type=_at_least(1), default=1, help="folds at the same time (default: 1)"
+    )
     return parser
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    number.__name__ = "number"  # argparse calls the type so
+    return number
 
 
 _TASK = "(default: regression if all targets are numbers, and either not whole or of many values)"
@@ -138,7 +152,7 @@ def _add_fit(
         help="auto takes the one with the best score (default: auto)",
     )
     parser.add_argument(
-        "--folds", type=int, default=5, help="0 for no cross-validation (default: 5)"
+        "--folds", type=_at_least(0), default=5, help="0 for no cross-validation (default: 5)"
     )
     parser.add_argument(
         "-o", "--output", required=True, metavar="MODEL", help="where the model is stored"
@@ -184,7 +198,7 @@ def _add_compare(
         help="compare the five architectures",
         description="Score the five architectures by cross-validation, and draw a chart.",
     )
-    parser.add_argument("--folds", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--folds", type=_at_least(2), default=5, help="(default: 5)")
     parser.add_argument("--json", action="store_true", help="write a JSON object")
     chart = parser.add_mutually_exclusive_group()
     chart.add_argument(

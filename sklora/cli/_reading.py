@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import fields, replace
 
 from sklora.cli._output import CommandError, with_options
@@ -82,7 +82,7 @@ class OneByOne:
     def __init__(
         self,
         layout: LoRALayout,
-        optional: Iterable[str],
+        optional: Collection[str],
         options: ReadOptions,
         *,
         any_modules: bool,
@@ -92,7 +92,7 @@ class OneByOne:
         self._options = options
         self._on_extra = "ignore" if any_modules else "raise"
         self._on_base_model = "ignore" if any_base_model else "raise"
-        self._on_missing = "zero" if any_modules or any(optional) else "raise"
+        self._on_missing = "zero" if any_modules or optional else "raise"
         self._needed = None if any_modules else _needed(layout, frozenset(optional))
 
     def read(self, found: Found) -> LoRACollection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from sklora.cli._labels import Labels
 from sklora.cli._output import CommandError
 
 _MOST_CLASSES = 20
+# As Python writes integers, of at most 18 digits.
+_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 
 class Targets(NamedTuple):
@@ -82,18 +85,14 @@ def make_targets(labels: Labels, task: str | None) -> Targets:
 
 def _task_of(columns: Sequence[Sequence[str]]) -> str:
     numbers = [[_number(cell) for cell in column] for column in columns]
-    if any(value is None for column in numbers for value in column):
+    if any(None in column for column in numbers):
         return "classification"
     amounts = any(
-        len(set(column)) > _MOST_CLASSES or any(value != round_(value) for value in column)
+        len(set(column)) > _MOST_CLASSES
+        or not all(value is not None and value.is_integer() for value in column)
         for column in numbers
     )
     return "regression" if amounts else "classification"
-
-
-def round_(value: float | None) -> float | None:
-    """Round a number that may be infinite or NaN."""
-    return float(round(value)) if value is not None and math.isfinite(value) else value
 
 
 def _number(cell: str) -> float | None:
@@ -129,5 +128,5 @@ def _indicators(labels: Labels, place: int) -> list[int]:
 
 def _classes(cells: Sequence[str]) -> NDArray[Any]:
     """Give classes as they are written; as integers, if all are written as such."""
-    whole = all(cell.removeprefix("-").isdecimal() and str(int(cell)) == cell for cell in cells)
+    whole = all(_WHOLE.fullmatch(cell) for cell in cells)
     return np.array([int(cell) for cell in cells] if whole else cells)

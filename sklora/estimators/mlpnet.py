@@ -62,7 +62,8 @@ class _MLPNetEstimator(BaseNetEstimator):
         calibrate_input(net, features)
 
     def _entries_per_adapter(self, layout: LoRALayout) -> int:
-        return 3 * layout.width + 2 * self.hidden_dim
+        # Moments take the most: the block, its float64 copy, and three arrays of that size.
+        return 5 * layout.width + 2 * self.hidden_dim
 
 
 @document

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,25 +14,34 @@ from numpy.typing import NDArray
 
 from sklora._stores import compute_dtype
 from sklora.io._errors import AdapterError, Refusal, shown
-from sklora.io._find import Found, check_inside, read_config
+from sklora.io._find import CONFIG, Found, check_inside, read_config
 from sklora.io._plan import AdapterPlan, ModulePlan, ReadOptions, Scale, Source
 from sklora.io._tensors import DTYPES, FLOAT_DTYPES, TensorFile
 from sklora.io.containers import open_tensor_file
+from sklora.io.containers.safetensors import MAX_CACHED
 from sklora.io.formats import plan_adapter
 from sklora.io.lowrank import METHODS
 
 
 class Stamp(NamedTuple):
-    """What tells whether a file is still the one that was seen."""
+    """What tells whether a file, with the configuration beside it, is still the one seen."""
 
     size: int
     modified: int
+    config: tuple[int, int] | None
 
     @classmethod
     def of(cls, path: str) -> Stamp:
         """Look at a file."""
-        state = os.stat(path)
-        return cls(state.st_size, state.st_mtime_ns)
+        config = None
+        with suppress(FileNotFoundError):
+            config = _size_and_time(os.path.join(os.path.dirname(path), CONFIG))
+        return cls(*_size_and_time(path), config)
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    state = os.stat(path)
+    return state.st_size, state.st_mtime_ns
 
 
 class OpenAdapter(NamedTuple):
@@ -136,19 +147,17 @@ class OpenAdapter(NamedTuple):
 
     def _numbers(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
         with np.errstate(over="ignore"):
-            numbers: NDArray[Any] = self.file.read(name).astype(dtype)
+            numbers: NDArray[Any] = self.file.read(name).astype(dtype, copy=False)
         if not np.isfinite(numbers).all():
             raise Refusal(
-                f"tensor {shown(name)} has NaN or infinity, or numbers too large for {dtype}; leave "
-                "the adapter out, or mend it."
+                f"tensor {shown(name)} has NaN or infinity, or numbers too large for {dtype}; "
+                "leave the adapter out, or mend it."
             )
         return numbers
 
 
 @contextmanager
-def opened(
-    found: Found, options: ReadOptions, stamp: Stamp | None = None
-) -> Iterator[OpenAdapter]:
+def opened(found: Found, options: ReadOptions, stamp: Stamp | None = None) -> Iterator[OpenAdapter]:
     """Open a file and read its header; whatever is refused names the file.
 
     Parameters
@@ -174,6 +183,34 @@ def opened(
             if stamp is not None and Stamp.of(found.path) != stamp:
                 raise Refusal("it changed since its header was read; read the adapters again.")
             source = Source(file.container, file.tensors, file.metadata, read_config(found))
-            yield OpenAdapter(found.path, file, plan_adapter(source, options))
+            yield OpenAdapter(found.path, file, _plan(source, file.header, options))
     except Refusal as error:
         raise AdapterError(found.path, str(error)) from None
+    except OSError as error:
+        raise AdapterError(found.path, f"it cannot be read: {error.strerror or error}.") from error
+
+
+class _Text:
+    """A source that equals another when both were read from the same text."""
+
+    def __init__(self, source: Source, header: bytes) -> None:
+        self.source = source
+        self._key = header, json.dumps(source.config)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Text) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+def _plan(source: Source, header: bytes | None, options: ReadOptions) -> AdapterPlan:
+    """Plan a file; those of one trainer often have one header, and need one plan."""
+    if header is None or len(header) > MAX_CACHED:
+        return plan_adapter(source, options)
+    return _plan_again(_Text(source, header), options)
+
+
+@lru_cache(maxsize=8)
+def _plan_again(text: _Text, options: ReadOptions) -> AdapterPlan:
+    return plan_adapter(text.source, options)

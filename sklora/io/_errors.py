@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from typing import Self
 
 
@@ -47,5 +48,9 @@ class Refusal(ValueError):
 
 def shown(value: object, length: int = 80) -> str:
     """Give a value from a file as it may stand in a message: escaped, and short."""
-    text = ascii(value)
+    if isinstance(value, (str, bytes)):
+        text = ascii(value[: length + 1])
+    else:
+        # Abbreviates what is long or nested deeply before it is written out.
+        text = reprlib.repr(value).encode("ascii", "backslashreplace").decode()
     return text if len(text) <= length else f"{text[: length - 3]}..."

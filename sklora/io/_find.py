@@ -6,11 +6,13 @@ import glob
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
 from sklora.io._build import parse_json
 from sklora.io._errors import AdapterError, Refusal
 from sklora.io.containers import HEAD_BYTES, sniff
+from sklora.io.containers import _open_regular as open_regular
 from sklora.io.containers._zip import ZipArchive
 from sklora.io.containers.torch_zip import PICKLE
 
@@ -18,6 +20,8 @@ Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 CONFIG = "adapter_config.json"
 _MAX_CONFIG = 2**20
+# What cannot be looked into is taken for what its name says.
+_SUFFIXES = (".safetensors", ".npz", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
 
 
 class Found(NamedTuple):
@@ -55,43 +59,49 @@ def find_files(paths: Paths) -> list[Found]:
     Raises
     ------
     AdapterError
-        When a path does not exist, or there is no adapter in it.
+        When there is no adapter in a folder, or nothing matches a pattern. A file that does not
+        exist is listed: what is wrong with a file is said where it is opened.
     TypeError
         When a path is no path.
     """
-    if isinstance(paths, (str, os.PathLike)):
-        paths = [paths]
-    found: list[Found] = []
-    for path in paths:
-        if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(f"paths holds {path!r}, which is no path; pass strings or Path objects.")
-        found += _find(os.fspath(path))
+    found = []
+    for each in find_each(paths):
+        if isinstance(each, AdapterError):
+            raise each
+        found.append(each)
     return found
 
 
-def _find(path: str) -> Iterator[Found]:
+def find_each(paths: Paths) -> Iterator[Found | AdapterError]:
+    """List files as `find_files` does, with an error in place of a path that stands for none."""
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    for given in _iterable(paths):
+        path = os.fspath(given) if isinstance(given, os.PathLike) else given
+        if not isinstance(path, str):
+            raise TypeError(
+                f"paths holds {given!r}, which is no path; pass strings or Path objects."
+            )
+        try:
+            yield from _find(path)
+        except AdapterError as error:
+            yield error
+
+
+def _iterable(paths: object) -> Iterable[object]:
+    if isinstance(paths, bytes) or not isinstance(paths, Iterable):
+        raise TypeError(f"paths is {paths!r}; pass a string, a Path object, or a list of them.")
+    return paths
+
+
+def _find(path: str) -> list[Found]:
     if os.path.isdir(path):
-        yield from _nonempty(path, _walk(path, path))
+        files = list(_adapters(_walk(path), path))
     elif os.path.lexists(path) or not glob.has_magic(path):
-        # What is wrong with it, if anything, is said where it is opened.
-        yield Found(path, os.path.dirname(path) or os.curdir, in_folder=False)
+        return [Found(path, os.path.dirname(path) or os.curdir, in_folder=False)]
     else:
-        root = _root_of_pattern(path)
-        matches = sorted(glob.glob(path, recursive=True))
-        files = (found for match in matches for found in _matched(match, root))
-        yield from _nonempty(path, files)
-
-
-def _matched(path: str, root: str) -> Iterator[Found]:
-    if os.path.isdir(path):
-        if _is_inside(path, root):
-            yield from _walk(path, root)
-    elif _kind(path, root) is not None:
-        yield Found(path, root, in_folder=True)
-
-
-def _nonempty(path: str, found: Iterable[Found]) -> list[Found]:
-    files = list(dict.fromkeys(found))
+        root, parts = _split_pattern(path)
+        files = list(_adapters(_matches(root, parts), root or os.curdir))
     if not files:
         raise AdapterError(
             path, "there is no adapter in it (safetensors, npz, GGUF or PyTorch); check the path."
@@ -99,52 +109,129 @@ def _nonempty(path: str, found: Iterable[Found]) -> list[Found]:
     return files
 
 
-def _root_of_pattern(pattern: str) -> str:
-    fixed = pattern
-    while glob.has_magic(fixed):
-        fixed = os.path.dirname(fixed)
-    return fixed or os.curdir
+def _split_pattern(pattern: str) -> tuple[str, list[str]]:
+    """Give the folder that a pattern starts from, and the components that follow."""
+    root = pattern
+    parts: list[str] = []
+    while glob.has_magic(root):
+        root, part = os.path.split(root)
+        parts.insert(0, part)
+    return root, parts
 
 
-def _walk(folder: str, root: str) -> Iterator[Found]:
-    """Give the adapters in a folder and below; hidden ones and linked folders are passed by."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        kinds = {}
-        for name in sorted(names):
-            path = os.path.join(parent, name)
-            kind = None if name.startswith(".") else _kind(path, root)
-            if kind is not None:
-                kinds[path] = kind
-        # Trainers save a pickle beside the safetensors of the same weights, or of their optimizer.
-        safe = any(kind != "pickle" for kind in kinds.values())
-        for path, kind in kinds.items():
-            if kind != "pickle" or not safe:
-                yield Found(path, root, in_folder=True)
+def _matches(root: str, parts: list[str]) -> Iterator[str]:
+    """Give the files that match a pattern, and those in folders that do."""
+    for path in _expanded(root, parts):
+        if not os.path.isdir(path):
+            yield path
+        elif not os.path.islink(path.rstrip(os.sep)):
+            yield from _walk(path)
+
+
+def _expanded(folder: str, parts: list[str]) -> Iterator[str]:
+    # As in `glob`, but that ** follows no links: two that lead back to their folder would give
+    # 2^40 paths.
+    if not parts:
+        yield folder
+        return
+    part, *rest = parts
+    if part == "**":
+        for inner, _ in _folders(folder) if rest else [(folder, None)]:
+            yield from _expanded(inner, rest)
+    elif glob.has_magic(part):
+        for entry in _listed(folder) or ():
+            if fnmatch(entry.name, part) and (part[0] == "." or not _is_hidden(entry)):
+                yield from _expanded(os.path.join(folder, entry.name), rest)
+    elif os.path.lexists(os.path.join(folder, part)):
+        yield from _expanded(os.path.join(folder, part), rest)
+
+
+def _listed(folder: str) -> list[os.DirEntry[str]] | None:
+    """List a folder by name; None when it cannot be."""
+    try:
+        with os.scandir(folder or os.curdir) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except (OSError, ValueError):
+        return None
+
+
+def _is_hidden(entry: os.DirEntry[str]) -> bool:
+    return entry.name.startswith(".")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir(follow_symlinks=False) and not _is_hidden(entry)
+
+
+def _folders(top: str) -> Iterator[tuple[str, list[os.DirEntry[str]] | None]]:
+    """List a folder and all below; hidden ones and links are passed by."""
+    left = [top]
+    while left:
+        folder = left.pop()
+        entries = _listed(folder)
+        yield folder, entries
+        inner = [entry.name for entry in entries or () if _is_folder(entry)]
+        left += (os.path.join(folder, name) for name in reversed(inner))
+
+
+def _walk(top: str) -> Iterator[str]:
+    """Give the files in a folder and below, and those folders that cannot be listed."""
+    for folder, entries in _folders(top):
+        if entries is None:
+            yield folder
+            continue
+        for entry in entries:
+            if not _is_hidden(entry) and not _is_folder(entry):
+                yield os.path.join(folder, entry.name)
+
+
+def _adapters(paths: Iterable[str], root: str) -> Iterator[Found]:
+    """Pick those files that hold tensors, but no adapter twice."""
+    kinds = {path: _kind(path, root) for path in paths}
+    kinds = {path: kind for path, kind in kinds.items() if kind is not None}
+    # Trainers save a pickle beside the safetensors of the same weights, or of their optimizer.
+    safe = {os.path.dirname(path) for path, kind in kinds.items() if kind != "pickle"}
+    # The cache of Hugging Face has links by the names of files, and what they lead to elsewhere.
+    linked = {os.path.realpath(path) for path in kinds if os.path.islink(path)}
+    for path, kind in kinds.items():
+        is_twin = kind == "pickle" and os.path.dirname(path) in safe
+        if linked and not os.path.islink(path):
+            is_twin = is_twin or os.path.realpath(path) in linked
+        if not is_twin:
+            yield Found(path, root, in_folder=True)
 
 
 def _kind(path: str, root: str) -> str | None:
     """Tell what a file in a folder holds, by its first bytes; None if that is no tensors."""
+    by_name = "unknown" if path.endswith(_SUFFIXES) else None
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        is_link, mode = os.path.islink(path), os.stat(path).st_mode
+        if stat.S_ISDIR(mode) and not is_link:
+            return "unknown"  # it cannot be listed, which is said where it is opened
+        if not stat.S_ISREG(mode):
             return None
-        if os.path.islink(path) and not _is_inside(path, root):
-            return "link"  # refused, by name, where it is opened
-        with open(path, "rb") as file:
+        if is_link and not _is_inside(path, root):
+            return by_name
+        file, size = open_regular(path)
+    except (OSError, Refusal):
+        return by_name
+    with file:
+        try:
             kind = sniff(file.read(HEAD_BYTES))
-            if kind == "zip":
-                members = ZipArchive(file, os.fstat(file.fileno()).st_size).members
-                kind = "pickle" if any(name.endswith(PICKLE) for name in members) else "npz"
-    except OSError:
-        return None
-    except Refusal:
-        return "zip"
-    return kind
+            return _kind_of_zip(ZipArchive(file, size)) if kind == "zip" else kind
+        except (OSError, Refusal):
+            return by_name
+
+
+def _kind_of_zip(archive: ZipArchive) -> str | None:
+    if any(name.endswith(PICKLE) for name in archive.members):
+        return "pickle"
+    return "npz" if any(name.endswith(".npy") for name in archive.members) else None
 
 
 def _is_inside(path: str, root: str) -> bool:
     real, real_root = os.path.realpath(path), os.path.realpath(root)
-    return os.path.commonpath([real, real_root]) == real_root
+    return real == real_root or real.startswith(os.path.join(real_root, ""))
 
 
 def check_inside(path: str, root: str) -> None:
@@ -157,8 +244,8 @@ def check_inside(path: str, root: str) -> None:
     """
     if not _is_inside(path, root):
         raise Refusal(
-            f"it is a link to {os.path.realpath(path)}, outside of {root!r}; pass that file itself, "
-            "or a folder that holds both."
+            f"{os.path.basename(path)} is a link to {os.path.realpath(path)!r}, outside of "
+            f"{root!r}; pass a folder that holds both, or a copy."
         )
 
 
@@ -176,16 +263,14 @@ def read_config(found: Found) -> dict[str, Any] | None:
         When it is no regular file, links out of the folder, is too large, or no mapping in JSON.
     """
     path = os.path.join(os.path.dirname(found.path), CONFIG)
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except OSError as error:
-        raise Refusal(f"{CONFIG} beside it cannot be read: {error.strerror}.") from None
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise Refusal(f"{CONFIG} beside it is no file.")
-        check_inside(path, found.root)
+    check_inside(path, found.root)
+    try:
+        file, _ = open_regular(path)
+    except Refusal as error:
+        raise Refusal(f"of {CONFIG} beside it: {error}") from None
+    with file:
         text = file.read(_MAX_CONFIG + 1)
     config = parse_json(text, f"{CONFIG} beside it", _MAX_CONFIG)
     if not isinstance(config, dict):

@@ -33,6 +33,8 @@ _Step: TypeAlias = re.Pattern[str] | tuple[int, ...]
 _Program: TypeAlias = list[_Step]
 
 _PLAIN = re.compile(r"[\w.-]*")
+# As `re.escape` writes a name; adapters of mixed ranks have one such pattern for each module.
+_LITERAL = re.compile(r"(?:[\w-]|\\[^a-zA-Z0-9\n])*")
 _OPEN = re.compile(r"\((?:\?:|\?P<\w+>|(?!\?))")
 _QUANTIFIER = re.compile(r"(?:([*+?])|\{(?=,?[0-9])([0-9]*)(,?)([0-9]*)\})\??")
 _ESCAPE = r"\\[dDwWsS]|\\[^a-zA-Z0-9]"
@@ -79,7 +81,16 @@ def matches_module(pattern: str, module: str) -> bool:
         return (rest == 0 or (rest > 0 and module[rest - 1] == ".")) and all(
             wanted in (".", given) for wanted, given in zip(pattern, module[rest:], strict=True)
         )
+    literal = _literal(pattern)
+    if literal is not None and "\n" not in module:
+        return f".{module}".endswith(f".{literal}")
     return _run(_compiled(pattern), module)
+
+
+@lru_cache(maxsize=2**12)
+def _literal(pattern: str) -> str | None:
+    """Give the one text that a pattern matches, if there is one."""
+    return re.sub(r"\\(.)", r"\1", pattern) if _LITERAL.fullmatch(pattern) else None
 
 
 def _run(program: _Program, module: str) -> bool:

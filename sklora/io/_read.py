@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import warnings
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -13,7 +15,7 @@ from sklora._base import check_option
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.io._adapter import OpenAdapter, opened
 from sklora.io._errors import AdapterError, shown
-from sklora.io._find import Found, Paths, find_files
+from sklora.io._find import Found, Paths, find_each
 from sklora.io._plan import ReadOptions
 from sklora.io._store import AdapterFile, AdapterStore, located
 from sklora.io.formats.custom import check_keys
@@ -36,6 +38,9 @@ class SkippedAdapterWarning(UserWarning):
         lines = "\n".join(f"- {error}" for error in self.errors)
         super().__init__(f"{len(self.errors)} files were left out:\n{lines}")
 
+    def __reduce__(self) -> tuple[type[Self], tuple[tuple[AdapterError, ...]]]:
+        return type(self), (self.errors,)
+
 
 class _Header(NamedTuple):
     """What the collection needs to know of one file."""
@@ -45,7 +50,7 @@ class _Header(NamedTuple):
     modules: dict[str, tuple[int, int, int]]
     side: dict[str, int]
     base_model: str | None
-    dtype: np.dtype
+    dtype: np.dtype[Any]
 
 
 def read_adapters(
@@ -149,27 +154,27 @@ def read_adapters(
     check_option("on_extra", on_extra, ("ignore", "raise"))
     check_option("on_error", on_error, ("raise", "skip"))
     check_option("on_base_model", on_base_model, ("raise", "ignore"))
+    _check_switch("strict", strict)
     options = read_options(names, keys, scale, lokr, allow_torch_zip)
     if strict:
         on_missing = on_extra = "raise"
-    reader = _Reader(layout, options, on_missing, on_extra, on_base_model)
+    skip = on_error == "skip"
+    reader = _Reader(layout, options, on_missing, on_extra, on_base_model, read_numbers=skip)
     skipped: list[AdapterError] = []
-    for found in find_files(paths):
+    for found in find_each(paths):
         try:
+            if isinstance(found, AdapterError):
+                raise found
             reader.add(found)
         except AdapterError as error:
-            if on_error == "raise":
+            if not skip:
                 raise
             skipped.append(error)
-    store = reader.store()
-    if on_error == "skip":
-        damaged = {error.path: error for error in store.check()}
-        skipped += damaged.values()
-        reader.drop(damaged)
-        store = reader.store()
+    if skip:
+        skipped += reader.drop_incomplete()
     if skipped:
         warnings.warn(SkippedAdapterWarning(skipped), stacklevel=2)
-    return LoRACollection(store)
+    return LoRACollection(reader.store())
 
 
 def read_options(
@@ -178,15 +183,45 @@ def read_options(
     """Check the arguments that say how a single file is read."""
     check_option("names", names, ("canonical", "raw"))
     check_option("lokr", lokr, ("exact", "kronecker"))
+    _check_switch("allow_torch_zip", allow_torch_zip)
     if keys is not None:
         check_keys(keys)
-    if scale is not None and not (np.isscalar(scale) and np.isfinite(scale)):
+    if scale is not None and not _is_finite(scale):
         raise ValueError(f"scale is {scale!r}; pass a finite number.")
     return ReadOptions(names, keys, scale, lokr, allow_torch_zip)  # type: ignore[arg-type]
 
 
+def _check_layout(layout: object) -> None:
+    if not isinstance(layout, LoRALayout):
+        raise ValueError(f"layout is {layout!r}; pass a LoRALayout, such as X.layout, or None.")
+    if layout.has_plain_rows:
+        raise ValueError("layout is of plain rows, which adapters do not have; pass another.")
+
+
+def _check_switch(name: str, value: object) -> None:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} is {value!r}; choose one of True, False.")
+
+
+def _is_finite(value: object) -> bool:
+    if not isinstance(value, (float, int, np.floating, np.integer)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 class _Reader:
-    """Headers of files that fit together."""
+    """Headers of files that fit together.
+
+    Parameters
+    ----------
+    layout, options, on_missing, on_extra, on_base_model
+        As for `read_adapters`.
+    read_numbers : bool, default=False
+        Whether the numbers of a file are read as well, to find those that are damaged.
+    """
 
     def __init__(
         self,
@@ -195,15 +230,20 @@ class _Reader:
         on_missing: str,
         on_extra: str,
         on_base_model: str,
+        *,
+        read_numbers: bool = False,
     ) -> None:
-        if layout is not None and layout.has_plain_rows:
-            raise ValueError("layout is of plain rows, which adapters do not have; pass another.")
+        if layout is not None:
+            _check_layout(layout)
         self._layout = layout
         self._options = options
         self._missing_is_error = on_missing == "raise"
         self._extra_is_error = on_extra == "raise"
         self._check_base = on_base_model == "raise"
+        self._read_numbers = read_numbers
         self._headers: list[_Header] = []
+        # Adapters of one zoo have the same modules, which are kept but once.
+        self._modules: dict[tuple[Any, ...], dict[str, tuple[int, int, int]]] = {}
         # What is known so far, and which file said it.
         self._shapes: dict[str, tuple[int, int, str]] = {}
         self._sides: dict[str, tuple[int, str]] = {}
@@ -218,6 +258,8 @@ class _Reader:
         """Read a header, and check it against the layout and the files before."""
         with opened(found, self._options) as adapter:
             header = _header(found, adapter)
+            if self._read_numbers:
+                self._read(adapter, header)
         try:
             self._check(header)
         except ValueError as error:
@@ -229,20 +271,21 @@ class _Reader:
                 self._sides.setdefault(name, (size, header.id))
         if self._base is None and header.base_model is not None:
             self._base = header.base_model, header.id
-        self._headers.append(header)
+        modules = self._modules.setdefault(tuple(header.modules.items()), header.modules)
+        self._headers.append(header._replace(modules=modules))
 
-    def drop(self, damaged: dict[str, AdapterError]) -> None:
-        """Forget files, named by their absolute paths."""
-        self._headers = [
-            header for header in self._headers if header.file.found.path not in damaged
-        ]
+    def drop_incomplete(self) -> list[AdapterError]:
+        """Forget the files that lack a module of any, if that is an error, and give the errors."""
+        errors = self._incomplete()
+        self._headers = [header for header in self._headers if header.id not in errors]
+        return list(errors.values())
 
     def store(self) -> AdapterStore:
         """Make the store of all files so far."""
         if not self._headers:
             raise ValueError("no adapter is left to read; scan_adapters says why of each file.")
-        if self._missing_is_error:
-            self._check_complete()
+        for error in self._incomplete().values():
+            raise error
         layout = self._final_layout()
         ranks = np.zeros((len(self._headers), layout.n_modules), np.intp)
         for row, header in enumerate(self._headers):
@@ -255,7 +298,9 @@ class _Reader:
         return AdapterStore(files, self._options, layout, ranks, ids, dtype)
 
     def _final_layout(self) -> LoRALayout:
-        rooms = dict(zip(self._layout.names, self._layout.ranks, strict=True)) if self._layout else {}
+        rooms: dict[str, int] = {}
+        if self._layout is not None:
+            rooms = dict(zip(self._layout.names, self._layout.ranks, strict=True))
         for header in self._headers:
             for name, (_, _, rank) in header.modules.items():
                 if self._layout is None or name in rooms:
@@ -320,23 +365,36 @@ class _Reader:
                 "on_missing='zero' to take them as zero."
             )
 
-    def _check_complete(self) -> None:
-        """Check all files against the modules of all."""
-        for header in self._headers:
+    def _incomplete(self) -> dict[str, AdapterError]:
+        """Check all files against the modules of all; errors by id."""
+        errors: dict[str, AdapterError] = {}
+        for header in self._headers if self._missing_is_error else ():
             try:
                 self._check_missing(header)
             except ValueError as error:
-                raise AdapterError(header.id, str(error)) from None
+                errors[header.id] = AdapterError(header.id, str(error))
+        return errors
+
+    def _read(self, adapter: OpenAdapter, header: _Header) -> None:
+        """Read the numbers that a collection would have, which raises `Refusal` if any is bad."""
+        modules: Mapping[str, Any] = header.modules
+        side: Mapping[str, Any] = header.side
+        if self._layout is not None:
+            modules, side = self._shapes, self._sides
+        for _ in adapter.factors(modules, header.dtype):
+            pass
+        for _ in adapter.side(side, header.dtype):
+            pass
 
 
 def _header(found: Found, adapter: OpenAdapter) -> _Header:
     modules = {module.name: (module.n, module.m, module.rank) for module in adapter.plan.modules}
     side = {name: size for name, _, size in adapter.plan.side}
-    return _Header(
-        located(found), found.path, modules, side, adapter.plan.base_model, adapter.dtype
-    )
+    id = found.path.replace(os.sep, "/")
+    return _Header(located(found), id, modules, side, adapter.plan.base_model, adapter.dtype)
 
 
-def natural_order(name: str) -> Sequence[str | int]:
+def natural_order(name: str) -> tuple[list[str | int], str]:
     """Sort numbers in names by their value: layer 2 before layer 10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 from sklora.io._adapter import OpenAdapter, opened
 from sklora.io._errors import AdapterError
-from sklora.io._find import Found, Paths, find_files
-from sklora.io._plan import LeftOut
+from sklora.io._find import Found, Paths, find_each
+from sklora.io._plan import LeftOut, ReadOptions
 from sklora.io._read import read_options
 
 
-@dataclass(frozen=True)
-class ScannedModule:
+class ScannedModule(NamedTuple):
     """One update that a file holds.
 
     Attributes
@@ -37,6 +37,10 @@ class ScannedModule:
     m: int
     rank: int
     scale: float
+
+
+# Adapters of one zoo have the same modules, which are kept but once.
+_module = lru_cache(maxsize=2**14)(ScannedModule)
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,13 @@ class AdapterReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Give the report as dicts, lists, strings and numbers, for JSON."""
-        return asdict(self)
+        return {
+            **vars(self),
+            "dtypes": list(self.dtypes),
+            "modules": [module._asdict() for module in self.modules],
+            "side": [list(side) for side in self.side],
+            "left_out": [list(left_out) for left_out in self.left_out],
+        }
 
 
 def scan_adapters(
@@ -131,31 +141,23 @@ def scan_adapters(
     ('peft', (2,), (1.0,), ('F64',))
     """
     options = read_options(names, keys, scale, lokr, allow_torch_zip)
-    if isinstance(paths, (str, bytes)) or not hasattr(paths, "__iter__"):
-        paths = [paths]  # type: ignore[list-item]
-    reports = []
-    for path in paths:
-        try:
-            files = find_files(path)
-        except AdapterError as error:
-            reports.append(AdapterReport(error.path, error.reason))
-            continue
-        reports += [_scan(found, options) for found in files]
-    return reports
+    return [_scan(found, options) for found in find_each(paths)]
 
 
-def _scan(found: Found, options: Any) -> AdapterReport:
+def _scan(found: Found | AdapterError, options: ReadOptions) -> AdapterReport:
     try:
+        if isinstance(found, AdapterError):
+            raise found
         with opened(found, options) as adapter:
             return _report(found.path, adapter)
     except AdapterError as error:
-        return AdapterReport(found.path, error.reason)
+        return AdapterReport(error.path, error.reason)
 
 
 def _report(path: str, adapter: OpenAdapter) -> AdapterReport:
     plan = adapter.plan
     modules = [
-        ScannedModule(
+        _module(
             module.name,
             module.path,
             module.method,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklora._layout import LoRALayout
-from sklora._stores import Rows
+from sklora._pages import Rows
 from sklora.io._adapter import Stamp, opened
-from sklora.io._errors import AdapterError, Refusal
+from sklora.io._errors import Refusal
 from sklora.io._find import Found
 from sklora.io._plan import ReadOptions
 
@@ -88,17 +89,6 @@ class AdapterStore:
             for name, vector in adapter.side(self._side, self.dtype):
                 row[0, self._side[name]] = vector
 
-    def check(self) -> list[AdapterError]:
-        """Read every file once, and give what is wrong with those whose numbers are."""
-        errors = []
-        row = np.empty((1, self.layout.width), self.dtype)
-        for file, ranks in zip(self._files, self.ranks, strict=True):
-            try:
-                self._read_row(file, ranks, row)
-            except AdapterError as error:
-                errors.append(error)
-        return errors
-
     def subset(self, rows: NDArray[np.intp]) -> AdapterStore:
         """Give a store of some files."""
         files = [self._files[row] for row in rows]
@@ -106,8 +96,33 @@ class AdapterStore:
             files, self._options, self.layout, self.ranks[rows], self.ids[rows], self.dtype
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A rank seldom needs more than a byte, and there is one for every file and module.
+        ranks = self.ranks.astype(np.min_scalar_type(self.ranks.max(initial=0)))
+        return _opened_again, (
+            self._files,
+            self._options,
+            self.layout,
+            ranks,
+            self.ids,
+            self.dtype,
+        )
+
+
+def _opened_again(
+    files: Sequence[AdapterFile],
+    options: ReadOptions,
+    layout: LoRALayout,
+    ranks: NDArray[Any],
+    ids: NDArray[Any],
+    dtype: np.dtype[Any],
+) -> AdapterStore:
+    """Unpickle."""
+    return AdapterStore(files, options, layout, ranks.astype(np.intp), ids, dtype)
+
 
 def located(found: Found) -> AdapterFile:
     """Note where a file lies, whatever the current folder will be, and what it is now."""
     path, root = os.path.abspath(found.path), os.path.abspath(found.root)
-    return AdapterFile(Found(path, root, found.in_folder), Stamp.of(path))
+    # Many files have one root, which is then one string, in memory and in a pickle.
+    return AdapterFile(Found(path, sys.intern(root), found.in_folder), Stamp.of(path))

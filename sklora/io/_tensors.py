@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import BinaryIO, ClassVar, NamedTuple, Self
+from typing import Any, BinaryIO, ClassVar, NamedTuple, Self
 
 import ml_dtypes
 import numpy as np
@@ -86,11 +86,14 @@ class TensorFile(ABC):
     tensors : dict of str to TensorInfo
         In the order of the file.
     metadata : dict of str to str
+    header : bytes or None
+        The header as it stands, where that alone says all of the above; None where it does not.
     """
 
     container: ClassVar[str]
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
+    header: bytes | None = None
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file = file
@@ -104,7 +107,7 @@ class TensorFile(ABC):
         """Fill `tensors` and `metadata`, or raise `Refusal`."""
 
     @abstractmethod
-    def read(self, name: str) -> NDArray:
+    def read(self, name: str) -> NDArray[Any]:
         """Read one tensor, in the dtype and shape of its header.
 
         Raises
@@ -149,7 +152,7 @@ def check_tensor(name: object, shape: Iterable[object]) -> tuple[int, ...]:
             f"{MAX_DIMENSIONS} sizes from 0 to {MAX_BYTES}."
         )
     checked: tuple[int, ...] = sizes  # type: ignore[assignment]
-    if math.prod(checked) > MAX_BYTES:
+    if math.prod(size or 1 for size in checked) > MAX_BYTES:
         raise Refusal(f"tensor {shown(name)} of shape {checked} is larger than any adapter.")
     return checked
 

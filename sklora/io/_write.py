@@ -72,27 +72,46 @@ def write_adapter(
     ...     np.array_equal(X[0]["q_proj"][0], U), X.layout.base_model
     (True, 'gpt2')
     """
+    path = os.fspath(path)
+    if base_model is not None and not isinstance(base_model, str):
+        raise ValueError(f"base_model is {base_model!r}; pass a string or None.")
+    if os.path.isfile(path):
+        raise ValueError(f"path={path!r} is a file; name a folder.")
+    side: Mapping[str, NDArray[Any]] = {}
+    default_base = None
+    if isinstance(adapter, LoRAAdapter):
+        default_base, side = adapter._layout.base_model, adapter.side
     [checked] = LoRACollection.from_factors([adapter])
     factors = {name: checked[name] for name in checked}
-    if base_model is None and isinstance(adapter, LoRAAdapter):
-        base_model = adapter.base_model
-    if like is None:
-        tensors, paths = _plain(factors), {name: name for name in factors}
-        config: dict[str, Any] = {}
+    if like is not None:
+        tensors, paths, config = _like(os.fspath(like), factors, side)
+    elif side:
+        raise ValueError(
+            f"the adapter has side features, such as {next(iter(side))!r}, whose place only an "
+            "adapter of the same kind tells; pass it as like=, or dict(adapter) to leave them out."
+        )
     else:
-        tensors, paths, config = _like(os.fspath(like), factors)
+        tensors, paths, config = _plain(factors), {name: name for name in factors}, {}
+    base_model = base_model or config.get("base_model_name_or_path") or default_base
     ranks = {paths[name]: U.shape[1] for name, (U, _) in factors.items()}
-    if base_model is not None:
-        config["base_model_name_or_path"] = base_model
-    config.update(_scale_of_one(ranks))
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    config = {**config, "base_model_name_or_path": base_model, **_scale_of_one(ranks)}
+    _write(path, tensors, config)
+
+
+def _write(path: str, tensors: Mapping[str, NDArray[Any]], config: Mapping[str, Any]) -> None:
+    # All bytes are made before any file is opened; asarray, for numbers alone have no axis.
+    weights = save(
+        {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()},
+        metadata={"format": "pt"},
+    )
+    text = json.dumps(config, indent=2).encode()
     os.makedirs(path, exist_ok=True)
     with (
-        replacing(os.path.join(path, WEIGHTS)) as weights,
-        replacing(os.path.join(path, CONFIG)) as text,
+        replacing(os.path.join(path, CONFIG)) as config_file,
+        replacing(os.path.join(path, WEIGHTS)) as weights_file,
     ):
-        weights.write(save(contiguous, metadata={"format": "pt"}))
-        text.write(json.dumps(config, indent=2).encode())
+        config_file.write(text)
+        weights_file.write(weights)
 
 
 def _plain(factors: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, NDArray[Any]]:
@@ -126,7 +145,9 @@ def _scale_of_one(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _like(
-    path: str, factors: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]
+    path: str,
+    factors: Mapping[str, tuple[NDArray[Any], NDArray[Any]]],
+    side: Mapping[str, NDArray[Any]],
 ) -> tuple[dict[str, NDArray[Any]], dict[str, str], dict[str, Any]]:
     """Give tensors, paths of modules and configuration after an adapter of PEFT."""
     found = find_files(path)
@@ -141,7 +162,7 @@ def _like(
         known = {module.name: module for module in plan.modules}
         known |= {module.path.removeprefix(PREFIX): module for module in plan.modules}
         known |= {module.path: module for module in plan.modules}
-        tensors, paths = _kept(adapter), {}
+        tensors, paths = _kept(adapter, side), {}
         for name, (U, V) in factors.items():
             if name not in known:
                 raise ValueError(
@@ -153,10 +174,21 @@ def _like(
     return tensors, paths, dict(config)
 
 
-def _kept(adapter: OpenAdapter) -> dict[str, NDArray[Any]]:
+def _kept(adapter: OpenAdapter, side: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Give the tensors that are no factors, with the side features that the new adapter has."""
     names = [tensor for tensor, _ in adapter.plan.left_out]
     names += [tensor for _, tensor, _ in adapter.plan.side]
-    return {name: adapter.file.read(name) for name in names}
+    tensors = {name: adapter.file.read(name) for name in names}
+    places = {name: (tensor, size) for name, tensor, size in adapter.plan.side}
+    for name, vector in side.items():
+        tensor, size = places.get(name, ("", 0))
+        if len(vector) != size:
+            raise ValueError(
+                f"side feature {name!r} has {len(vector)} numbers, but {size} in {adapter.path!r}; "
+                "pass another like=, or dict(adapter) to keep those of like=."
+            )
+        tensors[tensor] = vector.reshape(tensors[tensor].shape)
+    return tensors
 
 
 def _shaped(

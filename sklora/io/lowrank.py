@@ -76,6 +76,20 @@ def _right(arrays: Arrays) -> Factors:
     return arrays["b"].T, arrays["a"]
 
 
+# An embedding in llama.cpp, whose rows are looked up: table (vocabulary, r), up (out, r).
+
+
+def _table_size(shapes: Shapes) -> tuple[int, int, int]:
+    table, up = shapes["table"], shapes["up"]
+    if len(table) != 2 or len(up) != 2 or table[1] != up[1]:
+        raise _refuse(shapes, "table (vocabulary, r) and up (out, r) are expected, of one rank r")
+    return up[0], table[0], up[1]
+
+
+def _table(arrays: Arrays) -> Factors:
+    return arrays["up"], arrays["table"]
+
+
 # AdaLoRA: B diag(E) A, with E (r, 1).
 
 
@@ -91,15 +105,15 @@ def _adalora(arrays: Arrays) -> Factors:
     return U, V * arrays["diagonal"].reshape(-1)
 
 
-# LoCon with a Tucker core: sum_ab up[o, a] mid[a, b, k, l] down[b, i].
+# LoCon with a Tucker core: sum_ab up[o, a] mid[a, b, ...] down[b, i], with the kernel for dots.
 
 
 def _tucker_size(shapes: Shapes) -> tuple[int, int, int]:
     down, mid, up = shapes["down"], shapes["mid"], shapes["up"]
-    fits = len(down) >= 2 and len(up) >= 2 and len(mid) == 4
+    fits = len(down) >= 2 and len(up) >= 2 and len(mid) > 2
     fits = fits and mid[:2] == (up[1], down[0]) and _columns(up) == up[1]
     if not fits or _columns(down) != down[1]:
-        raise _refuse(shapes, "down (r, in), mid (r, r, kh, kw) and up (out, r) are expected")
+        raise _refuse(shapes, "down (r, in), mid (r, r, kernel) and up (out, r) are expected")
     return up[0], down[1] * math.prod(mid[2:]), up[1]
 
 
@@ -109,12 +123,12 @@ def _tucker(arrays: Arrays) -> Factors:
 
 
 def _with_core(core: NDArray[Any], inner: NDArray[Any]) -> NDArray[Any]:
-    """Contract a core (a, b, k, l) with (b, in): the factor V (in k l, a)."""
-    V = np.einsum("abkl,bi->ikla", core, inner)
+    """Contract a core (a, b, ...) with (b, in): the factor V (in ..., a)."""
+    V: NDArray[Any] = np.einsum("ab...,bi->i...a", core, inner)
     return V.reshape(-1, len(core))
 
 
-# One side of LoHa and LoKr: a full matrix, or a b, or a core between the two (then stored transposed).
+# One side of LoHa and LoKr: a full matrix, or a b, or a core between a^T and b.
 
 
 class Part(NamedTuple):
@@ -137,8 +151,8 @@ class Part(NamedTuple):
             if len(a) != 2 or len(b) < 2 or a[1] != b[0]:
                 raise _refuse(shapes, f"{self.a} (rows, r) and {self.b} (r, columns) are expected")
             return a[0], _columns(b), a[1]
-        if len(a) != 2 or len(b) != 2 or len(core) != 4 or core[:2] != (a[0], b[0]):
-            expected = f"{self.a} (r, rows), {self.b} (r, columns) and {self.core} (r, r, kh, kw)"
+        if len(a) != 2 or len(b) != 2 or len(core) < 3 or core[:2] != (a[0], b[0]):
+            expected = f"{self.a} (r, rows), {self.b} (r, columns) and {self.core} (r, r, kernel)"
             raise _refuse(shapes, f"{expected} are expected")
         return a[1], b[1] * math.prod(core[2:]), a[0]
 
@@ -179,7 +193,8 @@ def _loha(arrays: Arrays) -> Factors:
 
 def _khatri_rao(A: NDArray[Any], B: NDArray[Any]) -> NDArray[Any]:
     """Kronecker products of the rows of A (n, a) and B (n, b): (n, a b)."""
-    return (A[:, :, None] * B[:, None, :]).reshape(len(A), -1)
+    products: NDArray[Any] = A[:, :, None] * B[:, None, :]
+    return products.reshape(len(A), -1)
 
 
 # LoKr: w1 (x) w2, and (U1 V1^T) (x) (U2 V2^T) = (U1 (x) U2) (V1 (x) V2)^T.
@@ -195,7 +210,7 @@ def _lokr(arrays: Arrays) -> Factors:
     return np.kron(U1, U2), np.kron(V1, V2)
 
 
-# LoKr as the outer product of the flattened w1 and w2 (appendix E of the paper): its gauge is GL(1).
+# LoKr as the outer product of flattened w1 and w2 (appendix E of the paper): the gauge is GL(1).
 
 
 def _outer_size(shapes: Shapes) -> tuple[int, int, int]:
@@ -211,6 +226,7 @@ def _outer(arrays: Arrays) -> Factors:
 METHODS: Mapping[str, Method] = {
     "lora": Method(_lora_size, _lora),
     "lora-right": Method(_right_size, _right),
+    "lora-table": Method(_table_size, _table),
     "adalora": Method(_adalora_size, _adalora),
     "locon-tucker": Method(_tucker_size, _tucker),
     "loha": Method(_loha_size, _loha),
@@ -222,6 +238,7 @@ METHODS: Mapping[str, Method] = {
 def _role_sets() -> Iterator[tuple[frozenset[str], str]]:
     yield frozenset({"down", "up"}), "lora"
     yield frozenset({"a", "b"}), "lora-right"
+    yield frozenset({"table", "up"}), "lora-table"
     yield frozenset({"down", "up", "diagonal"}), "adalora"
     yield frozenset({"down", "mid", "up"}), "locon-tucker"
     factored = frozenset({_HADA_1.a, _HADA_1.b, _HADA_2.a, _HADA_2.b})

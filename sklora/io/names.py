@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 
 def _words(text: str) -> frozenset[str]:
@@ -132,6 +133,8 @@ _XLABS = {
 }
 
 
+# Adapters of one zoo have the same modules.
+@lru_cache(maxsize=2**14)
 def canonical_name(path: str) -> str:
     """Name a module so that files of different trainers agree on it.
 

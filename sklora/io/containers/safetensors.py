@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple, NoReturn
 
 from numpy.typing import NDArray
 
@@ -22,6 +24,8 @@ MAX_HEADER = 100_000_000
 # A short text can hold many values, and in Python each takes some 60 bytes. So many are enough for
 # the most tensors that are allowed, and for metadata of a million words.
 MAX_VALUES = 4_000_000
+# Longer headers are parsed each time, so that the cache stays small.
+MAX_CACHED = 2**20
 
 _DAMAGED = "the file is damaged or was tampered with: download it again"
 
@@ -32,14 +36,18 @@ class SafetensorsFile(TensorFile):
     container = "safetensors"
 
     def _read_header(self) -> None:
-        header = self._parse(self._take_header())
+        raw = self._take_header()
+        # Adapters of one trainer have one header, and the same file is read again and again.
+        parse = _parsed_again if len(raw) <= MAX_CACHED else _parsed
+        self.header = raw
+        self.tensors, self.metadata, self._spans, n_bytes = parse(raw)
         self._begin = self._file.tell()
-        self.metadata = _checked_metadata(header.pop("__metadata__", None))
-        check_count(len(header))
-        self._spans: dict[str, tuple[int, int]] = {}
-        for name, entry in header.items():
-            self.tensors[name], self._spans[name] = _checked_entry(name, entry)
-        self._check_spans()
+        left = self._size - self._begin
+        if n_bytes != left:
+            raise Refusal(
+                f"its tensors take {n_bytes} bytes, but {left} bytes follow the header; it is "
+                "cut off or damaged: download it again."
+            )
 
     def _take_header(self) -> bytes:
         self._file.seek(0)
@@ -54,40 +62,54 @@ class SafetensorsFile(TensorFile):
             raise Refusal(f"its header holds some {n_values} values, of at most {MAX_VALUES}.")
         return raw
 
-    def _parse(self, raw: bytes) -> dict[str, Any]:
-        try:
-            header: dict[str, Any] = json.loads(
-                raw.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant
-            )
-        except Refusal:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise Refusal(f"its header is no JSON, {shown(str(error))}; {_DAMAGED}.") from error
-        return header
-
-    def _check_spans(self) -> None:
-        """Check that the tensors lie end to end, from the header to the end of the file."""
-        position = 0
-        for name, (begin, end) in sorted(self._spans.items(), key=lambda item: item[1]):
-            if begin != position:
-                kind = "overlaps the tensor before it" if begin < position else "follows a hole"
-                raise Refusal(
-                    f"tensor {shown(name)} at bytes {begin} to {end} {kind}, which ends at "
-                    f"{position}; {_DAMAGED}."
-                )
-            position = end
-        left = self._size - self._begin
-        if position != left:
-            raise Refusal(
-                f"its tensors take {position} bytes, but {left} bytes follow the header; it is "
-                "cut off or damaged: download it again."
-            )
-
     def read(self, name: str) -> NDArray[Any]:
         """Read one tensor; see `TensorFile.read`."""
         begin, end = self._spans[name]
         self._file.seek(self._begin + begin)
         return as_array(self._take(end - begin, f"tensor {shown(name)}"), self.tensors[name])
+
+
+class _Header(NamedTuple):
+    """What a header says; shared by files, and never altered."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    spans: dict[str, tuple[int, int]]
+    n_bytes: int
+
+
+def _parsed(raw: bytes) -> _Header:
+    try:
+        header: dict[str, Any] = json.loads(
+            raw.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant
+        )
+    except Refusal:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise Refusal(f"its header is no JSON, {shown(str(error))}; {_DAMAGED}.") from error
+    metadata = _checked_metadata(header.pop("__metadata__", None))
+    check_count(len(header))
+    tensors, spans = {}, {}
+    for name, entry in header.items():
+        tensors[name], spans[name] = _checked_entry(name, entry)
+    return _Header(tensors, metadata, spans, _checked_end(spans))
+
+
+_parsed_again = lru_cache(maxsize=8)(_parsed)
+
+
+def _checked_end(spans: Mapping[str, tuple[int, int]]) -> int:
+    """Check that the tensors lie end to end, from the header on, and give where they end."""
+    position = 0
+    for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
+        if begin != position:
+            kind = "overlaps the tensor before it" if begin < position else "follows a hole"
+            raise Refusal(
+                f"tensor {shown(name)} at bytes {begin} to {end} {kind}, which ends at "
+                f"{position}; {_DAMAGED}."
+            )
+        position = end
+    return position
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

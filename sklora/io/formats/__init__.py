@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from sklora.io._errors import Refusal, shown
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Source
 from sklora.io.formats import (
@@ -19,10 +21,12 @@ from sklora.io.formats import (
 
 __all__ = ["FORMATS", "plan_adapter"]
 
-# The more particular first: LyCORIS writes kohya's keys too, and XLabs those of diffusers.
+# The more particular first: LyCORIS writes kohya's keys too, XLabs those of diffusers, and PEFT
+# some of LyCORIS's.
 FORMATS: tuple[Format, ...] = (
     custom.FORMAT,
     gguf.FORMAT,
+    peft.FORMAT,
     cloneofsimo.FORMAT,
     flux.XLABS,
     flux.BFL,
@@ -31,18 +35,20 @@ FORMATS: tuple[Format, ...] = (
     lycoris.FORMAT,
     kohya.FORMAT,
     mlx.FORMAT,
-    peft.FORMAT,
+    peft.BARE,
 )
 
+_OFT = "OFT rotates the weight, which is no low-rank update"
+# By how a component of a tensor's name begins.
 _REFUSED = {
-    "oft_diag": "OFT rotates the weight",
-    "oft_blocks": "OFT rotates the weight",
-    "oft_r": "OFT rotates the weight",
-    "boft": "BOFT rotates the weight",
-    "ia3_l": "IA3 multiplies activations",
-    "on_input": "IA3 multiplies activations",
-    "vera_lambda": "VeRA's file does not tell the input width of each module",
-    "fourierft": "the update of FourierFT has full rank",
+    **dict.fromkeys(("oft_diag", "oft_blocks", "oft_r", "oft_R"), _OFT),
+    "boft_": "BOFT rotates the weight, which is no low-rank update",
+    "ia3_l": "IA3 multiplies activations, which is no low-rank update",
+    "on_input": "IA3 multiplies activations, which is no low-rank update",
+    "hira_": "HiRA multiplies the weight, which is no low-rank update",
+    "vera_lambda_": "VeRA's update needs the input width of each module, which no file tells",
+    "fourierft_": "the update of FourierFT has full rank",
+    "a1.weight": "GLoRA multiplies the weight, which is no low-rank update",
     "lora_a.weight": "torchtune's checkpoints are read after its export to PEFT",
 }
 
@@ -62,17 +68,26 @@ def plan_adapter(source: Source, options: ReadOptions) -> AdapterPlan:
     Raises
     ------
     Refusal
-        When no format matches, or the one that does refuses the file.
+        When no format matches, the one that does refuses the file, or some of the file is of a
+        method that is not read: leaving that out would give a part of the update for the whole.
     """
     for format in FORMATS:
         if format.matches(source, options):
-            return format.plan(source, options)
-    for name in source.tensors:
-        for mark, why in _REFUSED.items():
-            if mark in name:
-                raise Refusal(f"tensor {shown(name)}: {why}, which is no low-rank update.")
+            plan = format.plan(source, options)
+            if format is not custom.FORMAT:
+                _refuse_methods(tensor for tensor, _ in plan.left_out)
+            return plan
+    _refuse_methods(source.tensors)
     some = ", ".join(shown(name, 60) for name in list(source.tensors)[:3]) or "none"
     raise Refusal(
         f"its {len(source.tensors)} tensors are those of no adapter that sklora knows; the first "
         f"are {some}. If it is a LoRA with keys of its own, pass keys=('...{{module}}...', ...)."
     )
+
+
+def _refuse_methods(tensors: Iterable[str]) -> None:
+    """Refuse tensors of methods whose updates are not read."""
+    for name in tensors:
+        for mark, why in _REFUSED.items():
+            if f".{mark}" in f".{name}":
+                raise Refusal(f"tensor {shown(name)}: {why}.")

@@ -29,7 +29,8 @@ _SUFFIXES = {
     "lora_A.weight": "down",
     "lora_B.weight": "up",
     "alpha": "alpha",
-    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector": "magnitude_out",
+    "lora_magnitude_vector.weight": "magnitude_out",
 }
 _COMPONENTS = (
     *("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "prior.", "controlnet."),
@@ -37,16 +38,18 @@ _COMPONENTS = (
     *("down_blocks.", "mid_block.", "up_blocks.", "transformer_blocks."),
     "single_transformer_blocks.",
 )
+# Language models have names in which "transformer" is no component of a pipeline.
+_OTHERS = ("transformer.h.", "transformer.encoder.")
 _METADATA = "lora_adapter_metadata"
 
 
 def _matches(source: Source, options: ReadOptions) -> bool:
-    if source.config is not None and "peft_type" in source.config:
-        return False
     if has_suffix(source, "_lora.down.weight", ".lora.down.weight", "_layer.down.weight"):
         return True
     new = has_suffix(source, ".lora_A.weight")
-    named = any(name.startswith(_COMPONENTS) for name in source.tensors)
+    named = any(
+        name.startswith(_COMPONENTS) and not name.startswith(_OTHERS) for name in source.tensors
+    )
     return new and (named or _METADATA in source.metadata)
 
 
@@ -56,7 +59,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
 
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
         for component, config in settings.items():
-            if path.startswith(f"{component}.") or len(settings) == 1 and not component:
+            if path.startswith(f"{component}.") or (len(settings) == 1 and not component):
                 module = path.removeprefix(f"{component}.")
                 return Scale(scale_of_config(config, module, dimension))
         return alpha_over_rank(path, tensors, dimension)

@@ -13,9 +13,7 @@ _BLOCKS = ("double_blocks.", "single_blocks.")
 
 
 def _in_blocks(source: Source) -> bool:
-    return any(
-        name.removeprefix("diffusion_model.").startswith(_BLOCKS) for name in source.tensors
-    )
+    return any(name.removeprefix("diffusion_model.").startswith(_BLOCKS) for name in source.tensors)
 
 
 def _matches_xlabs(source: Source, options: ReadOptions) -> bool:

@@ -1,7 +1,7 @@
 """GGUF adapters of llama.cpp: ``<tensor>.weight.lora_a`` and ``.lora_b``.
 
 Scale: ``adapter.lora.alpha``/r; an alpha of 0 means a scale of 1 (`src/llama-adapter.h`,
-``get_scale``).
+``get_scale``). Of token embeddings ``lora_a`` is (vocabulary, r) (`src/llama-adapter.cpp`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from sklora.io._errors import Refusal, shown
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
 
 _ALPHA = "adapter.lora.alpha"
+_EMBEDDING = "token_embd"
 
 
 def _matches(source: Source, options: ReadOptions) -> bool:
@@ -36,6 +37,8 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
 
     suffixes = {"lora_a": "down", "lora_b": "up"}
     modules, rest = by_module(source.tensors, suffixes, strip=(".weight",))
+    if "down" in modules.get(_EMBEDDING, {}):
+        modules[_EMBEDDING]["table"] = modules[_EMBEDDING].pop("down")
     url = source.metadata.get("general.base_model.0.repo_url", "")
     label = base_model_label(url.removeprefix("https://huggingface.co/"))
     return make_plan(

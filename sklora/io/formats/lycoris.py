@@ -1,8 +1,8 @@
 """LyCORIS: LoCon with a Tucker core, LoHa and LoKr, beside plain modules in kohya's keys.
 
-Scale: alpha/r, with r the inner size of the stored factors; exactly 1 for LoKr of two full matrices,
-which has none (`lycoris/modules/locon.py`, `loha.py`, `lokr.py`, ``__init__``). A missing alpha, and
-an alpha of 0, means r.
+Scale: alpha/r, with r the inner size of the stored factors; exactly 1 for LoKr of two full
+matrices, which has none (`lycoris/modules/locon.py`, `loha.py`, `lokr.py`, ``__init__``). A missing
+alpha, and an alpha of 0, means r.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""PEFT: ``adapter_model.safetensors`` beside ``adapter_config.json``.
+r"""PEFT: ``adapter_model.safetensors`` beside ``adapter_config.json``.
 
 Scale: alpha/r, or alpha/sqrt(r) with ``use_rslora`` (`peft/tuners/lora/layer.py`,
-``update_layer``); AdaLoRA alpha/(r + 1e-5) (`peft/tuners/adalora/layer.py`); LoHa and LoKr alpha/r.
-``alpha_pattern`` wins over ``lora_alpha``; its keys are matched as ``(.*\\.)?(KEY)$``, the first hit
-wins (`peft/utils/other.py`). r is that of the tensors.
+``update_layer``); AdaLoRA alpha/(r + 1e-5), with the r before pruning
+(`peft/tuners/adalora/layer.py`, ``get_delta_weight``); LoHa and LoKr alpha/r
+(`peft/tuners/loha/layer.py`, `peft/tuners/lokr/layer.py`). ``alpha_pattern`` wins over
+``lora_alpha``; its keys are matched as ``(.*\.)?(KEY)$``, the first hit wins
+(`peft/utils/other.py`). r is that of the tensors.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _ROLES = {
     "lora_embedding_A": "down",
     "lora_embedding_B": "up",
     "lora_E": "diagonal",
-    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector": "magnitude_out",
     **{
         role: role
         for role in (
@@ -48,13 +50,23 @@ _OTHER_BASES = ("use_qalora", "kasa_config", "use_bdlora")
 
 
 def _matches(source: Source, options: ReadOptions) -> bool:
-    if source.config is not None and "peft_type" in source.config:
-        return True
-    return any(_role_of(name) is not None for name in source.tensors)
+    stated = _is_config(source.config)
+    return any(
+        (stated or name.startswith(PREFIX)) and _role_of(name) is not None
+        for name in source.tensors
+    )
+
+
+def _matches_loosely(source: Source, options: ReadOptions) -> bool:
+    return _is_config(source.config) or any(_role_of(name) for name in source.tensors)
+
+
+def _is_config(config: Mapping[str, Any] | None) -> bool:
+    return config is not None and "peft_type" in config
 
 
 def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
-    config = source.config if source.config and "peft_type" in source.config else None
+    config = source.config if _is_config(source.config) else None
     modules: Modules = {}
     rest = []
     for name in source.tensors:
@@ -86,6 +98,8 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
 
 
 FORMAT = Format("peft", _matches, _plan)
+# Names without the prefix, or of other methods: if no other format knows them.
+BARE = Format("peft", _matches_loosely, _plan)
 
 
 def _role_of(name: str) -> tuple[str, str] | None:
@@ -94,7 +108,7 @@ def _role_of(name: str) -> tuple[str, str] | None:
     for length in (1, 2, 3):
         if length < len(parts) and parts[-length] in _ROLES:
             tail = parts[len(parts) - length + 1 :]
-            if length == 3 and tail[1] != "weight" or tail[-1:] == ["bias"]:
+            if (length == 3 and tail[1] != "weight") or tail[-1:] == ["bias"]:
                 return None
             return ".".join(parts[:-length]), _ROLES[parts[-length]]
     return None
@@ -111,8 +125,8 @@ def _check_config(config: Mapping[str, Any]) -> None:
     init = config.get("init_lora_weights")
     if not any(init is plain or init == plain for plain in _PLAIN_INITS):
         raise Refusal(
-            f"init_lora_weights is {shown(init)}: that method changes the base model too, so B A is "
-            "not the whole update. Convert the adapter to plain LoRA with save_pretrained(..., "
+            f"init_lora_weights is {shown(init)}: that method changes the base model too, so B A "
+            "is not the whole update. Convert the adapter to plain LoRA with save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...) of PEFT."
         )
     for key in _OTHER_BASES:
@@ -135,11 +149,25 @@ def _scale(
     kind = config["peft_type"]
     key = "lora_alpha" if kind in ("LORA", "ADALORA") else "alpha"
     if kind == "ADALORA":
-        return number(config, key) / (_rank(dimension) + 1e-5)
+        rank = _unpruned(config, module, _rank(dimension))
+        alpha = number(config, key)
+        return (alpha if alpha > 0 else rank) / (rank + 1e-5)
     if dimension is None:
         # LoKr of two full matrices: the tensors do not tell r.
         dimension = int(pattern_value(config, "rank_pattern", "r", module))
     return scale_of_config(config, module, dimension, key)
+
+
+def _unpruned(config: Mapping[str, Any], module: str, rank: int) -> int:
+    """Give the rank before AdaLoRA pruned it, by which PEFT still divides.
+
+    Its `rank_pattern` says of every singular value whether it was kept.
+    """
+    table = config.get("rank_pattern")
+    kept = table.get(f"{module}.lora_E") if isinstance(table, Mapping) else None
+    if isinstance(kept, list) and all(isinstance(one, bool) for one in kept):
+        return len(kept) if sum(kept) == rank else rank
+    return rank
 
 
 def scale_of_config(
@@ -203,10 +231,12 @@ def _experts(
     owner = path
     while owner.endswith(".base_layer"):
         owner = owner.removesuffix(".base_layer")
-    if not any(f".{owner}".endswith(f".{parent}") for parent in parents):
+    named = any(f".{owner}".endswith(f".{parent}") for parent in parents if parent)
+    rank = int(pattern_value(config, "rank_pattern", "r", owner))
+    # A target without a module is a parameter of any: where the rank is that of several experts.
+    if not named and ("" not in parents or module.rank == rank):
         yield module
         return
-    rank = int(pattern_value(config, "rank_pattern", "r", owner))
     if rank < 1 or module.rank % rank or module.method != "lora":
         raise Refusal(
             f"module {shown(path)} has factors of {module.rank} columns, which are no whole number "

@@ -1,0 +1,107 @@
+"""``sklora fit``: train a model on a labelled zoo, and store it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from sklora._saved import ModelCard, check_skops, layout_of, save_model
+from sklora.architectures import ARCHITECTURES, make_architecture
+from sklora.cli._output import OK, CommandError, few, say, table
+from sklora.cli._predictions import columns_of
+from sklora.cli._reading import check_device
+from sklora.cli._scoring import Evaluation, baseline, evaluate, make_folds, metric, score_rows
+from sklora.cli._zoo import LabelledZoo, labelled_zoo, optional_parts
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    _check(args)
+    zoo = labelled_zoo(args)
+    _check_columns(zoo)
+    evaluations = _evaluated(args, zoo)
+    best = max(evaluations, key=lambda one: one.mean).architecture if evaluations else None
+    architecture = best or args.architecture
+    say(f"training {architecture} on all adapters")
+    task: Any = zoo.targets.task
+    model = make_architecture(architecture, task, device=args.device, random_state=args.seed)
+    model.fit(zoo.loras, zoo.targets.y)
+    card = ModelCard(
+        task=task,
+        targets=zoo.targets.names,
+        classes=zoo.targets.classes,
+        architecture=architecture,
+        layout=layout_of(model),
+        optional=optional_parts(zoo.loras),
+        reading=zoo.reading,
+        n_adapters=len(zoo.loras),
+        scores=_scores(args, zoo, evaluations) if evaluations else None,
+    )
+    save_model(args.output, model, card)
+    say(f"{args.output} holds the model")
+    return OK
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Find out now what would fail after hours of training."""
+    try:
+        check_skops()
+    except ModuleNotFoundError as error:
+        raise CommandError(str(error)) from None
+    if args.folds == 0 and args.architecture == "auto":
+        raise CommandError("--architecture auto chooses by cross-validation; --folds cannot be 0.")
+    check_device(args.device)
+    check_output(args.output)
+
+
+def check_output(path: str) -> None:
+    """Check that a file can be written.
+
+    Raises
+    ------
+    CommandError
+        When it is a folder, or there is none for it or no permission.
+    """
+    folder = os.path.dirname(os.path.realpath(path))
+    if os.path.isdir(path):
+        raise CommandError(f"{path} is a folder; name a file in it.")
+    if not os.path.isdir(folder):
+        raise CommandError(f"{path}: there is no folder {folder}.")
+    if not os.access(folder, os.W_OK):
+        raise CommandError(f"{path}: there is no permission to write to {folder}.")
+
+
+def _check_columns(zoo: LabelledZoo) -> None:
+    """Check that the columns that `predict` will write have different names."""
+    columns = columns_of(zoo.targets.task, zoo.targets.names, zoo.targets.classes)
+    twice = sorted({column for column in columns if columns.count(column) > 1})
+    if twice:
+        raise CommandError(
+            f"predict would write two columns {few(map(repr, twice), len(twice))}; rename that "
+            "target, or give it once."
+        )
+
+
+def _evaluated(args: argparse.Namespace, zoo: LabelledZoo) -> Sequence[Evaluation]:
+    if not args.folds:
+        return ()
+    folds = make_folds(zoo, args.folds, args.seed)
+    names = ARCHITECTURES if args.architecture == "auto" else (args.architecture,)
+    evaluations = evaluate(names, zoo, folds, args)
+    label, _ = metric(zoo)
+    table([*score_rows(evaluations, label), ("(constant)", f"{baseline(zoo):.3f}", "", "")], "<>>>")
+    return evaluations
+
+
+def _scores(
+    args: argparse.Namespace, zoo: LabelledZoo, evaluations: Sequence[Evaluation]
+) -> dict[str, Any]:
+    return {
+        "metric": metric(zoo)[0],
+        "folds": args.folds,
+        "grouped": zoo.groups is not None,
+        "constant": baseline(zoo),
+        "scores": {one.architecture: one.scores.tolist() for one in evaluations},
+    }

@@ -1,0 +1,118 @@
+"""Predictions of a stored model, as they come and as they are written."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sklora._saved import ModelCard
+from sklora.cli._output import printable, result
+
+Value = str | int | float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is predicted of one file.
+
+    Attributes
+    ----------
+    path : str
+    error : str or None
+        Why there is no prediction.
+    values : tuple
+        The class, or for every target its label or number.
+    probabilities : tuple of float
+        For every class, or for every label; none in regression.
+    """
+
+    path: str
+    error: str | None = None
+    values: tuple[Value, ...] = ()
+    probabilities: tuple[float, ...] = ()
+
+
+def columns_of(task: str, targets: Sequence[str], classes: Sequence[str | int] | None) -> list[str]:
+    """Name the columns of the predictions of a model."""
+    if task == "regression":
+        return ["path", *targets, "error"]
+    if classes is not None:
+        return ["path", "prediction", *(f"{name}:probability" for name in classes), "error"]
+    labels = [column for name in targets for column in (name, f"{name}:probability")]
+    return ["path", *labels, "error"]
+
+
+def csv_writer(card: ModelCard) -> Callable[[Sequence[Prediction]], None]:
+    """Write the names of the columns, and give a function that writes rows."""
+    columns = columns_of(card.task, card.targets, card.classes)
+    _write_rows([columns])
+
+    def write(predictions: Sequence[Prediction]) -> None:
+        _write_rows([_cells(one, card, len(columns)) for one in predictions])
+
+    return write
+
+
+def _cells(one: Prediction, card: ModelCard, n_columns: int) -> list[Value]:
+    if one.error is not None:
+        return [one.path, *[""] * (n_columns - 2), one.error]
+    if card.task == "classification" and card.classes is None:
+        pairs = zip(one.values, one.probabilities, strict=True)
+        return [one.path, *(value for pair in pairs for value in pair), ""]
+    return [one.path, *one.values, *one.probabilities, ""]
+
+
+def _write_rows(rows: Sequence[Sequence[Value]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    to_terminal = sys.stdout.isatty()
+    for row in rows:
+        writer.writerow([_visible(cell) if to_terminal else cell for cell in row])
+    result(text.getvalue(), end="")
+    sys.stdout.flush()
+
+
+def _visible(cell: Value) -> Value:
+    return printable(cell) if isinstance(cell, str) else cell
+
+
+def json_writer(card: ModelCard) -> Callable[[Sequence[Prediction]], None]:
+    """Give a function that writes the next elements of an array; `end_json` closes it."""
+    separators = _separators()
+
+    def write(predictions: Sequence[Prediction]) -> None:
+        for one in predictions:
+            result(next(separators) + json.dumps(_entry(one, card)), end="")
+        sys.stdout.flush()
+
+    return write
+
+
+def end_json(n_predictions: int) -> None:
+    """Close the array."""
+    result("\n]" if n_predictions else "[]")
+
+
+def _separators() -> Iterator[str]:
+    yield "[\n"
+    while True:
+        yield ",\n"
+
+
+def _entry(one: Prediction, card: ModelCard) -> dict[str, Any]:
+    if one.error is not None:
+        return {"path": one.path, "error": one.error}
+    entry: dict[str, Any] = {"path": one.path}
+    if card.classes is not None:
+        entry["prediction"] = one.values[0]
+    else:
+        entry["prediction"] = dict(zip(card.targets, one.values, strict=True))
+    if card.task == "classification":
+        names = [str(name) for name in card.classes or card.targets]
+        entry["probability"] = dict(zip(names, one.probabilities, strict=True))
+    return entry

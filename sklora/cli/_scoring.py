@@ -1,0 +1,159 @@
+"""Cross-validation of architectures, on the same folds for all."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import make_scorer
+from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold, cross_validate
+
+from sklora.architectures import make_architecture
+from sklora.cli._output import CommandError, progress, say
+from sklora.cli._zoo import LabelledZoo
+
+Folds = list[tuple[NDArray[np.intp], NDArray[np.intp]]]
+
+
+class Evaluation(NamedTuple):
+    """How one architecture did.
+
+    Attributes
+    ----------
+    architecture : str
+    scores : ndarray of shape (n_folds,)
+    fit_seconds : float
+        Mean over the folds.
+    """
+
+    architecture: str
+    scores: NDArray[np.float64]
+    fit_seconds: float
+
+    @property
+    def mean(self) -> float:
+        """Mean score."""
+        return float(self.scores.mean())
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the scores."""
+        return float(self.scores.std(ddof=1))
+
+
+def label_accuracy(y: NDArray[Any], predicted: NDArray[Any]) -> float:
+    """Share of right answers, over all labels."""
+    return float(np.mean(y == predicted))
+
+
+def metric(zoo: LabelledZoo) -> tuple[str, Any]:
+    """Give the name of the score, and the scorer."""
+    if zoo.targets.task == "regression":
+        return "R2", "r2"
+    if zoo.targets.classes is None:
+        return "accuracy", make_scorer(label_accuracy)
+    return "accuracy", "accuracy"
+
+
+def baseline(zoo: LabelledZoo) -> float:
+    """Give the score of the best constant answer: the commonest class, or the mean."""
+    y = zoo.targets.y
+    if zoo.targets.task == "regression":
+        return 0.0
+    columns = y.reshape(len(y), -1).T
+    shares = [np.unique(column, return_counts=True)[1].max() / len(y) for column in columns]
+    return float(np.mean(shares))
+
+
+def make_folds(zoo: LabelledZoo, n_folds: int, seed: int) -> Folds:
+    """Split the zoo, by groups if there are any, else by class if there are any.
+
+    Raises
+    ------
+    CommandError
+        When there are too few adapters or groups.
+    """
+    n_adapters, y = len(zoo.loras), zoo.targets.y
+    if n_folds < 2:
+        raise CommandError(f"--folds is {n_folds}; cross-validation takes at least 2.")
+    # R2 is a share of the variance, which one adapter alone does not have.
+    least = n_folds * (2 if zoo.targets.task == "regression" else 1)
+    if n_adapters < least:
+        raise CommandError(f"{n_adapters} adapters are too few for --folds {n_folds}; pass fewer.")
+    X = np.zeros((n_adapters, 1))
+    if zoo.groups is not None:
+        n_groups = len(set(zoo.groups))
+        if n_groups < n_folds:
+            raise CommandError(f"{n_groups} groups are too few for --folds {n_folds}; pass fewer.")
+        return list(GroupKFold(n_folds).split(X, y, zoo.groups))
+    if zoo.targets.classes is None:
+        return list(KFold(n_folds, shuffle=True, random_state=seed).split(X))
+    return _stratified(X, y, n_folds, seed)
+
+
+def _stratified(X: NDArray[Any], y: NDArray[Any], n_folds: int, seed: int) -> Folds:
+    classes, counts = np.unique(y, return_counts=True)
+    rarest, fewest = classes[counts.argmin()], counts.min()
+    if fewest < n_folds:
+        say(f"class {rarest} has {fewest} adapters only, so that some folds have none")
+    if counts.max() < n_folds:
+        raise CommandError(
+            f"no class has {n_folds} adapters, one for each fold; pass fewer --folds, or --task "
+            "regression."
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+        return list(StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(X, y))
+
+
+def evaluate(
+    architectures: Iterable[str], zoo: LabelledZoo, folds: Folds, args: argparse.Namespace
+) -> list[Evaluation]:
+    """Cross-validate architectures; one that fails is left out, with a message.
+
+    Raises
+    ------
+    CommandError
+        When all fail.
+    """
+    names = list(architectures)
+    _, scorer = metric(zoo)
+    evaluations = []
+    for name in progress(names, "cross-validation", "architecture"):
+        model = make_architecture(
+            name,
+            zoo.targets.task,  # type: ignore[arg-type]
+            device=args.device,
+            random_state=args.seed,
+        )
+        try:
+            done = cross_validate(
+                model,
+                zoo.loras,
+                zoo.targets.y,
+                scoring=scorer,
+                cv=folds,
+                n_jobs=args.jobs,
+                error_score="raise",
+            )
+        except (ValueError, MemoryError) as error:
+            say(f"{name} failed: {error}")
+            continue
+        evaluations.append(Evaluation(name, done["test_score"], float(done["fit_time"].mean())))
+    if not evaluations:
+        raise CommandError("no architecture could be trained.", 1)
+    return evaluations
+
+
+def score_rows(evaluations: Iterable[Evaluation], metric: str) -> list[tuple[str, ...]]:
+    """Give the rows of a table of scores."""
+    rows: list[tuple[str, ...]] = [("architecture", metric, "spread", "fit time")]
+    rows += [
+        (one.architecture, f"{one.mean:.3f}", f"±{one.spread:.3f}", f"{one.fit_seconds:.1f} s")
+        for one in evaluations
+    ]
+    return rows

@@ -1,0 +1,165 @@
+"""A labelled zoo: adapters, and what is to be predicted of them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sklora._stores import available_memory
+from sklora._zoofile import _FORMAT, _read_header
+from sklora.cli._labels import Labels, match, read_labels
+from sklora.cli._output import CommandError, few, progress, say
+from sklora.cli._reading import find, read_together, reading_options
+from sklora.cli._targets import Targets, make_targets
+from sklora.collection import LoRACollection
+from sklora.io import AdapterError
+from sklora.io._find import Found
+from sklora.io._plan import ReadOptions
+
+
+@dataclass(frozen=True)
+class LabelledZoo:
+    """Adapters with their targets, in the order of the labels file.
+
+    Attributes
+    ----------
+    loras : LoRACollection
+    targets : Targets
+    groups : tuple of str or None
+    reading : ReadOptions
+    """
+
+    loras: LoRACollection
+    targets: Targets
+    groups: tuple[str, ...] | None
+    reading: ReadOptions
+
+
+def labelled_zoo(args: argparse.Namespace) -> LabelledZoo:
+    """Read what the options of `fit` and `compare` say.
+
+    Raises
+    ------
+    CommandError
+        When the labels do not fit the adapters, or any of these cannot be read.
+    """
+    reading = reading_options(args)
+    labels = read_labels(args.labels, args.target, id=args.id, groups=args.groups)
+    targets = make_targets(labels, args.task)
+    packed = _packed(args.zoo)
+    if packed is None:
+        files = _files(args.zoo)
+        names = _names(files, os.path.dirname(args.labels))
+    else:
+        names = [[str(id)] for id in packed.ids.tolist()]
+    places = match(labels, names)
+    _say_unlabelled(names, places)
+    if packed is None:
+        chosen = progress([files[place] for place in places], "headers", "file")
+        loras = read_together(chosen, reading, any_base_model=args.allow_other_base_model)
+    else:
+        loras = packed[places]
+    groups = tuple(row.group or "" for row in labels.rows) if args.groups else None
+    _say_what(loras, labels, targets)
+    return LabelledZoo(_in_memory(loras), targets, groups, reading)
+
+
+def _packed(paths: Sequence[str]) -> LoRACollection | None:
+    """Open a zoo in one file; None if that is not what the paths are."""
+    packed = [path for path in paths if _is_packed(path)]
+    if packed and len(paths) > 1:
+        raise CommandError(f"{packed[0]} is a packed zoo, which goes alone; leave out the others.")
+    if not packed:
+        return None
+    try:
+        return LoRACollection.open(packed[0])
+    except ValueError as error:
+        raise CommandError(str(error), 1) from None
+
+
+def _is_packed(path: str) -> bool:
+    if not os.path.isfile(path):
+        return False
+    try:
+        return _read_header(os.path.abspath(path))[0].get("format") == _FORMAT
+    except (ValueError, OSError):
+        return False
+
+
+def _files(paths: Sequence[str]) -> list[Found]:
+    findings = find(paths)
+    for finding in findings:
+        if isinstance(finding, AdapterError):
+            raise CommandError(str(finding))
+    files = [finding for finding in findings if isinstance(finding, Found)]
+    return [*{os.path.abspath(found.path): found for found in files}.values()]
+
+
+def _names(files: Sequence[Found], labels_folder: str) -> list[list[str]]:
+    """Give what a row may call each file: its path, from several folders, and that of its folder.
+
+    The folder stands for an adapter that has it for itself, as those of PEFT do.
+    """
+    neighbours = Counter(os.path.dirname(found.path) for found in files)
+    names = []
+    for found in files:
+        alone = neighbours[os.path.dirname(found.path)] == 1
+        names.append([*_names_of(found, labels_folder, alone)])
+    return names
+
+
+def _names_of(found: Found, labels_folder: str, alone: bool) -> Iterator[str]:
+    for path in (
+        found.path,
+        os.path.abspath(found.path),
+        os.path.relpath(found.path, found.root),
+        os.path.relpath(found.path, labels_folder or os.curdir),
+    ):
+        yield path
+        folder = os.path.dirname(path)
+        if alone and folder:
+            yield folder
+
+
+def _say_unlabelled(names: Sequence[Sequence[str]], places: Sequence[int]) -> None:
+    labelled = set(places)
+    left_out = [every[0] for place, every in enumerate(names) if place not in labelled]
+    if left_out:
+        some = few(left_out, len(left_out))
+        say(f"{len(left_out)} adapters have no label and are left out: {some}")
+
+
+def _say_what(loras: LoRACollection, labels: Labels, targets: Targets) -> None:
+    base_model = loras.layout.base_model
+    of = "" if base_model is None else f" of {base_model}"
+    say(f"{len(loras)} adapters{of}, {loras.layout.n_modules} modules")
+    say(f"predicts {', '.join(labels.targets)}: {targets.describe()} (--task says otherwise)")
+
+
+def _in_memory(loras: LoRACollection) -> LoRACollection:
+    """Read everything now, if it fits in half of the memory: nets read it many times."""
+    available = available_memory()
+    if available is not None and 2 * loras.nbytes > available:
+        return loras
+    flat = np.empty(loras.shape, loras.dtype)
+    for row in progress(range(len(loras)), "weights", "file"):
+        flat[row] = loras.read([row])[0]
+    return LoRACollection.from_array(flat, loras.layout, ranks=loras.ranks, ids=loras.ids)
+
+
+def optional_parts(loras: LoRACollection) -> tuple[str, ...]:
+    """Name the modules and side features that some of the adapters lack."""
+    layout = loras.layout
+    lacking = (loras.ranks == 0).any(axis=0)
+    names = [name for name, lacks in zip(layout.names, lacking, strict=True) if lacks]
+    start = layout.side_slice.start
+    for name, size in layout.side:
+        columns = loras[:, start : start + size]
+        names += [name] if not columns.any(axis=1).all() else []
+        start += size
+    return tuple(names)

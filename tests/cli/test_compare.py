@@ -1,0 +1,129 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from sklora import ARCHITECTURES
+from sklora.cli import _scoring
+from sklora.cli._scoring import make_folds
+from sklora.cli._targets import Targets
+from sklora.cli._zoo import LabelledZoo
+from sklora.io._plan import ReadOptions
+
+
+@pytest.fixture
+def compare(run, zoo, tmp_path):
+    def compare(*options, target="style"):
+        labels = ("--labels", zoo / "labels.csv", "--target", target, "--folds", "2")
+        return run("compare", zoo, *labels, "-o", tmp_path / "chart.png", *options)
+
+    return compare
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Constants in place of networks."""
+    from sklearn.dummy import DummyClassifier, DummyRegressor
+
+    dummies = {"classification": DummyClassifier, "regression": DummyRegressor}
+
+    def make(name, task, **options):
+        if name == "dense":
+            raise ValueError("too wide")
+        return dummies[task]()
+
+    monkeypatch.setattr(_scoring, "make_architecture", make)
+
+
+def test_table_and_chart(compare, tmp_path):
+    code, out, err = compare(target="loss")
+    lines = [line.split() for line in out.splitlines()]
+    assert code == 0
+    assert [line[0] for line in lines] == ["architecture", *ARCHITECTURES, "(constant)"]
+    assert lines[0][1] == "R2"
+    assert float(lines[3][1]) > 0.9
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+    assert err.endswith("chart.png holds the chart\n")
+
+
+def test_json(compare, quick, tmp_path):
+    code, out, err = compare("--json", "--no-chart", "--groups", "run")
+    summary = json.loads(out)
+    assert code == 1
+    assert "dense failed: too wide" in err
+    assert (summary["metric"], summary["grouped"], summary["constant"]) == ("accuracy", True, 0.5)
+    assert [one["architecture"] for one in summary["results"]] == [
+        "mlp",
+        "o-align",
+        "svd",
+        "gl-net",
+    ]
+    assert len(summary["results"][0]["scores"]) == 2
+    assert not (tmp_path / "chart.png").exists()
+
+
+def test_many_labels_of_any_name(compare, quick, run, zoo, tmp_path, write_csv):
+    names = [f"$label_{n}^$" for n in range(8)]
+    rows = [(f"a{n:02}", *(n >> bit & 1 for bit in range(8))) for n in range(40)]
+    labels = write_csv(tmp_path / "l.csv", ("path", *names), rows)
+    targets = [option for name in names for option in ("--target", name)]
+    options = ("--labels", labels, *targets, "-o", tmp_path / "chart.svg")
+    assert run("compare", zoo, *options).code == 1
+    assert "&lt;svg" not in (tmp_path / "chart.svg").read_text()
+
+
+def test_without_matplotlib(compare, quick, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    code, out, err = compare()
+    assert code == 1  # one of the five fails
+    assert "pip install 'sklora[plot]'" in err
+    assert out.count("\n") == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("-o", "chart.odd"), "chart.odd: a chart's name ends in one of"),
+        (("-o", "none/chart.png"), "there is no folder"),
+        (("--device", "abacus"), "--device="),
+        (("--groups", "none"), "has no column 'none'"),
+    ],
+)
+def test_refused(compare, options, message):
+    code, out, err = compare(*options)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_all_fail(compare, monkeypatch):
+    def make(*arguments, **options):
+        raise ValueError("no")
+
+    monkeypatch.setattr(_scoring, "make_architecture", make)
+    code, _, err = compare("--no-chart")
+    assert code == 1
+    assert err.endswith("sklora: error: no architecture could be trained.\n")
+
+
+class TestFolds:
+    def zoo(self, y, task="classification", groups=None):
+        y = np.asarray(y)
+        return LabelledZoo(range(len(y)), Targets(task, ("y",), y), groups, ReadOptions())
+
+    def test_classes_are_spread(self):
+        y = np.repeat(["a", "b"], [8, 4])
+        for _, test in make_folds(self.zoo(y), 4, 0):
+            assert sorted(y[test]) == ["a", "a", "b"]
+
+    def test_groups_are_kept_together(self):
+        groups = tuple("aaabbbcccddd")
+        for train, test in make_folds(self.zoo(np.arange(12) % 2, groups=groups), 2, 0):
+            assert not {groups[n] for n in train} & {groups[n] for n in test}
+
+    @pytest.mark.parametrize("task", ["classification", "regression"])
+    def test_seed(self, task):
+        zoo = self.zoo(np.arange(20) % 2 if task == "classification" else np.arange(20.0), task)
+        first, again, other = (make_folds(zoo, 2, seed) for seed in (0, 0, 1))
+        np.testing.assert_array_equal(first[0][1], again[0][1])
+        assert set(first[0][1]) != set(other[0][1])

@@ -1,0 +1,297 @@
+import csv
+import os
+import sys
+
+import numpy as np
+import pytest
+import skops.io
+
+from sklora import TRUSTED_TYPES
+from sklora._saved import load_model
+from sklora.cli._zoo import optional_parts
+from sklora.io import read_adapters, write_adapter
+
+
+@pytest.fixture
+def fit(run, tmp_path):
+    """Fit quickly: a function of the zoo's paths and further options."""
+
+    def fit(paths, *options, labels=None, target="style"):
+        paths = paths if isinstance(paths, list) else [paths]
+        labels = labels or f"{paths[0]}/labels.csv"
+        options = ("--architecture", "svd", "--folds", "0", *options)
+        output = ("-o", tmp_path / "model.skops")
+        return run("fit", *paths, "--labels", labels, "--target", target, *output, *options)
+
+    return fit
+
+
+class TestModel:
+    def test_learns_and_is_a_skops_file(self, models, zoo):
+        model = skops.io.load(models["style"], trusted=TRUSTED_TYPES)
+        X = read_adapters(zoo)
+        y = [("small", "large")[number % 2] for number in range(40)]
+        assert model.score(X, y) == 1
+
+    @pytest.mark.parametrize(
+        ("name", "task", "targets", "classes"),
+        [
+            ("style", "classification", ("style",), ("large", "small")),
+            ("labels", "classification", ("big", "tiny"), None),
+            ("loss", "regression", ("loss",), None),
+        ],
+    )
+    def test_card(self, models, name, task, targets, classes):
+        model, card = load_model(models[name])
+        assert (card.task, card.targets, card.classes) == (task, targets, classes)
+        assert (card.architecture, card.n_adapters, card.scores) == ("svd", 40, None)
+        assert card.layout == model["features"].layout_
+        assert card.layout.base_model == "tiny/llama"
+
+    def test_same_seed_same_model(self, fit, zoo, tmp_path):
+        weights = []
+        for _ in range(2):
+            assert fit(zoo, "--seed", "3").code == 0
+            weights.append(load_model(tmp_path / "model.skops")[0]["model"].weights_)
+        for name, array in weights[0].items():
+            np.testing.assert_array_equal(array, weights[1][name])
+
+    def test_options_of_reading_are_kept(self, fit, zoo, tmp_path):
+        assert fit(zoo, "--names", "raw", "--scale", "2").code == 0
+        _, card = load_model(tmp_path / "model.skops")
+        assert (card.reading.names, card.reading.scale) == ("raw", 2.0)
+        assert card.layout.names[0].startswith("base_model.model.")
+
+
+class TestScores:
+    def test_one_architecture(self, fit, zoo, tmp_path):
+        code, out, err = fit(zoo, "--folds", "2")
+        _, card = load_model(tmp_path / "model.skops")
+        assert code == 0
+        assert [line.split()[0] for line in out.splitlines()] == [
+            "architecture",
+            "svd",
+            "(constant)",
+        ]
+        assert "sklora: predicts style: classification, 2 classes" in err
+        assert card.scores["metric"] == "accuracy"
+        assert card.scores["constant"] == 0.5
+        assert np.mean(card.scores["scores"]["svd"]) == 1
+
+    def test_auto_takes_the_best(self, fit, zoo, tmp_path):
+        code, out, _ = fit(zoo, "--folds", "2", "--architecture", "auto", target="loss")
+        _, card = load_model(tmp_path / "model.skops")
+        means = {name: np.mean(scores) for name, scores in card.scores["scores"].items()}
+        assert code == 0
+        assert len(out.splitlines()) == 7
+        assert len(means) == 5
+        assert card.architecture == max(means, key=means.get)
+        assert card.scores["metric"] == "R2"
+
+    def test_groups(self, fit, zoo, tmp_path):
+        assert fit(zoo, "--folds", "2", "--groups", "run").code == 0
+        assert load_model(tmp_path / "model.skops")[1].scores["grouped"]
+
+    def test_many_labels(self, fit, zoo, tmp_path):
+        assert fit(zoo, "--folds", "2", "--target", "big", target="tiny").code == 0
+        assert load_model(tmp_path / "model.skops")[1].scores["constant"] == 0.5
+
+    def test_rare_class(self, fit, zoo, tmp_path, write_csv):
+        rows = [(f"a{number:02}", "abc"[(number > 5) + (number > 20)]) for number in range(20)]
+        labels = write_csv(tmp_path / "l.csv", ("path", "style"), [*rows, ("a21", "c")])
+        code, _, err = fit(zoo, "--folds", "2", labels=labels)
+        assert code == 0
+        assert "class c has 1 adapters only" in err
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--folds", "41"), "40 adapters are too few for --folds 41"),
+            (("--folds", "21"), "no class has 21 adapters"),
+            (("--folds", "11", "--groups", "run"), "10 groups are too few for --folds 11"),
+            (("--folds", "21", "--task", "regression", "--target", "loss"), "too few"),
+        ],
+    )
+    def test_too_few(self, fit, zoo, options, message):
+        target = "big" if "--task" in options else "style"
+        code, _, err = fit(zoo, *options, target=target)
+        assert code == 2
+        assert message in err
+
+
+class TestIds:
+    """How rows may name adapters."""
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "{zoo}/a{n:02}/adapter_model.safetensors",
+            "{zoo}/a{n:02}",
+            "a{n:02}/adapter_model.safetensors",
+            "a{n:02}",
+            "./a{n:02}/",
+        ],
+    )
+    def test_path(self, fit, zoo, tmp_path, write_csv, name):
+        rows = [(name.format(zoo=zoo, n=n), n % 2) for n in range(6)]
+        labels = write_csv(tmp_path / "l.csv", ("file", "style"), rows)
+        code, _, err = fit(zoo, labels=labels)
+        assert code == 0
+        assert "34 adapters have no label and are left out: " in err
+
+    def test_path_from_the_labels(self, fit, zoo, write_csv, tmp_path):
+        os.symlink(zoo, tmp_path / "link")
+        rows = [(f"link/a{n:02}", n % 2) for n in range(6)]
+        labels = write_csv(tmp_path / "l.csv", ("path", "style"), rows)
+        paths = [str(tmp_path / "link" / f"a{n:02}") for n in range(6)]
+        assert fit(paths, labels=labels).code == 0
+
+    def test_folder_of_two_adapters_names_none(self, fit, tmp_path, factors, write_csv):
+        for n in range(2):
+            write_adapter(tmp_path / "zoo", factors())
+            os.rename(
+                tmp_path / "zoo" / "adapter_model.safetensors",
+                tmp_path / "zoo" / f"{n}.safetensors",
+            )
+        labels = write_csv(tmp_path / "l.csv", ("path", "style"), [("zoo", 0)])
+        code, _, err = fit(tmp_path / "zoo", labels=labels, target="style")
+        assert code == 2
+        assert "there is" in err or "nothing to learn" in err
+
+    def test_unknown_row(self, fit, zoo, tmp_path, write_csv):
+        labels = write_csv(tmp_path / "l.csv", ("path", "style"), [("a00", 0), ("b", 1)])
+        code, out, err = fit(zoo, labels=labels)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"sklora: error: {labels}: no adapter is called 'b' (line 3); ")
+
+    def test_same_file_twice_in_the_zoo(self, fit, zoo):
+        assert fit([zoo, str(zoo)]).code == 0
+
+    def test_packed_zoo(self, fit, zoo, tmp_path):
+        X = read_adapters(zoo)
+        X.save(tmp_path / "zoo.safetensors")
+        rows = list(csv.reader(open(zoo / "labels.csv")))[1:]  # noqa: SIM115
+        labels = tmp_path / "l.csv"
+        with open(labels, "w", newline="") as file:
+            csv.writer(file).writerows(
+                [("path", "style"), *((X.ids[n], row[1]) for n, row in enumerate(rows))]
+            )
+        assert fit(tmp_path / "zoo.safetensors", labels=labels).code == 0
+        assert load_model(tmp_path / "model.skops")[1].layout == X.layout
+        code, _, err = fit([str(tmp_path / "zoo.safetensors"), str(zoo)], labels=labels)
+        assert code == 2
+        assert "goes alone" in err
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--architecture", "auto"), "--folds cannot be 0"),
+            (("--device", "abacus"), "--device='abacus' is not a device"),
+            (("--id", "file"), "has no column 'file'"),
+            (("--groups", "file"), "has no column 'file'"),
+            (("--target", "loss", "--task", "classification"), "labels of 0 and 1"),
+            (("--scale", "inf"), "--scale is inf"),
+        ],
+    )
+    def test_options(self, fit, zoo, options, message):
+        code, out, err = fit(zoo, *options, target="big")
+        assert (code, out) == (2, "")
+        assert message in err
+
+    def test_no_zoo(self, fit, zoo, tmp_path):
+        code, _, err = fit(tmp_path / "none", labels=zoo / "labels.csv")
+        assert code == 2
+        assert "none" in err
+
+    @pytest.mark.parametrize(("name", "why"), [("", "is a folder"), ("no/m.skops", "no folder")])
+    def test_output(self, run, zoo, tmp_path, name, why):
+        labels = ("--labels", zoo / "labels.csv", "--target", "style")
+        code, _, err = run("fit", zoo, *labels, "-o", tmp_path / name)
+        assert code == 2
+        assert why in err
+
+    def test_two_columns_of_one_name(self, fit, zoo, tmp_path, write_csv):
+        rows = [(f"a{n:02}", n + 0.5) for n in range(6)]
+        labels = write_csv(tmp_path / "l.csv", ("path", "error"), rows)
+        code, _, err = fit(zoo, labels=labels, target="error")
+        assert code == 2
+        assert "predict would write two columns 'error'" in err
+
+    def test_bad_adapter(self, fit, tmp_path, factors, write_csv):
+        for n in range(4):
+            write_adapter(tmp_path / "zoo" / str(n), factors())
+        for n in (1, 2):
+            path = tmp_path / "zoo" / str(n) / "adapter_model.safetensors"
+            path.write_bytes(path.read_bytes()[:-9])
+        rows = [(str(n), n % 2) for n in range(4)]
+        labels = write_csv(tmp_path / "l.csv", ("path", "style"), rows)
+        code, _, err = fit(tmp_path / "zoo", labels=labels)
+        assert code == 1
+        assert f"sklora: error: {tmp_path}/zoo/1/adapter_model.safetensors: " in err
+        assert "(1 more files likewise" in err
+
+    def test_bad_adapter_without_a_label_is_not_read(self, fit, tmp_path, factors, write_csv):
+        for n in range(5):
+            write_adapter(tmp_path / "zoo" / str(n), factors())
+        path = tmp_path / "zoo" / "4" / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-9])
+        rows = [(str(n), n % 2) for n in range(4)]
+        labels = write_csv(tmp_path / "l.csv", ("path", "style"), rows)
+        assert fit(tmp_path / "zoo", labels=labels).code == 0
+
+    def test_not_finite(self, fit, tmp_path, factors, write_csv):
+        for n in range(4):
+            write_adapter(tmp_path / "zoo" / str(n), factors())
+        path = tmp_path / "zoo" / "1" / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-8] + np.float64("nan").tobytes())
+        rows = [(str(n), n % 2) for n in range(4)]
+        labels = write_csv(tmp_path / "l.csv", ("path", "style"), rows)
+        code, _, err = fit(tmp_path / "zoo", labels=labels)
+        assert code == 1
+        assert "zoo/1/adapter_model.safetensors" in err
+        assert "NaN" in err
+
+    def test_other_base_model(self, fit, tmp_path, factors, write_csv):
+        for n in range(4):
+            write_adapter(tmp_path / "zoo" / str(n), factors(), base_model=f"base{n % 2}")
+        rows = [(str(n), n % 2) for n in range(4)]
+        labels = write_csv(tmp_path / "l.csv", ("path", "style"), rows)
+        code, _, err = fit(tmp_path / "zoo", labels=labels)
+        assert code == 1
+        assert "'base1'" in err
+        assert "--allow-other-base-model" in err
+        assert fit(tmp_path / "zoo", "--allow-other-base-model", labels=labels).code == 0
+        assert load_model(tmp_path / "model.skops")[1].layout.base_model is None
+
+    def test_without_skops(self, fit, zoo, monkeypatch):
+        monkeypatch.setitem(sys.modules, "skops.io", None)
+        code, _, err = fit(zoo)
+        assert code == 2
+        assert "pip install 'sklora[secure]'" in err
+
+    def test_nothing_is_left_of_a_failed_save(self, fit, zoo, tmp_path, monkeypatch):
+        (tmp_path / "model.skops").write_text("old")
+
+        def full(descriptor):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        code, _, err = fit(zoo)
+        assert code == 1
+        assert "No space left" in err
+        assert (tmp_path / "model.skops").read_text() == "old"
+        assert os.listdir(tmp_path) == ["model.skops"]
+
+
+def test_optional_parts(tmp_path, factors):
+    adapters = [factors(), factors(shapes={"layers.0.q_proj": (6, 4)})]
+    for n, adapter in enumerate(adapters):
+        write_adapter(tmp_path / str(n), adapter)
+    assert optional_parts(read_adapters(tmp_path)) == ("layers.0.v_proj",)
+
+
+def test_larger_than_memory_stays_in_files(fit, zoo, monkeypatch):
+    monkeypatch.setattr("sklora.cli._zoo.available_memory", lambda: 1)
+    assert fit(zoo).code == 0

@@ -1,0 +1,111 @@
+import json
+import os
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from sklora.io import write_adapter
+
+
+def test_table(run, zoo):
+    code, out, err = run("inspect", zoo / "a00", zoo / "a01")
+    lines = [line.split() for line in out.splitlines()]
+    assert (code, err) == (0, "")
+    assert lines[0][:3] == ["path", "format", "modules"]
+    path = str(zoo / "a00" / "adapter_model.safetensors")
+    assert lines[1] == [path, "peft", "2", "2", "1", "F64", "tiny/llama", "0", "0"]
+    assert len({line.index("peft") for line in out.splitlines()[1:]}) == 1
+
+
+def test_many_ranks_are_summarised(run, tmp_path, factors):
+    adapter = {}
+    for rank in range(1, 6):
+        adapter |= factors(shapes={f"m{rank}": (8, 8)}, rank=rank)
+    write_adapter(tmp_path, adapter)
+    assert " 1..5 " in run("inspect", tmp_path).out
+
+
+def test_json(run, zoo):
+    code, out, _ = run("inspect", zoo, "--json")
+    reports = json.loads(out)
+    assert code == 0
+    assert len(reports) == 40
+    assert reports[0]["format"] == "peft"
+    assert [module["rank"] for module in reports[0]["modules"]] == [2, 2]
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_bad_files_among_good_ones(run, zoo, tmp_path, form):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"\x08\0\0\0\0\0\0\0{}{}{}{}")
+    code, out, err = run("inspect", bad, zoo / "a00", tmp_path / "missing", *form)
+    assert (code, err) == (1, "")
+    if form:
+        errors = [report["error"] for report in json.loads(out)]
+        assert errors[1] is None
+        assert all(errors[::2])
+    else:
+        assert "tiny/llama" in out
+        assert [line.split()[0] for line in out.splitlines()[-2:]] == [
+            str(bad),
+            str(tmp_path / "missing"),
+        ]
+
+
+def test_only_bad_files(run, tmp_path):
+    code, out, _ = run("inspect", tmp_path / "missing")
+    assert code == 1
+    assert out.splitlines()[0].split() == ["path", "error"]
+
+
+def test_hostile_names_are_escaped(run, tmp_path, factors):
+    name = "\x1b[31mred\r\n\u202e"
+    write_adapter(tmp_path / name, factors(), base_model="\x1b]0;pwned\x07")
+    (tmp_path / f"{name}.safetensors").write_bytes(b"nothing")
+    code, out, err = run("inspect", tmp_path, tmp_path / f"{name}.safetensors")
+    assert code == 1
+    assert (out + err).replace("\n", "").isprintable()
+    assert "\\x1b[31mred\\r\\n\\u202e" in out
+    assert "\\x1b]0;pwned\\x07" in out
+    assert json.loads(run("inspect", tmp_path, "--json").out)[0]["base_model"].startswith("\x1b")
+
+
+def test_name_that_is_no_text(run, tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.safetensors")
+    with open(path, "wb") as file:
+        file.write(b"nothing")
+    code, out, _ = run("inspect", path)
+    assert code == 1
+    assert "\\udcff" in out
+
+
+class TestOptions:
+    @pytest.fixture
+    def in_house(self, tmp_path):
+        tensors = {"a.q": np.ones((2, 4), np.float32), "b.q": np.ones((6, 2), np.float32)}
+        save_file(tensors, tmp_path / "own.safetensors")
+        return tmp_path / "own.safetensors"
+
+    def test_keys_and_scale(self, run, in_house):
+        options = ("--keys", "a.{module}", "b.{module}", "--scale", "0.5", "--json")
+        code, out, _ = run("inspect", in_house, *options)
+        [report] = json.loads(out)
+        assert code == 0
+        assert (report["modules"][0]["name"], report["modules"][0]["scale"]) == ("q", 0.5)
+
+    def test_remedies_name_options(self, run, in_house):
+        code, out, _ = run("inspect", in_house)
+        assert code == 1
+        assert "--keys" in out
+
+    def test_names(self, run, zoo):
+        out = run("inspect", zoo / "a00", "--names", "raw", "--json").out
+        names = {module["name"] for module in json.loads(out)[0]["modules"]}
+        assert "base_model.model.layers.0.q_proj" in names
+
+    @pytest.mark.parametrize("options", [("--keys", "a", "b"), ("--scale", "nan")])
+    def test_impossible(self, run, in_house, options):
+        code, out, err = run("inspect", in_house, *options)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"sklora: error: {options[0]}")

@@ -1,0 +1,100 @@
+"""The whole program: exit codes, usage, signals, and what a terminal gets to see."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import sklora
+from sklora.__main__ import main
+from sklora.cli import _inspect
+
+
+def start(*arguments, **options):
+    command = [sys.executable, "-m", "sklora", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+class TestUsage:
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            (),
+            ("ponder",),
+            ("inspect",),
+            ("inspect", "a", "--names", "odd"),
+            ("fit", "zoo"),
+            ("fit", "zoo", "--labels", "l.csv", "--target", "t"),
+            ("fit", "z", "--labels", "l", "--target", "t", "-o", "m", "--architecture", "cnn"),
+            ("fit", "z", "--labels", "l", "--target", "t", "-o", "m", "--jobs", "0"),
+            ("compare", "z", "--labels", "l", "--target", "t", "--folds", "1"),
+            ("predict", "m", "a", "--csv", "--json"),
+        ],
+    )
+    def test_wrong_call_is_two(self, run, arguments):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert "usage: sklora" in err
+
+    @pytest.mark.parametrize("command", ["inspect", "fit", "predict", "compare"])
+    def test_help(self, run, command):
+        code, out, err = run(command, "--help")
+        assert (code, err) == (0, "")
+        assert f"usage: sklora {command}" in out
+
+    def test_version(self, run):
+        assert run("--version") == (0, f"sklora {sklora.__version__}\n", "")
+
+
+class TestProcess:
+    def test_bad_file_is_one_and_one_line(self, tmp_path):
+        (tmp_path / "a.safetensors").write_bytes(b"nothing")
+        with start("predict", tmp_path / "a.safetensors", tmp_path) as process:
+            out, err = process.communicate(timeout=120)
+        assert (process.returncode, out) == (2, "")
+        assert err.startswith("sklora: error: ")
+        assert err.count("\n") == 1
+
+    def test_reader_that_leaves_ends_it_quietly(self, zoo):
+        with start("inspect", zoo, zoo, zoo, zoo, "--json") as process:
+            process.stdout.close()
+            assert process.stderr.read() == ""
+            assert process.wait(timeout=120) == 128 + signal.SIGPIPE
+
+
+def test_interrupt_is_130(run, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_inspect, "run", interrupted)
+    assert run("inspect", "a") == (130, "", "")
+
+
+def test_broken_pipe_is_141(monkeypatch, capfd):
+    def broken(args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(_inspect, "run", broken)
+    monkeypatch.setattr("sklora.__main__._forget_streams", lambda: None)
+    assert main(["inspect", "a"]) == 141
+
+
+@pytest.mark.parametrize("error", [ValueError("bad\nnews"), OSError("bad\nnews")])
+def test_other_errors_are_one_and_one_line(run, monkeypatch, error):
+    def failing(args):
+        raise error
+
+    monkeypatch.setattr(_inspect, "run", failing)
+    assert run("inspect", "a") == (1, "", "sklora: error: bad\\nnews\n")
+
+
+def test_bugs_have_a_traceback(run, monkeypatch):
+    def buggy(args):
+        raise TypeError
+
+    monkeypatch.setattr(_inspect, "run", buggy)
+    with pytest.raises(TypeError):
+        run("inspect", "a")

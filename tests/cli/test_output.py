@@ -1,0 +1,61 @@
+import io
+import sys
+
+import pytest
+
+from sklora.cli._output import few, printable, result, say, table, with_options
+
+
+class Terminal(io.StringIO):
+    encoding = "ascii"
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain é 漢", "plain é 漢"),
+        ("\x1b[2J", "\\x1b[2J"),
+        ("a\rb\n", "a\\rb\\n"),
+        ("\u202egnp", "\\u202egnp"),
+        ("\udcff", "\\udcff"),
+    ],
+)
+def test_printable(text, shown):
+    assert printable(text) == shown
+
+
+def test_letters_that_the_stream_lacks_are_escaped(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    result("é")
+    assert sys.stdout.getvalue() == "\\xe9\n"
+
+
+def test_say_escapes_and_names_options(capsys):
+    say("pass on_base_model='ignore'\x07")
+    assert capsys.readouterr() == ("", "sklora: pass --allow-other-base-model\\x07\n")
+
+
+@pytest.mark.parametrize(
+    ("message", "option"),
+    [
+        ("pass scale=, the factor", "pass --scale, the factor"),
+        ("pass allow_torch_zip=True, which", "pass --allow-torch-zip, which"),
+        ("pass names='raw' to keep", "pass --names raw to keep"),
+        ("nothing to see", "nothing to see"),
+    ],
+)
+def test_with_options(message, option):
+    assert with_options(message) == option
+
+
+def test_table(capsys):
+    table([("name", "n"), ("a\tb", "1"), ("c", "100")], "<>")
+    assert capsys.readouterr().out == "name    n\na\\tb    1\nc     100\n"
+
+
+def test_few():
+    assert few("ab", 2) == "a, b"
+    assert few("abcde", 5) == "a, b, c and 2 more"

@@ -1,0 +1,246 @@
+import csv
+import io
+import json
+import shutil
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import sklearn
+
+from sklora._saved import load_model
+from sklora.io import read_adapters, write_adapter
+
+SHAPES = {"layers.0.q_proj": (6, 4), "layers.0.v_proj": (5, 4)}
+
+
+def rows_of(text):
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def path_in(folder):
+    return str(folder / "adapter_model.safetensors")
+
+
+class TestCsv:
+    def test_classes(self, run, models, zoo):
+        code, out, err = run("predict", models["style"], zoo)
+        rows = rows_of(out)
+        X = read_adapters(zoo)
+        model, _ = load_model(models["style"])
+        assert (code, err) == (0, "")
+        assert list(rows[0]) == [
+            "path", "prediction", "large:probability", "small:probability", "error",
+        ]  # fmt: skip
+        assert [row["path"] for row in rows] == X.ids.tolist()
+        assert [row["prediction"] for row in rows] == model.predict(X).tolist()
+        shares = [
+            [float(row["large:probability"]), float(row["small:probability"])] for row in rows
+        ]
+        np.testing.assert_allclose(shares, model.predict_proba(X), rtol=1e-12)
+
+    def test_labels(self, run, models, zoo):
+        rows = rows_of(run("predict", models["labels"], zoo / "a00", zoo / "a01").out)
+        assert list(rows[0]) == [
+            "path", "big", "big:probability", "tiny", "tiny:probability", "error",
+        ]  # fmt: skip
+        assert [(row["big"], row["tiny"]) for row in rows] == [("0", "1"), ("1", "0")]
+        assert float(rows[1]["big:probability"]) > 0.5
+
+    def test_numbers(self, run, models, zoo):
+        rows = rows_of(run("predict", models["loss"], zoo / "a00", zoo / "a01", "--csv").out)
+        assert list(rows[0]) == ["path", "loss", "error"]
+        assert float(rows[0]["loss"]) < 1.7 < float(rows[1]["loss"])
+
+    def test_controls_reach_no_terminal(self, run, models, tmp_path, factors, monkeypatch):
+        write_adapter(tmp_path / "\x1b[2J", factors(), base_model="tiny/llama")
+        assert "\x1b" in run("predict", models["loss"], tmp_path).out
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        out = run("predict", models["loss"], tmp_path).out
+        assert "\x1b[2J" not in out
+        assert "\\x1b[2J" in out
+
+
+class TestJson:
+    def test_classes(self, run, models, zoo):
+        code, out, _ = run("predict", models["style"], zoo / "a00", zoo / "a01", "--json")
+        small, large = json.loads(out)
+        assert code == 0
+        assert small["path"] == path_in(zoo / "a00")
+        assert (small["prediction"], large["prediction"]) == ("small", "large")
+        assert sum(small["probability"].values()) == pytest.approx(1)
+
+    def test_labels(self, run, models, zoo):
+        [entry] = json.loads(run("predict", models["labels"], zoo / "a01", "--json").out)
+        assert entry["prediction"] == {"big": 1, "tiny": 0}
+        assert set(entry["probability"]) == {"big", "tiny"}
+
+    def test_numbers(self, run, models, zoo):
+        [entry] = json.loads(run("predict", models["loss"], zoo / "a01", "--json").out)
+        assert set(entry) == {"path", "prediction"}
+        assert entry["prediction"]["loss"] > 1.7
+
+
+class TestBadFiles:
+    @pytest.fixture
+    def uploads(self, zoo, tmp_path):
+        """good, cut off, missing, NaN, good."""
+        for name in ("a00", "a01", "a02", "a03"):
+            shutil.copytree(zoo / name, tmp_path / name)
+        cut, nan = tmp_path / "a01", tmp_path / "a02"
+        data = (cut / "adapter_model.safetensors").read_bytes()
+        (cut / "adapter_model.safetensors").write_bytes(data[:-9])
+        data = (nan / "adapter_model.safetensors").read_bytes()
+        (nan / "adapter_model.safetensors").write_bytes(data[:-8] + np.float64("nan").tobytes())
+        return [tmp_path / name for name in ("a00", "a01", "none", "a02", "a03")]
+
+    def test_keep_the_order(self, run, models, uploads):
+        code, out, err = run("predict", models["style"], *uploads)
+        rows = rows_of(out)
+        assert code == 1
+        assert [row["prediction"] for row in rows] == ["small", "", "", "", "large"]
+        assert [bool(row["error"]) for row in rows] == [False, True, True, True, False]
+        assert "NaN" in rows[3]["error"]
+        assert [line.split(": ")[1] for line in err.splitlines()] == [
+            path_in(uploads[1]), str(uploads[2]), path_in(uploads[3]),
+        ]  # fmt: skip
+
+    def test_in_json(self, run, models, uploads):
+        code, out, _ = run("predict", models["style"], *uploads, "--json")
+        entries = json.loads(out)
+        assert code == 1
+        assert [set(entry) == {"path", "error"} for entry in entries] == [0, 1, 1, 1, 0]
+
+    def test_only_bad_ones(self, run, models, tmp_path):
+        code, out, _ = run("predict", models["style"], tmp_path / "none", "--json")
+        assert code == 1
+        assert len(json.loads(out)) == 1
+
+    def test_in_small_blocks(self, run, models, uploads, monkeypatch):
+        whole = run("predict", models["style"], *uploads)
+        monkeypatch.setattr("sklora.cli._predict._MOST_PER_BLOCK", 1)
+        assert run("predict", models["style"], *uploads) == whole
+        monkeypatch.undo()
+        with sklearn.config_context(working_memory=1e-6):
+            assert run("predict", models["style"], *uploads) == whole
+
+
+class TestOtherAdapters:
+    """Refused by name, unless told otherwise."""
+
+    @pytest.fixture
+    def predict(self, run, models, tmp_path):
+        def predict(adapter, *options, model=models["style"], base_model="tiny/llama"):
+            write_adapter(tmp_path / "new", adapter, base_model=base_model)
+            code, out, _ = run("predict", model, tmp_path / "new", *options)
+            [row] = rows_of(out)
+            assert row["path"] == path_in(tmp_path / "new")
+            assert code == bool(row["error"])
+            return row
+
+        return predict
+
+    def test_base_model(self, predict, factors):
+        error = predict(factors(), base_model="huge/llama")["error"]
+        assert "its base model is 'huge/llama'" in error
+        assert "'tiny/llama'" in error
+        assert "--allow-other-base-model" in error
+        row = predict(factors(), "--allow-other-base-model", base_model="huge/llama")
+        assert row["prediction"]
+
+    def test_no_base_model(self, predict, factors):
+        assert not predict(factors(), base_model=None)["error"]
+
+    def test_missing_module(self, predict, factors):
+        adapter = factors(shapes={"layers.0.q_proj": (6, 4)})
+        error = predict(adapter)["error"]
+        assert "it lacks 'layers.0.v_proj'" in error
+        assert "--allow-other-modules" in error
+        assert predict(adapter, "--allow-other-modules")["prediction"]
+
+    def test_module_too_many(self, predict, factors):
+        adapter = factors(shapes={**SHAPES, "layers.1.q_proj": (6, 4)})
+        error = predict(adapter)["error"]
+        assert "'layers.1.q_proj' is not in the layout" in error
+        assert "--allow-other-modules" in error
+        assert predict(adapter, "--allow-other-modules")["prediction"]
+
+    @pytest.mark.parametrize("options", [(), ("--allow-other-modules", "--allow-other-base-model")])
+    @pytest.mark.parametrize(
+        "shapes", [{**SHAPES, "layers.0.q_proj": (7, 4)}, {"blocks.0.q_proj": (6, 4)}]
+    )
+    def test_another_model_altogether(self, predict, factors, shapes, options):
+        assert "q_proj" in predict(factors(shapes=shapes), *options)["error"]
+
+    def test_module_that_some_training_adapters_lacked(
+        self, run, predict, tmp_path, factors, write_csv
+    ):
+        few, many = {"layers.0.q_proj": (6, 4)}, SHAPES
+        for n in range(8):
+            write_adapter(tmp_path / "zoo" / str(n), factors(n + 0.5, few if n % 2 else many))
+        labels = write_csv(
+            tmp_path / "l.csv", ("path", "loss"), [(str(n), n + 0.5) for n in range(8)]
+        )
+        model = tmp_path / "m.skops"
+        options = ("--labels", labels, "--target", "loss", "--folds", "0", "-o", model)
+        assert run("fit", tmp_path / "zoo", *options, "--architecture", "dense").code == 0
+        assert predict(factors(shapes=few), model=model)["loss"]
+        without = factors(shapes={"layers.0.v_proj": (5, 4)})
+        assert "it lacks 'layers.0.q_proj'" in predict(without, model=model)["error"]
+        assert predict(without, "--allow-other-modules", model=model)["loss"]
+
+    def test_higher_rank(self, run, predict, models, zoo, tmp_path, factors):
+        assert predict(factors(rank=3))["prediction"]
+        options = ("--labels", zoo / "labels.csv", "--target", "loss", "--folds", "0")
+        model = tmp_path / "m.skops"
+        assert run("fit", zoo, *options, "--architecture", "mlp", "-o", model).code == 0
+        assert "rank 3" in predict(factors(rank=3), model=model)["error"]
+        rows = rows_of(run("predict", model, zoo / "a00", tmp_path / "new", zoo / "a01").out)
+        assert [bool(row["loss"]) for row in rows] == [True, False, True]
+
+    def test_base_model_does_not_depend_on_the_others(self, run, tmp_path, factors, write_csv, zoo):
+        for n in range(6):
+            write_adapter(tmp_path / "zoo" / str(n), factors(n + 0.5))
+            write_adapter(tmp_path / "new" / str(n), factors(), base_model=f"model{n}")
+        labels = write_csv(
+            tmp_path / "l.csv", ("path", "loss"), [(str(n), n + 0.5) for n in range(6)]
+        )
+        options = ("--labels", labels, "--target", "loss", "--folds", "0", "--architecture", "svd")
+        assert run("fit", tmp_path / "zoo", *options, "-o", tmp_path / "m.skops").code == 0
+        assert run("predict", tmp_path / "m.skops", tmp_path / "new").code == 0
+
+
+class TestOptions:
+    def test_reading_is_that_of_the_model(self, run, zoo, tmp_path):
+        options = ("--labels", zoo / "labels.csv", "--target", "loss", "--folds", "0")
+        options += ("--architecture", "svd", "--names", "raw", "-o", tmp_path / "m.skops")
+        assert run("fit", zoo, *options).code == 0
+        assert run("predict", tmp_path / "m.skops", zoo).code == 0
+        assert run("predict", tmp_path / "m.skops", zoo / "a00", "--names", "canonical").code == 1
+
+    def test_device(self, run, models, zoo):
+        assert run("predict", models["style"], zoo / "a00", "--device", "cpu").code == 0
+        code, _, err = run("predict", models["style"], zoo / "a00", "--device", "abacus")
+        assert code == 2
+        assert "--device='abacus'" in err
+
+    def test_no_model(self, run, zoo, tmp_path):
+        code, out, err = run("predict", tmp_path / "none.skops", zoo)
+        assert (code, out) == (2, "")
+        assert err == f"sklora: error: {tmp_path}/none.skops: No such file or directory.\n"
+
+    def test_no_model_in_it(self, run, zoo, tmp_path):
+        (tmp_path / "m.skops").write_text("nothing")
+        code, out, err = run("predict", tmp_path / "m.skops", zoo)
+        assert (code, out) == (2, "")
+        assert "is no model that sklora stored" in err
+
+    def test_other_version_warns(self, run, models, zoo, monkeypatch):
+        monkeypatch.setattr("sklora.__version__", "9.9.9")
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            code, _, err = run("predict", models["style"], zoo / "a00")
+        assert code == 0
+        assert "sklora: warning: " in err
+        assert "9.9.9" in err

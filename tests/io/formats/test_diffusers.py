@@ -1,0 +1,194 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sklora.io import read_adapters
+
+PROCESSORS = Path(__file__).parents[4] / "shared" / "adapters" / "diffusers_old_procs"
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+TEXT = "text_encoder.text_model.encoder.layers.0.self_attn"
+
+
+@pytest.fixture
+def pair(normal):
+    """A and B of an update (5, 4) of rank 3."""
+    return normal(3, 4), normal(5, 3)
+
+
+def product(A, B):
+    return B.double() @ A.double()
+
+
+def described(**settings):
+    """The metadata entry in which diffusers keeps PEFT's configurations."""
+    flat = {key.replace("__", "."): value for key, value in settings.items()}
+    return {"format": "pt", "lora_adapter_metadata": json.dumps(flat)}
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "name"),
+    [
+        (f"unet.{BLOCK}.processor.to_q_lora.down", f"unet.{BLOCK}.processor.to_q_lora.up", "to_q"),
+        (f"{BLOCK}.processor.to_q_lora.down", f"{BLOCK}.processor.to_q_lora.up", "to_q"),
+        (f"{BLOCK}.processor.to_out_lora.down", f"{BLOCK}.processor.to_out_lora.up", "to_out.0"),
+        (f"unet.{BLOCK}.to_q.lora.down", f"unet.{BLOCK}.to_q.lora.up", "to_q"),
+        (f"unet.{BLOCK}.to_out.0.lora.down", f"unet.{BLOCK}.to_out.0.lora.up", "to_out.0"),
+        (f"unet.{BLOCK}.to_q.lora_A", f"unet.{BLOCK}.to_q.lora_B", "to_q"),
+        (f"{BLOCK}.to_q.lora_A", f"{BLOCK}.to_q.lora_B", "to_q"),
+    ],
+)
+def test_three_generations_of_keys_give_one_name(pair, save, assert_updates, scan, down, up, name):
+    A, B = pair
+    path = save({f"{down}.weight": A, f"{up}.weight": B})
+    assert_updates(path, {f"unet.{BLOCK}.{name}": product(A, B)}, names="canonical")
+    report = scan(path)
+    assert (report.format, report.scales) == ("diffusers", (1,))
+
+
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [
+        ("q_proj.lora_linear_layer.down", "q_proj.lora_linear_layer.up"),
+        ("to_q_lora.down", "to_q_lora.up"),
+        ("q_proj.lora_A", "q_proj.lora_B"),
+    ],
+)
+@pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2"])
+def test_text_encoders(pair, save, assert_updates, component, down, up):
+    A, B = pair
+    layer = f"{component}.text_model.encoder.layers.0.self_attn"
+    path = save({f"{layer}.{down}.weight": A, f"{layer}.{up}.weight": B})
+    assert_updates(path, {f"{layer}.q_proj": product(A, B)}, names="canonical")
+
+
+def test_convolution(normal, save, assert_updates):
+    A, B = normal(3, 4, 3, 3), normal(5, 3, 1, 1)
+    conv = "unet.down_blocks.0.resnets.0.conv1"
+    update = torch.einsum("or,rikl->oikl", B.double().flatten(1), A.double())
+    path = save({f"{conv}.lora.down.weight": A, f"{conv}.lora.up.weight": B})
+    assert_updates(path, {conv: update})
+
+
+ALPHAS = [torch.tensor(6.0), torch.tensor([6.0]), torch.tensor(6), torch.tensor(6.0).bfloat16()]
+
+
+class TestScale:
+    def tensors(self, pair, *modules):
+        A, B = pair
+        tensors = {f"{module}.lora_A.weight": A.clone() for module in modules}
+        return tensors | {f"{module}.lora_B.weight": B.clone() for module in modules}
+
+    @pytest.mark.parametrize("alpha", ALPHAS, ids=lambda x: f"{tuple(x.shape)} {x.dtype}")
+    def test_is_alpha_of_a_tensor_over_r(self, pair, save, assert_updates, alpha):
+        tensors = self.tensors(pair, "transformer.x") | {"transformer.x.alpha": alpha}
+        assert_updates(save(tensors), {"transformer.x": product(*pair) * 6 / 3})
+
+    def test_is_that_of_the_metadata_even_against_a_tensor(self, pair, save, assert_updates):
+        tensors = self.tensors(pair, "transformer.x") | {"transformer.x.alpha": torch.tensor(6.0)}
+        path = save(tensors, metadata=described(transformer__r=3, transformer__lora_alpha=12))
+        assert_updates(path, {"transformer.x": product(*pair) * 12 / 3})
+
+    def test_is_that_of_the_component(self, pair, save, assert_updates):
+        modules = ["unet.x", "text_encoder.x", "text_encoder_2.x"]
+        path = save(
+            self.tensors(pair, *modules) | {"text_encoder_2.x.alpha": torch.tensor(-9.0)},
+            metadata=described(unet__lora_alpha=12, text_encoder__lora_alpha=1.5),
+        )
+        scales = [12 / 3, 1.5 / 3, -9 / 3]
+        expected = {
+            module: product(*pair) * scale for module, scale in zip(modules, scales, strict=True)
+        }
+        assert_updates(path, expected)
+
+    @pytest.mark.parametrize("prefix", ["", "transformer."])
+    def test_follows_patterns_and_rslora(self, pair, save, assert_updates, prefix):
+        modules = [f"{prefix}transformer_blocks.{n}.ff" for n in (0, 1)]
+        settings = {
+            f"{prefix}r": 64,
+            f"{prefix}lora_alpha": 12,
+            f"{prefix}rank_pattern": {"transformer_blocks.1.ff": 32},
+            f"{prefix}alpha_pattern": {"^transformer_blocks.1.ff": 24},
+            f"{prefix}use_rslora": True,
+        }
+        path = save(
+            self.tensors(pair, *modules),
+            metadata={"lora_adapter_metadata": json.dumps(settings)},
+        )
+        expected = {
+            module: product(*pair) * alpha / 3**0.5
+            for module, alpha in zip(modules, (12, 24), strict=True)
+        }
+        assert_updates(path, expected)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{", "no JSON"),
+            ("[" * 100_000, "nested too deeply"),
+            ("[1]", "no mapping"),
+            ('{"transformer.lora_alpha": "8"}', "lora_alpha is '8'"),
+            ('{"transformer.lora_alpha": NaN}', "lora_alpha is nan"),
+            ('"' + "a" * 2**20 + '"', "at most 1048576"),
+        ],
+        ids=range(6),
+    )
+    def test_metadata_that_make_no_sense_are_refused(self, pair, save, refusal, text, message):
+        tensors = self.tensors(pair, "transformer.x")
+        assert message in refusal(save(tensors, metadata={"lora_adapter_metadata": text}))
+
+    def test_metadata_alone_tell_the_format(self, pair, save, scan):
+        path = save(self.tensors(pair, "blocks.0.q"), metadata=described(lora_alpha=6))
+        report = scan(path)
+        assert (report.format, report.scales) == ("diffusers", (2,))
+
+
+@pytest.mark.parametrize("ending", ["", ".weight"])
+def test_magnitude_of_dora(pair, normal, save, scan, ending):
+    tensors = {
+        f"unet.{BLOCK}.to_q.lora_{role}.weight": x for role, x in zip("AB", pair, strict=True)
+    }
+    tensors[f"unet.{BLOCK}.to_q.lora_magnitude_vector{ending}"] = normal(5)
+    assert scan(save(tensors)).side == ((f"unet.{BLOCK}.to_q:magnitude_out", 5),)
+
+
+def test_language_model_is_no_transformer_of_diffusers(pair, save, refusal):
+    tensors = {f"transformer.h.0.attn.lora_{x}.weight": y for x, y in zip("AB", pair, strict=True)}
+    assert "pass scale=" in refusal(save(tensors))
+
+
+def test_configuration_of_peft_beside_it_counts(pair, save, scan):
+    tensors = {f"unet.{BLOCK}.to_q.lora_{x}.weight": y for x, y in zip("AB", pair, strict=True)}
+    report = scan(save(tensors, {"peft_type": "LORA", "lora_alpha": 6}))
+    assert (report.format, report.scales) == ("peft", (2,))
+
+
+@pytest.mark.parametrize(
+    "folder", [PROCESSORS] if PROCESSORS.is_dir() else [], ids=lambda path: path.name
+)
+class TestRealPair:
+    """Two snapshots of one training, so that shapes are the same and numbers are not."""
+
+    def test_a_pickle_gives_what_torch_loads(self, folder, save):
+        pickled = folder / "pytorch_lora_weights.bin"
+        loaded = torch.load(pickled, map_location="cpu", weights_only=True)
+        X = read_adapters([pickled, save(loaded)], allow_torch_zip=True)
+        np.testing.assert_array_equal(*X.read())
+        down, up = (
+            loaded[f"{BLOCK}.processor.to_q_lora.{role}.weight"].numpy() for role in ("down", "up")
+        )
+        U, V = X[0][f"unet.{BLOCK}.to_q"]
+        np.testing.assert_array_equal(U, up)
+        np.testing.assert_array_equal(V, down.T)
+
+    def test_both_make_one_collection(self, folder):
+        names = "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"
+        X = read_adapters([folder / name for name in names], allow_torch_zip=True)
+        assert X.ranks.tolist() == [[4] * 128] * 2
+        assert list(X[0]) == list(X[1])
+
+    def test_in_a_folder_the_pickle_is_passed_by(self, folder):
+        [id] = read_adapters(folder).ids
+        assert id.endswith(".safetensors")

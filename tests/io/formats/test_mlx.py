@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+import torch
+
+from sklora.io import read_adapters
+
+MODULE = "model.layers.0.self_attn.q_proj"
+CONFIG = {"model": "/Users/me/models/Qwen", "lora_parameters": {"rank": 64, "scale": 10.0}}
+
+
+def tensors(a, b):
+    return {f"{MODULE}.lora_a": a, f"{MODULE}.lora_b": b}
+
+
+@pytest.fixture
+def pair(normal):
+    """A (in, r) and b (r, out) of an update (5, 4) of rank 3."""
+    return normal(4, 3), normal(3, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [10.0, -0.5, 1])
+def test_update_is_scale_times_a_b_transposed(normal, save, assert_updates, scan, dtype, scale):
+    a, b = normal(4, 3, dtype=dtype), normal(3, 5, dtype=dtype)
+    path = save(tensors(a, b), {"lora_parameters": {"alpha": 16, "scale": scale}})
+    assert_updates(path, {MODULE: (scale * a.double() @ b.double()).T})
+    assert scan(path).format == "mlx"
+
+
+def test_default_scale_is_20(pair, save, assert_updates, scan):
+    a, b = pair
+    path = save(tensors(a, b), CONFIG | {"lora_parameters": {"rank": 3, "alpha": 16}})
+    assert_updates(path, {MODULE: 20 * (a.double() @ b.double()).T})
+    assert scan(path).base_model == "Qwen"
+
+
+@pytest.mark.parametrize("config", [None, {"model": "x"}, {"lora_parameters": None}])
+def test_without_parameters_the_scale_is_asked_for(pair, save, refusal, assert_updates, config):
+    a, b = pair
+    path = save(tensors(a, b), config)
+    why = refusal(path)
+    assert "lora_parameters" in why
+    assert "pass scale=" in why
+    assert_updates(path, {MODULE: -2 * (a.double() @ b.double()).T}, scale=-2)
+
+
+def test_old_npz(pair, tmp_path, refusal, assert_updates):
+    a, b = pair
+    path = tmp_path / "adapters.npz"
+    np.savez(path, **{name: tensor.numpy() for name, tensor in tensors(a, b).items()})
+    assert "pass scale=" in refusal(path)
+    assert_updates(path, {MODULE: 20 * (a.double() @ b.double()).T}, scale=20)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [({"scale": "10"}, "scale is '10'"), ([1], "must be a mapping"), ({"scale": None}, "None")],
+)
+def test_parameters_that_make_no_sense_are_refused(pair, save, refusal, parameters, message):
+    assert message in refusal(save(tensors(*pair), {"lora_parameters": parameters}))
+
+
+def test_magnitude_of_dora(pair, normal, save):
+    magnitude = normal(5)
+    X = read_adapters(save(tensors(*pair) | {f"{MODULE}.m": magnitude}, CONFIG))
+    np.testing.assert_array_equal(X[0].side[f"{MODULE}:magnitude_out"], magnitude)
+
+
+def test_stacked_experts_are_refused(normal, save, refusal):
+    path = save(tensors(normal(8, 3, 4), normal(8, 5, 3)), CONFIG)
+    assert "a (8, 3, 4), b (8, 5, 3) do not fit" in refusal(path)

@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from sklora.io.formats import FORMATS
+
+LORA = {"lora_unet_x.lora_down.weight": (3, 4), "lora_unet_x.lora_up.weight": (5, 3)}
+
+REFUSED = {
+    "lora_unet_x.oft_diag": "OFT rotates",
+    "lora_te_x.oft_blocks": "OFT rotates",
+    "base_model.model.q.oft_R.weight": "OFT rotates",
+    "lora_unet_x.boft_blocks": "BOFT rotates",
+    "base_model.model.q.boft_R": "BOFT rotates",
+    "base_model.model.q.ia3_l": "IA3 multiplies",
+    "lora_unet_x.on_input": "IA3 multiplies",
+    "base_model.model.q.hira_A": "HiRA multiplies",
+    "base_model.model.q.vera_lambda_b": "input width of each module",
+    "base_model.model.q.fourierft_spectrum": "full rank",
+    "lora_unet_x.a1.weight": "GLoRA multiplies",
+    "layers.0.attn.q_proj.lora_a.weight": "after its export to PEFT",
+}
+
+
+@pytest.mark.parametrize(("name", "reason"), REFUSED.items())
+@pytest.mark.parametrize("beside", [{}, LORA], ids=["alone", "beside LoRA"])
+def test_other_methods_are_refused_by_name(normal, save, refusal, name, reason, beside):
+    tensors = {key: normal(*shape) for key, shape in beside.items()}
+    why = refusal(save(tensors | {name: normal(2, 3)}))
+    assert why.startswith(f"tensor {name!r}: ")
+    assert reason in why
+
+
+@pytest.mark.parametrize(
+    "names", [["a", "b"], ["model.weight"], ["x" * 900], ["q.lora_C.weight"], ["lora_A.weight"]]
+)
+def test_unknown_keys_are_refused_with_some_of_them_and_the_remedy(normal, save, refusal, names):
+    why = refusal(save({name: normal(2, 3) for name in names}))
+    assert f"its {len(names)} tensors are those of no adapter" in why
+    assert names[0][:20] in why
+    assert "pass keys=" in why
+    assert len(why) < 500
+
+
+def test_file_without_tensors_is_refused(save, refusal):
+    assert "its 0 tensors" in refusal(save({}))
+
+
+@pytest.mark.parametrize(
+    ("names", "format"),
+    [
+        (["lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight"], "kohya"),
+        (["x.lora_down.weight", "x.lora_up.weight"], "kohya"),
+        (["lycoris_x.lora_down.weight", "lycoris_x.lora_up.weight"], "kohya"),
+        (["unet.x.lora.down.weight", "unet.x.lora.up.weight"], "diffusers"),
+        (["diffusion_model.x.lora_A.weight", "diffusion_model.x.lora_B.weight"], "diffusers"),
+        (["unet:0:down", "unet:0:up"], "cloneofsimo"),
+    ],
+)
+def test_format_is_told_by_keys(save, scan, names, format):
+    down, up = names
+    assert scan(save({down: torch.ones(3, 4), up: torch.ones(5, 3)})).format == format
+
+
+@pytest.mark.parametrize("marker", ["lora_down.weight", "hada_w1_a", "lora_a", "lora_A.weight"])
+def test_format_without_a_complete_module_is_refused(normal, save, refusal, marker):
+    assert "and no more" in refusal(save({f"lora_unet_x.{marker}": normal(2, 3)}), scale=1)
+
+
+def test_every_format_states_its_scale_and_source():
+    modules = {format.plan.__module__ for format in FORMATS}
+    assert len(modules) == 10
+    for name in modules:
+        doc = __import__(name, fromlist=["__doc__"]).__doc__
+        assert "Scale" in doc
+        assert "`" in doc or name.endswith("custom")

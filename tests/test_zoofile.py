@@ -1,0 +1,549 @@
+import errno
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import sklearn
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from sklearn.base import clone
+from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+
+from sklora import _stores, _zoofile
+from sklora._stores import ArrayStore, MemmapStore
+from sklora.collection import LoRACollection, LoRALayout
+from sklora.estimators import GLNetClassifier, MLPNetClassifier
+from sklora.transform import DenseProduct, GLEquivariantProjection, OAlign, SVDSpectrum
+
+LAYOUT = LoRALayout(
+    [("q", 3, 2, 2), ("v", 2, 2, 1)], side=[("scale", 1), ("magnitude", 2)], base_model="sd"
+)
+RANKS = np.array([[2, 1], [1, 0], [0, 1], [2, 0], [1, 1], [0, 0], [2, 1]])
+DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
+
+
+def adapters(dtype=np.float32, ids=None):
+    """Seven adapters of mixed ranks, with side features, of numbers that use every bit."""
+    rng = np.random.default_rng(0)
+    flat = rng.normal(size=(7, LAYOUT.width))
+    for position in range(LAYOUT.n_modules):
+        for factor in LAYOUT._factors_at(flat, position):
+            factor[:] *= np.arange(factor.shape[-1]) < RANKS[:, position, None, None]
+    return LoRACollection.from_array(flat.astype(dtype), LAYOUT, ranks=RANKS, ids=ids)
+
+
+def assert_same(found, expected):
+    assert found.layout == expected.layout
+    assert found.read().tobytes() == expected.read().tobytes()
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found.ranks, expected.ranks)
+    np.testing.assert_array_equal(found.ids, expected.ids)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "zoo.safetensors"
+
+
+def small_memory(X, n_rows):
+    """A working memory that holds so many rows, of three copies each."""
+    return sklearn.config_context(working_memory=3.5 * n_rows * X.nbytes / len(X) / 2**20)
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("ids", [None, list("abcdefg"), ["é", "\ud800", '"', "", *"xyz"]])
+    def test_same_bits_in_the_same_precision(self, path, dtype, ids):
+        X = adapters(dtype, ids)
+        with small_memory(X, 2):
+            X.save(path)
+        opened = LoRACollection.open(path)
+        assert_same(opened, X)
+        assert isinstance(opened._store, MemmapStore)
+        assert opened._store.span.dtype == dtype
+        assert path.stat().st_size < X._store.array.nbytes + 1000
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("key", [slice(1, 5), slice(None, None, -2), [3, 3, 0], slice(0, 0)])
+    def test_views(self, path, dtype, key):
+        X = adapters(dtype, list("abcdefg"))[key]
+        X.save(path)
+        if len(X):
+            assert_same(LoRACollection.open(path), X)
+        else:
+            assert LoRACollection.open(path).shape == (0, LAYOUT.width)
+        LoRACollection.open(str(path))[::-1].save(path)
+        np.testing.assert_array_equal(LoRACollection.open(path).read(), X[::-1].read())
+
+    def test_views_of_other_ranks(self, path):
+        X = adapters(np.float16).with_layout(LAYOUT.with_ranks([4, 3]))[2:]
+        X.save(path)
+        assert_same(LoRACollection.open(path), X)
+
+    @pytest.mark.parametrize(
+        ("stored", "written"),
+        [(">f4", "<f4"), (">f2", "<f2"), (np.int8, "<f4"), (np.int64, "<f8"), (bool, "<f4")],
+    )
+    def test_other_numbers_become_what_they_are_read_as(self, path, stored, written):
+        flat = np.arange(14).reshape(2, 7).astype(stored)
+        X = LoRACollection.from_array(flat, LoRALayout([("q", 3, 4, 1)]))
+        X.save(path)
+        opened = LoRACollection.open(path)
+        assert opened._store.span.dtype == written
+        np.testing.assert_array_equal(opened.read(), flat)
+
+    def test_plain_rows(self, path):
+        X = LoRACollection.from_array(np.ones((3, 4)), LoRALayout.rows(4))
+        X.save(path)
+        assert LoRACollection.open(path).layout.has_plain_rows
+        assert_same(LoRACollection.open(path), X)
+
+    def test_numbers_that_are_not_finite_are_left_to_whoever_uses_them(self, path):
+        flat = np.array([[np.nan, np.inf, -0.0]], np.float16)
+        LoRACollection.from_array(flat, LoRALayout.rows(3)).save(path)
+        X = LoRACollection.open(path)
+        assert np.signbit(X.read()[0, 2])
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            SVDSpectrum().fit(X)
+
+    @pytest.mark.parametrize(
+        "ids",
+        [
+            [-5, 2**40],
+            np.array([1, 2**64 - 1], np.uint64),
+            np.array(["a", "b"], object),
+            np.array([3, 4], np.int8),
+        ],
+    )
+    def test_ids(self, path, ids):
+        X = LoRACollection.from_array(np.ones((2, 3)), LoRALayout.rows(3), ids=ids)
+        X.save(path)
+        assert LoRACollection.open(path).ids.tolist() == list(ids)
+
+    @pytest.mark.parametrize(
+        "ids",
+        [
+            [0.5, 1.5],
+            [True, False],
+            np.array(["a", 1], object),
+            np.array([2**70, 1], object),
+            np.array(["a\0", "b"], object),
+            np.array(["a", "b" * 2**29], object),
+        ],
+        ids=["floats", "booleans", "mixed", "huge", "NUL", "long"],
+    )
+    def test_other_ids_are_refused(self, tmp_path, path, ids):
+        X = LoRACollection.from_array(np.ones((2, 3)), LoRALayout.rows(3), ids=ids)
+        with pytest.raises(ValueError, match=r"ids .* make the collection with other ids="):
+            X.save(path)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_base_model_that_is_no_string(self, path):
+        layout = LoRALayout([("q", 1, 1, 1)], base_model=7)
+        with pytest.raises(ValueError, match="base_model is 7, which is no string"):
+            LoRACollection.from_array(np.ones((2, 2)), layout).save(path)
+
+
+class TestFormat:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_other_readers_of_safetensors(self, path, dtype):
+        X = adapters(dtype)
+        X.save(path)
+        with safe_open(path, framework="pt") as file:
+            assert set(file.keys()) == {"weights", "ranks", "ids"}
+            assert file.metadata()["format"] == "sklora zoo"
+            assert file.metadata()["version"] == "1"
+            weights = file.get_tensor("weights").to(getattr(torch, str(X.dtype)))
+            np.testing.assert_array_equal(weights, X.read())
+            np.testing.assert_array_equal(file.get_tensor("ranks"), RANKS)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_tensors_are_aligned(self, path, dtype):
+        adapters(dtype).save(path)
+        data = path.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        assert size % 8 == 0
+        for name, itemsize in (("weights", np.dtype(dtype).itemsize), ("ranks", 4)):
+            assert header[name]["data_offsets"][0] % itemsize == 0
+
+    def test_permissions_are_those_of_any_new_file(self, path, tmp_path):
+        adapters().save(path)
+        (tmp_path / "other").touch()
+        assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+class FailingStore(ArrayStore):
+    """Gives some blocks and then raises."""
+
+    error: BaseException | None = None
+
+    def read(self, rows):
+        if self.error is not None and rows.start >= 3:
+            raise self.error
+        return super().read(rows)
+
+
+@pytest.fixture
+def failing():
+    X = adapters()
+    return LoRACollection(FailingStore(X._store.array, LAYOUT, X.ranks, X.ids))
+
+
+class TestInterrupted:
+    @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("gone"), MemoryError()])
+    def test_what_was_there_stays(self, tmp_path, path, failing, error):
+        failing[::-1].save(path)
+        before = path.read_bytes()
+        failing._store.error = error
+        with small_memory(failing, 1), pytest.raises(type(error)):
+            failing.save(path)
+        assert path.read_bytes() == before
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_a_full_disk(self, tmp_path, path, monkeypatch):
+        def full(file):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(_zoofile.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            adapters().save(path)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+    def test_a_disk_that_is_full_while_blocks_are_written(self, tmp_path, path, monkeypatch):
+        def on_a_full_disk(name, mode):
+            open(name, mode).close()
+            return open("/dev/full", "wb", buffering=0)
+
+        monkeypatch.setattr(_zoofile, "open", on_a_full_disk, raising=False)
+        with pytest.raises(OSError, match="No space left"):
+            adapters().save(path)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+    def test_a_process_that_is_killed(self, tmp_path, path):
+        script = f"""
+import os, signal, sys
+import numpy as np, sklearn
+from sklora import LoRACollection, LoRALayout
+from sklora._stores import ArrayStore
+
+class Killed(ArrayStore):
+    def read(self, rows):
+        if rows.start >= 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(rows)
+
+X = LoRACollection.from_array(np.ones((7, 4)), LoRALayout.rows(4))
+X = LoRACollection(Killed(X._store.array, X.layout, X.ranks, X.ids))
+with sklearn.config_context(working_memory=1e-6):
+    X.save({str(path)!r})
+"""
+        done = subprocess.run([sys.executable, "-c", script], check=False)
+        assert done.returncode == -signal.SIGKILL
+        assert not path.exists()
+        [left] = tmp_path.iterdir()
+        assert left.name.startswith("zoo.safetensors.")
+        assert left.suffix == ".tmp"
+
+    def test_onto_the_file_that_it_is_mapped_from(self, tmp_path, path):
+        X = adapters()
+        X.save(path)
+        opened = LoRACollection.open(path)
+        opened[[6, 0]].save(path)
+        assert_same(opened, X)
+        assert_same(LoRACollection.open(path), LoRACollection.open(path)[:])
+        np.testing.assert_array_equal(LoRACollection.open(path).read(), X.read([6, 0]))
+        assert list(tmp_path.iterdir()) == [path]
+        for view in (opened, opened[1:3]):
+            with pytest.raises(ValueError, match=r"zoo.safetensors is another file .* make it ag"):
+                pickle.dumps(view)
+
+    def test_through_a_link(self, tmp_path, path):
+        (tmp_path / "link").symlink_to(path)
+        adapters().save(tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        assert_same(LoRACollection.open(path), adapters())
+
+    def test_folders(self, tmp_path):
+        with pytest.raises(ValueError, match="is a folder; name a file in it"):
+            adapters().save(tmp_path)
+        with pytest.raises(ValueError, match=r"is a folder; name a file .*read_adapters"):
+            LoRACollection.open(tmp_path)
+        with pytest.raises(FileNotFoundError):
+            adapters().save(tmp_path / "missing" / "zoo")
+        with pytest.raises(FileNotFoundError):
+            LoRACollection.open(tmp_path / "missing")
+
+
+def edited(path, edit):
+    """Rewrite the header of a zoo; `edit` changes the decoded one in place."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    text = edit(header) or json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+
+def with_layout(**changes):
+    def edit(header):
+        layout = json.loads(header["__metadata__"]["layout"])
+        header["__metadata__"]["layout"] = json.dumps({**layout, **changes})
+
+    return edit
+
+
+def with_metadata(**changes):
+    return lambda header: header["__metadata__"].update(changes)
+
+
+def swapped(name, **changes):
+    return lambda header: header[name].update(changes)
+
+
+class TestHostileFiles:
+    @pytest.fixture
+    def zoo(self, path):
+        adapters().save(path)
+        return path
+
+    @pytest.mark.parametrize("size", [0, 5, 8, 100, -1, -200])
+    def test_cut_off(self, zoo, size):
+        zoo.write_bytes(zoo.read_bytes()[:size])
+        with pytest.raises(ValueError, match=r"zoo.safetensors is damaged.*io\.read_adapters"):
+            LoRACollection.open(zoo)
+
+    def test_a_single_adapter(self, path):
+        save_file({"q.lora_A.weight": np.ones((2, 3))}, path, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"no zoo .* single adapter.* sklora\.io\.read_ad"):
+            LoRACollection.open(path)
+        save_file({"q.lora_A.weight": np.ones((2, 3))}, path)
+        with pytest.raises(ValueError, match="no zoo"):
+            LoRACollection.open(path)
+
+    def test_another_version(self, zoo):
+        edited(zoo, with_metadata(version="2"))
+        with pytest.raises(ValueError, match=r"version '2', .* reads version 1; upgrade sklora"):
+            LoRACollection.open(zoo)
+
+    @pytest.mark.parametrize(
+        ("edit", "message"),
+        [
+            (with_metadata(layout="{"), "Expecting property name"),
+            (with_metadata(layout="[" * 100_000), "recursion"),
+            (with_metadata(layout="[]"), r"the layout in its metadata is '\[\]'"),
+            (with_metadata(layout=""), "Expecting value"),
+            (with_metadata(layout='{"a": 1, "a": 2}'), "a name stands twice"),
+            (with_layout(base_model=3), "base_model is 3, which is no string"),
+            (with_layout(modules=[]), "at least one module"),
+            (with_layout(modules=3), "not iterable"),
+            (with_layout(modules=[["q", 3, 2]]), "described by"),
+            (with_layout(modules=[["q", 3, 2, -2]]), "at least 1, got -2"),
+            (with_layout(modules=[["q", 3, 2, 1.0]]), "must be an integer"),
+            (with_layout(side=[["scale", 10**30]]), "weights has dtype F32"),
+            (with_layout(side=[]), r"weights .* shape \(7, 17\), but .*\(7, 14\) are expected"),
+            (with_layout(has_plain_rows=True), "which is no plain row"),
+            (
+                with_layout(modules=[["q", 17, 1, 1]], side=[], has_plain_rows=True),
+                "which is no plain row",
+            ),
+            (swapped("weights", dtype="I32"), "weights has dtype I32"),
+            (swapped("weights", shape=[17, 7]), r"weights has dtype F32 and shape \(17, 7\)"),
+            (swapped("weights", shape=[119]), r"shape \(119,\)"),
+            (swapped("weights", shape=[]), "damaged"),
+            (swapped("weights", data_offsets=[0, 10**9]), "damaged"),
+            (swapped("weights", data_offsets=[8, 484]), "damaged"),
+            (swapped("ranks", dtype="F32"), "ranks has dtype F32"),
+            (swapped("ranks", shape=[2, 7]), r"ranks has dtype I32 and shape \(2, 7\)"),
+            (swapped("ids", dtype="I8"), "ids has dtype I8"),
+            (swapped("ids", shape=[1, 21]), r"ids has dtype U8 and shape \(1, 21\)"),
+            (lambda header: header.update(more=header.pop("ids")), "it has the tensors"),
+            (lambda header: b'{"a": 1, "a": 1}', "damaged"),
+            (lambda header: b"[]", "damaged"),
+            (lambda header: json.dumps(header).encode().replace(b'"ids"', b'"ranks"'), "damaged"),
+        ],
+    )
+    def test_headers(self, zoo, edit, message):
+        edited(zoo, edit)
+        with pytest.raises(ValueError, match=rf"(?s)zoo.safetensors .*{message}"):
+            LoRACollection.open(zoo)
+
+    def test_a_plain_row_with_a_base_model(self, path):
+        LoRACollection.from_array(np.ones((3, 4)), LoRALayout.rows(4)).save(path)
+        edited(path, with_layout(base_model="sd"))
+        with pytest.raises(ValueError, match="which is no plain row"):
+            LoRACollection.open(path)
+
+    @pytest.mark.parametrize("ranks", [[3, 1], [-1, 1]])
+    def test_ranks_beyond_the_layout(self, zoo, ranks):
+        data = zoo.read_bytes()
+        old, new = (np.array(pair, "<i4").tobytes() for pair in ([2, 1], ranks))
+        zoo.write_bytes(data.replace(old, new, 1))
+        with pytest.raises(ValueError, match=r"adapter 0 is said to have rank .* in module 'q'"):
+            LoRACollection.open(zoo)
+
+    @pytest.mark.parametrize(
+        ("ids", "message"),
+        [
+            ("[0, 1, 2, 3, 4, 5]   ", "no list of 7"),
+            ('{"a": [1, 2, 3, 4]}  ', "no list of 7"),
+            ("[0, 1, 2, 3, 4, 5, 1.", "Expecting"),
+            ("[0,1,2,3, 4, 5,  6.5]", "neither all integers nor all strings"),
+            ('[0,1,2,3,4,5,   "6" ]', "neither all integers nor all strings"),
+            ("[[0],1,2,3,4, 5, 600]", "neither all integers nor all strings"),
+            ("[0,1,2,3,4,5,3E100  ]", "neither all integers nor all strings"),
+        ],
+    )
+    def test_ids(self, zoo, ids, message):
+        zoo.write_bytes(zoo.read_bytes().replace(b"[0, 1, 2, 3, 4, 5, 6]", ids.encode()))
+        with pytest.raises(ValueError, match=message):
+            LoRACollection.open(zoo)
+
+    def test_ids_that_would_fill_the_memory(self, zoo, monkeypatch):
+        adapters(ids=["a" * 100, *"bcdefg"]).save(zoo)
+        monkeypatch.setattr(_zoofile, "_MAX_ID_BYTES", 1000)
+        with pytest.raises(ValueError, match="ids are too long"):
+            LoRACollection.open(zoo)
+
+    @given(
+        st.lists(st.tuples(st.integers(0, 700), st.integers(0, 255)), min_size=1, max_size=4),
+    )
+    def test_damaged_bytes(self, tmp_path_factory, changes):
+        path = tmp_path_factory.mktemp("zoos") / "zoo"
+        adapters().save(path)
+        data = bytearray(path.read_bytes())
+        for place, value in changes:
+            data[place % len(data)] = value
+        path.write_bytes(data)
+        try:
+            X = LoRACollection.open(path)
+        except ValueError:
+            return
+        assert X.read().shape == X.shape == (7, LAYOUT.width)
+        assert (X.ranks <= LAYOUT.ranks).all()
+        assert len(X.ids) == 7
+
+
+@pytest.fixture
+def loras(random_loras, rng):
+    """Forty adapters of mixed ranks, of which the first has the largest."""
+    ranks = rng.integers(0, 4, size=(40, 3))
+    ranks[0] = 3
+    return random_loras(rng, 40, rank=ranks, dtype=np.float32)
+
+
+@pytest.fixture
+def opened(loras, path):
+    loras.save(path)
+    return LoRACollection.open(path)
+
+
+class TestStreaming:
+    @pytest.mark.parametrize(
+        "featurizer",
+        [
+            SVDSpectrum(),
+            OAlign(template=0),
+            DenseProduct(),
+            GLEquivariantProjection(3, random_state=0),
+            GLEquivariantProjection(3, method="hosvd"),
+        ],
+        ids=str,
+    )
+    def test_featurizers(self, loras, opened, featurizer):
+        with small_memory(loras, 60):
+            assert len(list(opened.iter_blocks(24 * loras.layout.width))) > 1
+            found = np.asarray(clone(featurizer).fit_transform(opened))
+            np.testing.assert_array_equal(found, clone(featurizer).fit_transform(loras))
+        # Other blocks are other batches of the same products: to the rounding of float32.
+        expected = np.asarray(clone(featurizer).fit_transform(loras))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("network", [GLNetClassifier, MLPNetClassifier])
+    def test_training_is_the_same_to_the_bit(self, loras, opened, network):
+        y = np.arange(40) % 2
+        models = [
+            network(max_epochs=3, random_state=0, device="cpu").fit(X, y) for X in (loras, opened)
+        ]
+        for name, weights in models[0].weights_.items():
+            assert weights.tobytes() == models[1].weights_[name].tobytes()
+        np.testing.assert_array_equal(
+            models[0].predict_proba(loras), models[1].predict_proba(opened)
+        )
+
+    @pytest.mark.parametrize("network", [GLNetClassifier, MLPNetClassifier])
+    def test_training_reads_batches_and_blocks_alone(self, loras, opened, network, monkeypatch):
+        sizes, read = [], MemmapStore.read
+
+        def counting(store, rows):
+            flat = read(store, rows)
+            sizes.append(len(flat))
+            return flat
+
+        monkeypatch.setattr(MemmapStore, "read", counting)
+        model = network(max_epochs=2, batch_size=8, random_state=0, device="cpu")
+        with small_memory(loras, 8):
+            model.fit(opened, np.arange(40) % 2).predict(opened)
+        assert max(sizes) <= 10
+
+    def test_a_pickle_holds_the_path_and_not_the_weights(self, path):
+        rows = np.random.default_rng(0).normal(size=(1000, 40))
+        LoRACollection.from_array(rows, LoRALayout.rows(40)).save(path)
+        X = LoRACollection.open(path)
+        assert len(pickle.dumps(X)) < 10_000 < rows.nbytes
+        assert len(pickle.dumps(X[:10])) < 2_000
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(X[::2])).read(), rows[::2])
+
+    def test_processes_of_a_search_map_the_file(self, loras, opened):
+        y = np.arange(40) % 2
+        model = make_pipeline(
+            SVDSpectrum(), MLPNetClassifier(max_epochs=2, random_state=0, device="cpu")
+        )
+        scores = [
+            cross_val_score(model, X, y, cv=2, n_jobs=n) for X, n in ((opened, 2), (loras, 1))
+        ]
+        np.testing.assert_array_equal(*scores)
+
+
+LARGE = """
+import resource, sys
+from sklora import GLEquivariantProjection, LoRACollection, SVDSpectrum
+
+X = LoRACollection.open(sys.argv[1])
+assert X.nbytes > 3e9
+SVDSpectrum(device="cpu").fit_transform(X)
+GLEquivariantProjection(4, device="cpu").fit_transform(X)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+def test_memory_stays_within_the_promise(path):
+    layout = LoRALayout([("q", 2**14, 2**14, 4)])
+    n_adapters = 3 * 10**9 // layout.width // 4 + 1
+
+    class Store(ArrayStore):
+        def read(self, rows):
+            return super().read(np.zeros(len(self.ids[rows]), np.intp))
+
+    rows = np.random.default_rng(0).normal(size=(1, layout.width)).astype(np.float32)
+    ranks = np.broadcast_to(np.array(layout.ranks), (n_adapters, 1))
+    X = LoRACollection(Store(rows, layout, ranks, np.arange(n_adapters)))
+    X.save(path)
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE, str(path)], check=True, stdout=subprocess.PIPE
+    )
+    assert float(done.stdout) < 1.5e9 / 2**30
+    assert _stores.FileSpan.of(LoRACollection.open(path)._store._array) is not None
