@@ -45,7 +45,12 @@ class RandomStore:
 
 
 def peak_memory():
-    """Peak resident memory of this process in GB; macOS counts bytes, Linux KiB."""
+    """Peak resident memory of this process in GB."""
+    if sys.platform == "linux":
+        # ru_maxrss would begin at that of the process that started this one.
+        with open("/proc/self/status") as status:
+            lines = dict(line.split(":", 1) for line in status)
+        return int(lines["VmHWM"].split()[0]) * 1024 / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 

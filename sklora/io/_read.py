@@ -6,7 +6,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -351,8 +351,8 @@ class _Reader:
         extra += header.side.keys() - self._sides.keys()
         if extra and self._extra_is_error:
             raise ValueError(
-                f"{shown(min(extra))} is not in the layout, nor are {len(extra) - 1} others; pass "
-                "on_extra='ignore' to pass them by."
+                f"it has {_first_of(extra)}, which the layout lacks; pass on_extra='ignore' to "
+                "pass such by."
             )
         self._check_missing(header)
 
@@ -361,8 +361,7 @@ class _Reader:
         missing += self._sides.keys() - header.side.keys()
         if missing and self._missing_is_error:
             raise ValueError(
-                f"it lacks {shown(min(missing))} and {len(missing) - 1} others; pass "
-                "on_missing='zero' to take them as zero."
+                f"it lacks {_first_of(missing)}; pass on_missing='zero' to take such as zero."
             )
 
     def _incomplete(self) -> dict[str, AdapterError]:
@@ -392,6 +391,11 @@ def _header(found: Found, adapter: OpenAdapter) -> _Header:
     side = {name: size for name, _, size in adapter.plan.side}
     id = found.path.replace(os.sep, "/")
     return _Header(located(found), id, modules, side, adapter.plan.base_model, adapter.dtype)
+
+
+def _first_of(names: Collection[str]) -> str:
+    more = f" and {len(names) - 1} others" if len(names) > 1 else ""
+    return shown(min(names, key=natural_order)) + more
 
 
 def natural_order(name: str) -> tuple[list[str | int], str]:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sklora.io import _pattern
 from sklora.io._errors import Refusal
-from sklora.io._pattern import matches_module
+from sklora.io._pattern import matches_module, matching_work
 
 LETTERS = "ab0._-"
 
@@ -180,3 +180,18 @@ def test_a_message_shows_a_hostile_pattern_escaped_and_short(pattern):
         matches_module(pattern, "a")
     assert str(refusal.value).isprintable()
     assert len(str(refusal.value)) < 500
+
+
+def test_work_of_plain_keys_is_one_step_a_module():
+    assert matching_work(["q_proj", r"layers\.0\.q_proj"], ["a.q_proj", "b", "c"]) == 6
+
+
+def test_work_grows_with_repeats_and_letters():
+    once = matching_work(["(a|b)"], ["x" * 10])
+    assert matching_work(["(a|b){50}"], ["x" * 10]) > 10 * once
+    assert matching_work(["(a|b)"], ["x" * 1000]) > 40 * once
+
+
+def test_work_of_what_is_no_pattern_is_refused():
+    with pytest.raises(Refusal, match="no string"):
+        matching_work([3], ["q"])

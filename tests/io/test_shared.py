@@ -173,13 +173,15 @@ class TestSamFamily:
     @pytest.mark.parametrize("architecture", ["svd", "dense", "gl-net"])
     @pytest.mark.parametrize("task", ["classification", "regression"])
     def test_architectures_fit_and_predict(self, X, ranks, architecture, task):
+        small = {}
         if architecture == "dense":
-            # An update has 590,000 entries or more: two modules are enough.
+            # An update has 590,000 entries or more.
+            small = {"model__hidden_dim": 4}
             layout = LoRALayout(X.layout.modules[:2])
             X = read_adapters([sam(rank) for rank in ranks], keys=SAM_KEYS, layout=layout)
         y = [0, 1, 0] if task == "classification" else [2.0, 4.0, 8.0]
         model = make_architecture(architecture, task, device="cpu", random_state=0)
-        model.set_params(model__max_epochs=2)
+        model.set_params(model__max_epochs=2, **small)
         predicted = model.fit(X, y).predict(X)
         assert predicted.shape == (3,)
         assert np.isfinite(predicted).all()

@@ -21,7 +21,7 @@ from sklora.io._build import (
 )
 from sklora.io._errors import Refusal
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
-from sklora.io.formats.peft import scale_of_config
+from sklora.io.formats.peft import check_patterns, scale_of_config
 
 _SUFFIXES = {
     "down.weight": "down",
@@ -56,6 +56,8 @@ def _matches(source: Source, options: ReadOptions) -> bool:
 def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     modules, rest = by_module(source.tensors, _SUFFIXES, strip=(".lora", ".lora_linear_layer"))
     settings = _settings(source.metadata)
+    for config in settings.values():
+        check_patterns(config, list(modules))
 
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
         for component, config in settings.items():

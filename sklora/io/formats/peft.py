@@ -11,7 +11,7 @@ Scale: alpha/r, or alpha/sqrt(r) with ``use_rslora`` (`peft/tuners/lora/layer.py
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sklora.io._build import (
@@ -24,7 +24,7 @@ from sklora.io._build import (
     stated_scale,
 )
 from sklora.io._errors import Refusal, shown
-from sklora.io._pattern import matches_module
+from sklora.io._pattern import matches_module, matching_work
 from sklora.io._plan import AdapterPlan, Format, ModulePlan, ReadOptions, Scale, Source
 
 PREFIX = "base_model.model."
@@ -43,6 +43,7 @@ _ROLES = {
         )
     },
 }
+MAX_MATCHING = 2 * 10**7
 _TYPES = ("LORA", "ADALORA", "LOHA", "LOKR")
 # These leave the base model as it is, so that B A is the whole update.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "true", "false")
@@ -86,6 +87,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
         )
         return plan
     _check_config(config)
+    check_patterns(config, list(modules))
 
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
         return Scale(_scale(config, path.removeprefix(PREFIX), tensors, dimension))
@@ -196,6 +198,24 @@ def _rank(rank: int | None) -> int:
     if not rank or rank < 1:
         raise Refusal(f"a module has rank {rank}; a rank is at least 1.")
     return rank
+
+
+def check_patterns(config: Mapping[str, Any], modules: Sequence[str]) -> None:
+    """Check that matching the patterns of a configuration with all modules takes seconds at most.
+
+    Raises
+    ------
+    Refusal
+        When it may take longer, or a pattern cannot be matched.
+    """
+    tables = [config.get(name) for name in ("rank_pattern", "alpha_pattern")]
+    patterns = [key for table in tables if isinstance(table, Mapping) for key in table]
+    work = matching_work(patterns, modules)
+    if work > MAX_MATCHING:
+        raise Refusal(
+            f"its {len(patterns)} patterns of ranks and alphas and {len(modules)} modules take "
+            f"{work:.1e} steps to match, of at most {MAX_MATCHING:.0e}; write shorter patterns."
+        )
 
 
 def pattern_value(config: Mapping[str, Any], patterns: str, default: str, module: str) -> float:

@@ -433,3 +433,12 @@ def test_every_unknown_type_is_refused_whatever_the_tensors(normal, save, refusa
     why = refusal(path)
     assert why.startswith("peft_type 'PROMPT_TUNING'")
     assert "LORA, ADALORA, LOHA, LOKR" in why
+
+
+def test_patterns_that_take_too_long_to_match_are_refused(normal, save):
+    tensors = {}
+    for place in range(40):
+        tensors |= linear(f"{'x' * 300}.{place}", normal(1, 2), normal(2, 1))
+    patterns = {f"(.{{0,{repeats}}}){{0,8}}": 1 for repeats in range(5, 45)}
+    with pytest.raises(ValueError, match="40 patterns of ranks and alphas and 40 modules"):
+        read_adapters(save(tensors, LORA | {"alpha_pattern": patterns}))
