@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 
+import torch
+
 from sklora.cli._output import FAILED, CommandError, say
 from sklora.cli._parser import build_parser
 
@@ -57,7 +59,7 @@ def _run(args: argparse.Namespace) -> int:
         return error.code
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         say(f"error: {error}")
         return FAILED
 

@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO, NoReturn
 
@@ -132,11 +132,11 @@ class ModelCard:
 
 
 def _is_names(value: Any) -> bool:
-    return isinstance(value, Sequence) and all(type(name) is str for name in value)
+    return isinstance(value, list) and all(type(name) is str for name in value)
 
 
 def _is_classes(value: Any) -> bool:
-    kinds = {type(name) for name in value} if isinstance(value, Sequence) else set()
+    kinds = {type(name) for name in value} if isinstance(value, list) else set()
     return value is None or kinds in ({str}, {int})
 
 
@@ -297,8 +297,8 @@ def _read_pipeline(file: BinaryIO, path: str | os.PathLike[str], card: ModelCard
     file.seek(0)
     try:
         model = skops.io.load(file, trusted=list(TRUSTED_TYPES))
-    except UntrustedTypesFoundException as error:
-        types = ", ".join(sorted(map(shown, error.unsafe)))
+    except UntrustedTypesFoundException:
+        types = ", ".join(map(shown, _untrusted_types(file)))
         _refuse(path, f"it holds types that are not sklora's: {types}; do not load it")
     except Exception as error:  # the file may make skops and our own types raise anything
         _refuse(path, f"skops cannot load it ({type(error).__name__}: {shown(str(error), 200)})")
@@ -309,6 +309,14 @@ def _read_pipeline(file: BinaryIO, path: str | os.PathLike[str], card: ModelCard
     if not is_right:
         _refuse(path, f"its pipeline is not what {CARD} says")
     return model
+
+
+def _untrusted_types(file: BinaryIO) -> list[str]:
+    import skops.io
+
+    file.seek(0)
+    types = skops.io.get_untrusted_types(data=file.read())
+    return [name for name in types if name not in TRUSTED_TYPES]
 
 
 def _fits(model: Any, card: ModelCard) -> bool:
@@ -327,6 +335,7 @@ def _fits(model: Any, card: ModelCard) -> bool:
         return False
     if features != "passthrough" and not isinstance(features, known):
         return False
+    estimator._fitted_net()  # raises where weights are missing, or not of the right shape
     if card.classes is None:
         return bool(estimator.n_outputs_ == len(card.targets))
     return bool(estimator.classes_.tolist() == list(card.classes))

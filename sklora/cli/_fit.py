@@ -8,11 +8,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from sklora._saved import ModelCard, check_skops, layout_of, save_model
-from sklora.architectures import ARCHITECTURES, make_architecture
+from sklora.architectures import ARCHITECTURES
 from sklora.cli._output import OK, CommandError, few, say, table
 from sklora.cli._predictions import columns_of
 from sklora.cli._reading import check_device
-from sklora.cli._scoring import Evaluation, baseline, evaluate, make_folds, metric, score_rows
+from sklora.cli._scoring import (
+    Evaluation,
+    baseline,
+    evaluate,
+    make_folds,
+    metric,
+    new_model,
+    score_rows,
+)
 from sklora.cli._zoo import LabelledZoo, labelled_zoo, optional_parts
 
 
@@ -25,11 +33,9 @@ def run(args: argparse.Namespace) -> int:
     best = max(evaluations, key=lambda one: one.mean).architecture if evaluations else None
     architecture = best or args.architecture
     say(f"training {architecture} on all adapters")
-    task: Any = zoo.targets.task
-    model = make_architecture(architecture, task, device=args.device, random_state=args.seed)
-    model.fit(zoo.loras, zoo.targets.y)
+    model = new_model(architecture, zoo, args).fit(zoo.loras, zoo.targets.y)
     card = ModelCard(
-        task=task,
+        task=zoo.targets.task,
         targets=zoo.targets.names,
         classes=zoo.targets.classes,
         architecture=architecture,

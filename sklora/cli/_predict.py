@@ -18,6 +18,8 @@ from sklora.collection import LoRACollection, LoRALayout
 from sklora.io import AdapterError
 
 _MOST_PER_BLOCK = 256
+# What predicting for some adapters may raise. Where memory runs out, torch has but the last.
+_CANNOT = (ValueError, MemoryError, RuntimeError)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -125,7 +127,7 @@ class _Block:
                 ids=np.concatenate([one.ids for one in self._adapters]),
             )
             return predict(model, together)
-        except (ValueError, MemoryError):
+        except _CANNOT:
             # Some adapter is one that this architecture cannot take.
             return [_predict_one(model, one) for one in self._adapters]
 
@@ -139,7 +141,7 @@ class _Block:
 def _predict_one(model: Pipeline, adapter: LoRACollection) -> Prediction:
     try:
         [prediction] = predict(model, adapter)
-    except (ValueError, MemoryError) as error:
+    except _CANNOT as error:
         return _failed(str(adapter.ids[0]), error)
     return prediction
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Collection, Iterable
 from dataclasses import fields, replace
 
-from sklora.cli._output import CommandError, with_options
+from sklora.cli._output import FAILED, CommandError, with_options
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.io import AdapterError
 from sklora.io._find import Found, find_files
@@ -143,5 +143,7 @@ def read_together(
             errors.append(error)
     if errors:
         more = f" ({len(errors) - 1} more files likewise: sklora inspect lists them)"
-        raise CommandError(f"{with_options(str(errors[0]))}{more if len(errors) > 1 else ''}", 1)
+        raise CommandError(
+            f"{with_options(str(errors[0]))}{more if len(errors) > 1 else ''}", FAILED
+        )
     return LoRACollection(reader.store())

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import make_scorer
 from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold, cross_validate
+from sklearn.pipeline import Pipeline
 
 from sklora.architectures import make_architecture
-from sklora.cli._output import CommandError, progress, say
+from sklora.cli._output import FAILED, CommandError, progress, say
 from sklora.cli._zoo import LabelledZoo
 
 Folds = list[tuple[NDArray[np.intp], NDArray[np.intp]]]
@@ -120,33 +121,36 @@ def evaluate(
     CommandError
         When all fail.
     """
-    names = list(architectures)
-    _, scorer = metric(zoo)
     evaluations = []
-    for name in progress(names, "cross-validation", "architecture"):
-        model = make_architecture(
-            name,
-            zoo.targets.task,  # type: ignore[arg-type]
-            device=args.device,
-            random_state=args.seed,
-        )
+    for name in progress(list(architectures), "cross-validation", "architecture"):
         try:
-            done = cross_validate(
-                model,
-                zoo.loras,
-                zoo.targets.y,
-                scoring=scorer,
-                cv=folds,
-                n_jobs=args.jobs,
-                error_score="raise",
-            )
-        except (ValueError, MemoryError) as error:
+            evaluations.append(_evaluate(name, zoo, folds, args))
+        except (ValueError, MemoryError, RuntimeError) as error:  # torch has but the last
             say(f"{name} failed: {error}")
-            continue
-        evaluations.append(Evaluation(name, done["test_score"], float(done["fit_time"].mean())))
     if not evaluations:
-        raise CommandError("no architecture could be trained.", 1)
+        raise CommandError("no architecture could be trained.", FAILED)
     return evaluations
+
+
+def _evaluate(
+    architecture: str, zoo: LabelledZoo, folds: Folds, args: argparse.Namespace
+) -> Evaluation:
+    done = cross_validate(
+        new_model(architecture, zoo, args),
+        zoo.loras,
+        zoo.targets.y,
+        scoring=metric(zoo)[1],
+        cv=folds,
+        n_jobs=args.jobs,
+        error_score="raise",
+    )
+    return Evaluation(architecture, done["test_score"], float(done["fit_time"].mean()))
+
+
+def new_model(architecture: str, zoo: LabelledZoo, args: argparse.Namespace) -> Pipeline:
+    """Make an unfitted model, as the options say."""
+    task: Any = zoo.targets.task
+    return make_architecture(architecture, task, device=args.device, random_state=args.seed)
 
 
 def score_rows(evaluations: Iterable[Evaluation], metric: str) -> list[tuple[str, ...]]:

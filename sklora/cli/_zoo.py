@@ -13,7 +13,7 @@ import numpy as np
 from sklora._stores import available_memory
 from sklora._zoofile import _FORMAT, _read_header
 from sklora.cli._labels import Labels, match, read_labels
-from sklora.cli._output import CommandError, few, progress, say
+from sklora.cli._output import FAILED, CommandError, few, progress, say
 from sklora.cli._reading import find, read_together, reading_options
 from sklora.cli._targets import Targets, make_targets
 from sklora.collection import LoRACollection
@@ -79,7 +79,7 @@ def _packed(paths: Sequence[str]) -> LoRACollection | None:
     try:
         return LoRACollection.open(packed[0])
     except ValueError as error:
-        raise CommandError(str(error), 1) from None
+        raise CommandError(str(error), FAILED) from None
 
 
 def _is_packed(path: str) -> bool:
@@ -92,11 +92,13 @@ def _is_packed(path: str) -> bool:
 
 
 def _files(paths: Sequence[str]) -> list[Found]:
-    findings = find(paths)
-    for finding in findings:
+    files = []
+    for finding in find(paths):
         if isinstance(finding, AdapterError):
             raise CommandError(str(finding))
-    files = [finding for finding in findings if isinstance(finding, Found)]
+        if not finding.in_folder and not os.path.exists(finding.path):
+            raise CommandError(f"{finding.path}: No such file or directory.")
+        files.append(finding)
     return [*{os.path.abspath(found.path): found for found in files}.values()]
 
 

@@ -33,7 +33,9 @@ class AdapterError(ValueError):
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
         self.path = os.fspath(path)
         self.reason = reason
-        super().__init__(f"{self.path}: {reason}")
+        # The name of a file may be an attack on the terminal or log that shows it.
+        name = self.path if self.path.isprintable() else ascii(self.path)
+        super().__init__(f"{name}: {reason}")
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
         return type(self), (self.path, self.reason)

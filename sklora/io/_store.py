@@ -97,14 +97,15 @@ class AdapterStore:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A rank seldom needs more than a byte, and there is one for every file and module.
+        # A rank seldom needs more than a byte, and there is one for every file and module; an array
+        # of strings has room for the longest in every place.
         ranks = self.ranks.astype(np.min_scalar_type(self.ranks.max(initial=0)))
         return _opened_again, (
             self._files,
             self._options,
             self.layout,
             ranks,
-            self.ids,
+            self.ids.tolist(),
             self.dtype,
         )
 
@@ -114,11 +115,13 @@ def _opened_again(
     options: ReadOptions,
     layout: LoRALayout,
     ranks: NDArray[Any],
-    ids: NDArray[Any],
+    ids: list[str],
     dtype: np.dtype[Any],
 ) -> AdapterStore:
     """Unpickle."""
-    return AdapterStore(files, options, layout, ranks.astype(np.intp), ids, dtype)
+    return AdapterStore(
+        files, options, layout, ranks.astype(np.intp), np.array(ids, np.str_), dtype
+    )
 
 
 def located(found: Found) -> AdapterFile:

@@ -18,6 +18,7 @@ from sklora.io._adapter import OpenAdapter, opened
 from sklora.io._errors import AdapterError, shown
 from sklora.io._find import CONFIG, find_files, read_config
 from sklora.io._plan import ModulePlan, ReadOptions
+from sklora.io._tensors import check_tensor
 from sklora.io.formats.peft import PREFIX
 
 WEIGHTS = "adapter_model.safetensors"
@@ -99,6 +100,8 @@ def write_adapter(
 
 
 def _write(path: str, tensors: Mapping[str, NDArray[Any]], config: Mapping[str, Any]) -> None:
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor.shape)
     # All bytes are made before any file is opened; asarray, for numbers alone have no axis.
     weights = save(
         {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()},

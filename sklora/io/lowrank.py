@@ -214,8 +214,8 @@ def _lokr(arrays: Arrays) -> Factors:
 
 
 def _outer_size(shapes: Shapes) -> tuple[int, int, int]:
-    (a, b, _), (c, d, _) = _LOKR_1.size(shapes), _LOKR_2.size(shapes)
-    return a * b, c * d, 1
+    (a, b, first), (c, d, second) = _LOKR_1.size(shapes), _LOKR_2.size(shapes)
+    return a * b, c * d, min(first * second, 1)
 
 
 def _outer(arrays: Arrays) -> Factors:

@@ -9,7 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from sklora import make_architecture
 from sklora.__main__ import main
+from sklora.cli import _scoring
 from sklora.io import write_adapter
 
 N_ADAPTERS = 40
@@ -72,6 +74,16 @@ def models(tmp_path_factory: pytest.TempPathFactory, zoo: Path) -> Mapping[str, 
         command += ["--architecture", "svd", "-o", folder / f"{name}.skops"]
         assert main(list(map(str, command))) == 0
     return {name: str(folder / f"{name}.skops") for name in targets}
+
+
+@pytest.fixture
+def few_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train for so short a time that nothing is learnt."""
+
+    def make(*arguments, **options):
+        return make_architecture(*arguments, **options).set_params(model__max_epochs=2)
+
+    monkeypatch.setattr(_scoring, "make_architecture", make)
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from sklora.io._plan import ReadOptions
 def compare(run, zoo, tmp_path):
     def compare(*options, target="style"):
         labels = ("--labels", zoo / "labels.csv", "--target", target, "--folds", "2")
-        return run("compare", zoo, *labels, "-o", tmp_path / "chart.png", *options)
+        chart = () if "--no-chart" in options else ("-o", tmp_path / "chart.png")
+        return run("compare", zoo, *labels, *chart, *options)
 
     return compare
 
@@ -36,13 +37,13 @@ def quick(monkeypatch):
     monkeypatch.setattr(_scoring, "make_architecture", make)
 
 
-def test_table_and_chart(compare, tmp_path):
+def test_table_and_chart(compare, few_epochs, tmp_path):
     code, out, err = compare(target="loss")
     lines = [line.split() for line in out.splitlines()]
     assert code == 0
     assert [line[0] for line in lines] == ["architecture", *ARCHITECTURES, "(constant)"]
     assert lines[0][1] == "R2"
-    assert float(lines[3][1]) > 0.9
+    assert all(line[2].startswith("±") for line in lines[1:6])
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
     assert err.endswith("chart.png holds the chart\n")
 
@@ -70,7 +71,7 @@ def test_many_labels_of_any_name(compare, quick, run, zoo, tmp_path, write_csv):
     targets = [option for name in names for option in ("--target", name)]
     options = ("--labels", labels, *targets, "-o", tmp_path / "chart.svg")
     assert run("compare", zoo, *options).code == 1
-    assert "&lt;svg" not in (tmp_path / "chart.svg").read_text()
+    assert (tmp_path / "chart.svg").read_text().startswith("<?xml")
 
 
 def test_without_matplotlib(compare, quick, monkeypatch):

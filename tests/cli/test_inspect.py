@@ -53,8 +53,9 @@ def test_bad_files_among_good_ones(run, zoo, tmp_path, form):
         ]
 
 
-def test_only_bad_files(run, tmp_path):
-    code, out, _ = run("inspect", tmp_path / "missing")
+@pytest.mark.parametrize("name", ["", "missing"])
+def test_only_bad_files(run, tmp_path, name):
+    code, out, _ = run("inspect", tmp_path / name)
     assert code == 1
     assert out.splitlines()[0].split() == ["path", "error"]
 

@@ -20,6 +20,7 @@ ADAPTERS = Path(__file__).parents[3] / "shared" / "adapters"
 SHAPES = sorted((ADAPTERS / "keysets_invokeai").glob("*_format.json"))
 NAMES = sorted(ADAPTERS.glob("keysets_lora_inspector/keys.json"))
 
+pytestmark = pytest.mark.usefixtures("shared_adapters")
 RNG = np.random.default_rng(0)
 ALPHA = 2.0
 UP = {

@@ -12,6 +12,7 @@ from sklora.collection import LoRALayout
 from sklora.io import AdapterError, read_adapters, scan_adapters
 
 ADAPTERS = Path(__file__).parents[3] / "shared" / "adapters"
+pytestmark = pytest.mark.usefixtures("shared_adapters")
 SAM_KEYS = ("w_a_{module}", "w_b_{module}")
 
 # By folder: what the manifest calls it, how it is to be read, its format and scale here.

@@ -165,6 +165,7 @@ def test_configuration_of_peft_beside_it_counts(pair, save, scan):
     assert (report.format, report.scales) == ("peft", (2,))
 
 
+@pytest.mark.usefixtures("shared_adapters")
 @pytest.mark.parametrize(
     "folder", [PROCESSORS] if PROCESSORS.is_dir() else [], ids=lambda path: path.name
 )

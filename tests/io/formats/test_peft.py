@@ -160,6 +160,16 @@ def test_adalora_divides_by_the_rank_before_pruning(normal, save, assert_updates
     assert_updates(save(tensors, config), {PREFIX + "layers.0.q": update})
 
 
+def test_adalora_of_a_large_model(normal, save, scan):
+    modules = [f"model.layers.{n}.self_attn.{x}_proj" for n in range(60) for x in "qkvo"]
+    tensors, pattern = {}, {}
+    for module in modules:
+        tensors |= named(module, lora_A=normal(2, 4), lora_B=normal(5, 2), lora_E=normal(2, 1))
+        pattern[f"{module}.lora_E"] = [True] * 2 + [False] * 10
+    config = {"peft_type": "ADALORA", "lora_alpha": 8, "rank_pattern": pattern}
+    assert scan(save(tensors, config)).scales == (8 / (12 + 1e-5),)
+
+
 @pytest.mark.parametrize("kept", [[True] * 5, "yes", [1, 1, 1, 0], None])
 def test_adalora_s_mask_of_another_size_is_not_used(normal, save, scan, kept):
     tensors = named("q", lora_A=normal(3, 4), lora_B=normal(5, 3), lora_E=normal(3, 1))
@@ -190,6 +200,20 @@ def test_lokr_of_two_full_matrices_is_scaled_by_the_r_of_the_configuration(
     path = save(named("q", lokr_w1=w1, lokr_w2=w2) | named("k", lokr_w1=w1, lokr_w2=w2), config)
     kron = torch.kron(w1.double(), w2.double())
     assert_updates(path, {PREFIX + "q": kron * 8 / 16, PREFIX + "k": kron * 8 / 4})
+
+
+def test_lokr_of_two_full_matrices_needs_an_r(normal, save, refusal):
+    tensors = named("q", lokr_w1=normal(2, 3), lokr_w2=normal(4, 5))
+    config = {"peft_type": "LOKR", "alpha": 8}
+    assert "r is None" in refusal(save(tensors, config))
+    assert "rank 0" in refusal(save(tensors, config | {"r": 0}))
+
+
+@pytest.mark.parametrize("lokr", ["exact", "kronecker"])
+def test_lokr_of_rank_0_is_refused(normal, save, refusal, lokr):
+    tensors = named("q", lokr_w1=normal(2, 3), lokr_w2_a=normal(4, 0), lokr_w2_b=normal(0, 5))
+    path = save(tensors, {"peft_type": "LOKR", "r": 4, "alpha": 8})
+    assert "rank 0" in refusal(path, lokr=lokr)
 
 
 HADA = {
@@ -397,6 +421,7 @@ class TestVeRA:
         assert "vera_lambda_b" in refusal(path)
 
 
+@pytest.mark.usefixtures("shared_adapters")
 @pytest.mark.parametrize(
     "config", sorted(CONFIGS.glob("*adapter_config.json")), ids=lambda path: path.name[:-21]
 )

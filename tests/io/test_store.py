@@ -1,0 +1,289 @@
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pytest
+from safetensors.numpy import save
+from sklearn import config_context
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, cross_val_score, train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from sklora import (
+    DenseProduct,
+    GLEquivariantProjection,
+    GLNetClassifier,
+    LoRACollection,
+    MLPNetClassifier,
+    OAlign,
+    SVDSpectrum,
+    architecture_grid,
+    make_architecture,
+)
+from sklora.collection import Store
+from sklora.io import AdapterError, read_adapters
+from sklora.io._store import AdapterStore
+
+N_ADAPTERS = 12
+SHAPES = {"down.q": (7, 4), "up.q": (5, 6)}
+QUICK = {"max_epochs": 2, "batch_size": 4, "random_state": 0, "device": "cpu"}
+
+
+def write(path, rng, n_modules=2, rank=2, alpha=3.0):
+    """Write a file with kohya's keys."""
+    tensors = {}
+    for name, (n, m) in list(SHAPES.items())[:n_modules]:
+        tensors[f"{name}.lora_down.weight"] = rng.normal(size=(rank, m)).astype(np.float32)
+        tensors[f"{name}.lora_up.weight"] = rng.normal(size=(n, rank)).astype(np.float32)
+        tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
+    Path(path).write_bytes(save(tensors))
+
+
+@pytest.fixture
+def zoo(tmp_path, rng):
+    """A folder of adapters of ranks 1 to 3, some of which lack a module."""
+    for place in range(N_ADAPTERS):
+        rank = 1 + place % 3
+        write(tmp_path / f"{place:02}.safetensors", rng, n_modules=1 + (place % 4 > 0), rank=rank)
+    return tmp_path
+
+
+@pytest.fixture
+def X(zoo):
+    return read_adapters(zoo)
+
+
+@pytest.fixture
+def twin(X):
+    """The same adapters, in memory."""
+    return LoRACollection.from_array(X.read(), X.layout, ranks=X.ranks, ids=X.ids)
+
+
+@pytest.fixture
+def y():
+    return np.arange(N_ADAPTERS) % 2
+
+
+def test_it_is_a_store(X):
+    store: Store = X._store
+    assert isinstance(store, AdapterStore)
+    assert store.is_checked
+    assert store.layout == X.layout
+    assert store.ranks.shape == (N_ADAPTERS, 2)
+    assert store.ids.shape == (N_ADAPTERS,)
+    assert store.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        slice(None),
+        slice(3, 9, 2),
+        slice(5, 5),
+        np.array([4, 4, 0]),
+        np.array([-1]),
+        np.array([], int),
+    ],
+)
+def test_rows_are_read(X, twin, rows):
+    read = X._store.read(rows)
+    np.testing.assert_array_equal(read, twin.read()[rows], strict=True)
+    assert read.flags.owndata
+    assert read.flags.c_contiguous
+
+
+def test_views_read_the_same_as_in_memory(X, twin):
+    for key in (slice(2, 7), [3, 1], np.arange(N_ADAPTERS) % 3 == 0):
+        np.testing.assert_array_equal(X[key].read(), twin[key].read(), strict=True)
+        np.testing.assert_array_equal(np.asarray(X[key]), np.asarray(twin[key]), strict=True)
+        np.testing.assert_array_equal(X[key].ids, twin[key].ids)
+    np.testing.assert_array_equal(X[[5, 2]][1]["down.q"][0], twin[2]["down.q"][0])
+    wider = X.layout.with_ranks([4, 5])
+    np.testing.assert_array_equal(X.with_layout(wider).read(), twin.with_layout(wider).read())
+
+
+class TestPickle:
+    def test_holds_paths_and_no_weights(self, tmp_path, rng):
+        for place in range(50):
+            write(tmp_path / f"{place}.safetensors", rng, rank=100)
+        X = read_adapters(tmp_path)
+        assert X.nbytes == 50 * 2200 * 4
+        assert len(pickle.dumps(X)) < 50 * (2 * len(str(tmp_path)) + 100) + 1000
+        assert len(pickle.dumps(X[:2])) < 2 * (2 * len(str(tmp_path)) + 100) + 1000
+
+    def test_of_a_subset_holds_its_rows_alone(self, X, twin):
+        subset = pickle.loads(pickle.dumps(X[[7, 2]]))
+        assert subset.ids.tolist() == [X.ids[7], X.ids[2]]
+        np.testing.assert_array_equal(subset.read(), twin.read([7, 2]))
+        np.testing.assert_array_equal(subset.ranks, X.ranks[[7, 2]], strict=True)
+        assert len(pickle.loads(pickle.dumps(X[:0]))) == 0
+
+    def test_works_in_another_folder(self, zoo, monkeypatch, twin):
+        monkeypatch.chdir(zoo.parent)
+        X = read_adapters(zoo.name)
+        monkeypatch.chdir("/")
+        again = pickle.loads(pickle.dumps(X))
+        assert again.ids[0] == f"{zoo.name}/00.safetensors"
+        assert again.layout == X.layout
+        for collection in (X, again):
+            np.testing.assert_array_equal(collection.read(), twin.read(), strict=True)
+
+    def test_keeps_options(self, tmp_path, rng):
+        write(tmp_path / "a", rng)
+        X = read_adapters(tmp_path / "a", names="raw")
+        assert pickle.loads(pickle.dumps(X)).layout.names == X.layout.names
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(X)).read(), X.read())
+
+
+class TestChange:
+    def changed(self, X, path, reason):
+        again = pickle.loads(pickle.dumps(X))
+        for collection in (X, again, again[:3]):
+            with pytest.raises(AdapterError, match=reason) as error:
+                collection.read()
+            assert error.value.path == str(path)
+
+    def test_of_the_size_is_refused(self, zoo, X, rng):
+        write(zoo / "02.safetensors", rng, rank=1)
+        self.changed(X, zoo / "02.safetensors", "it changed since its header was read; read")
+
+    def test_of_the_time_is_refused(self, zoo, X):
+        path = zoo / "01.safetensors"
+        state = os.stat(path)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+        self.changed(X, path, "it changed since its header was read")
+
+    def test_of_the_configuration_is_refused(self, zoo, X):
+        (zoo / "adapter_config.json").write_text("{}")
+        self.changed(X, zoo / "00.safetensors", "it changed since its header was read")
+        X = read_adapters(zoo)
+        (zoo / "adapter_config.json").write_text('{"a": 1}')
+        self.changed(X, zoo / "00.safetensors", "it changed since its header was read")
+
+    def test_a_deleted_file_is_refused(self, zoo, X):
+        (zoo / "00.safetensors").unlink()
+        self.changed(X, zoo / "00.safetensors", "No such file")
+
+    def test_other_rows_can_still_be_read(self, zoo, X, twin):
+        (zoo / "00.safetensors").unlink()
+        np.testing.assert_array_equal(X[1:].read(), twin[1:].read())
+
+
+def test_caches_notice_a_changed_file(zoo, tmp_path_factory, rng, y):
+    calls = tmp_path_factory.mktemp("calls") / "log"
+
+    def logged(X):
+        with open(calls, "a") as file:
+            file.write("x")
+        return X.read()
+
+    cached = joblib.Memory(tmp_path_factory.mktemp("cache"), verbose=0).cache(logged)
+    cached(read_adapters(zoo))
+    cached(read_adapters(zoo))
+    cached(read_adapters(zoo)[:])
+    assert calls.read_text() == "x"
+    write(zoo / "03.safetensors", rng)
+    changed = cached(read_adapters(zoo))
+    assert calls.read_text() == "xx"
+    np.testing.assert_array_equal(changed, read_adapters(zoo).read())
+
+
+def test_a_pipeline_with_a_cache_notices_a_changed_file(zoo, tmp_path_factory, rng, y):
+    def fit(X, memory=None):
+        pipeline = make_pipeline(SVDSpectrum(), LogisticRegression(), memory=memory)
+        return pipeline.fit(X, y)[-1].coef_
+
+    memory = joblib.Memory(tmp_path_factory.mktemp("cache"), verbose=0)
+    before = fit(read_adapters(zoo), memory)
+    np.testing.assert_array_equal(fit(read_adapters(zoo), memory), before)
+    write(zoo / "03.safetensors", rng)
+    after = fit(read_adapters(zoo), memory)
+    assert not np.allclose(after, before)
+    np.testing.assert_array_equal(after, fit(read_adapters(zoo)))
+
+
+def test_threads_read_the_same(X, twin):
+    rows = [np.random.default_rng(seed).integers(N_ADAPTERS, size=6) for seed in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        for picked, flat in zip(rows, pool.map(lambda key: X[key].read(), rows), strict=True):
+            np.testing.assert_array_equal(flat, twin.read(picked))
+
+
+@pytest.mark.parametrize(
+    "transformer",
+    [
+        SVDSpectrum(device="cpu"),
+        OAlign(random_state=0, device="cpu"),
+        DenseProduct(device="cpu"),
+        GLEquivariantProjection(n_components=2, random_state=0, device="cpu"),
+        StandardScaler(),
+    ],
+    ids=lambda transformer: type(transformer).__name__,
+)
+def test_transformers_give_the_same_as_in_memory_in_blocks(X, twin, transformer):
+    expected = np.asarray(transformer.fit_transform(twin))
+    with config_context(working_memory=1e-3):
+        blocks = list(X.iter_batches())
+        assert len(blocks) > 2
+        np.testing.assert_allclose(
+            np.asarray(transformer.fit_transform(X)), expected, rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("network", [GLNetClassifier, MLPNetClassifier])
+def test_networks_are_fitted_by_the_same_steps_as_in_memory(X, twin, y, network):
+    from_files = network(**QUICK).fit(X, y)
+    from_memory = network(**QUICK).fit(twin, y)
+    assert from_files.weights_.keys() == from_memory.weights_.keys()
+    for name, weight in from_files.weights_.items():
+        np.testing.assert_array_equal(weight, from_memory.weights_[name])
+    np.testing.assert_array_equal(from_files.predict_proba(X), from_memory.predict_proba(twin))
+
+
+def test_networks_stream(X, y, monkeypatch):
+    read = AdapterStore.read
+    sizes = []
+
+    def watched(self, rows):
+        flat = read(self, rows)
+        sizes.append(len(flat))
+        return flat
+
+    monkeypatch.setattr(AdapterStore, "read", watched)
+    with config_context(working_memory=1e-3):
+        GLNetClassifier(**QUICK).fit(X, y)
+    assert max(sizes) <= 4
+
+
+@pytest.mark.parametrize("n_jobs", [None, 2])
+def test_cross_validation_gives_the_same_as_in_memory(X, twin, y, n_jobs):
+    pipeline = make_pipeline(SVDSpectrum(device="cpu"), LogisticRegression())
+    scores = cross_val_score(pipeline, X, y, cv=3, n_jobs=n_jobs)
+    np.testing.assert_array_equal(scores, cross_val_score(pipeline, twin, y, cv=3))
+
+
+def test_a_search_over_the_architectures_gives_the_same_as_in_memory(X, twin, y):
+    grid = architecture_grid(device="cpu", random_state=0)
+    for entry in grid:
+        entry["model__max_epochs"] = [2]
+    pipeline = make_architecture("svd", device="cpu", random_state=0)
+    first, second = (
+        GridSearchCV(pipeline, grid, cv=2, error_score="raise").fit(given, y) for given in (X, twin)
+    )
+    assert len(first.cv_results_["params"]) == 5
+    for name in ("mean_test_score", "split0_test_score"):
+        np.testing.assert_array_equal(first.cv_results_[name], second.cv_results_[name])
+
+
+def test_splits_are_views_with_their_ids(X, twin, y):
+    train, test, y_train, y_test = train_test_split(X, y, random_state=0, stratify=y)
+    assert train._store is X._store
+    ids = X.ids.tolist()
+    for part, labels in ((train, y_train), (test, y_test)):
+        places = [ids.index(id) for id in part.ids]
+        np.testing.assert_array_equal(labels, y[places])
+        np.testing.assert_array_equal(part.read(), twin.read(places))

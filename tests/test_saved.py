@@ -1,0 +1,303 @@
+import io
+import json
+import os
+import zipfile
+
+import numpy as np
+import pytest
+import skops.io
+from sklearn.decomposition import PCA
+from sklearn.naive_bayes import GaussianNB
+from sklearn.pipeline import make_pipeline
+
+import sklora
+from sklora import ARCHITECTURES, TRUSTED_TYPES, make_architecture
+from sklora._saved import CARD, ModelCard, layout_of, load_model, save_model
+from sklora.io._plan import ReadOptions
+
+TARGETS = {
+    "binary": ("classification", lambda n: np.arange(n) % 2),
+    "multiclass": ("classification", lambda n: np.array(["a", "b", "c"])[np.arange(n) % 3]),
+    "multilabel": ("classification", lambda n: np.stack([np.arange(n) % 2, np.arange(n) // 6], 1)),
+    "one number": ("regression", lambda n: np.linspace(0, 1, n)),
+    "two numbers": ("regression", lambda n: np.linspace(0, 1, 2 * n).reshape(n, 2)),
+}
+
+
+@pytest.fixture
+def loras(rng, random_loras):
+    return random_loras(rng, 12, base_model="tiny")
+
+
+@pytest.fixture
+def make_model(loras):
+    """Fit for an epoch: a function of architecture and kind of target."""
+
+    def make_model(architecture="svd", kind="multiclass"):
+        task, targets = TARGETS[kind]
+        model = make_architecture(architecture, task, random_state=0, device="cpu")
+        return model.set_params(model__max_epochs=1).fit(loras, targets(len(loras)))
+
+    return make_model
+
+
+def card_of(model, kind="multiclass", **changes) -> ModelCard:
+    classes = model["model"].classes_ if TARGETS[kind][0] == "classification" else ()
+    options = {
+        "task": TARGETS[kind][0],
+        "targets": ("first", "second") if kind in ("multilabel", "two numbers") else ("first",),
+        "classes": tuple(classes.tolist()) if kind in ("binary", "multiclass") else None,
+        "architecture": "svd",
+        "layout": layout_of(model),
+        "optional": (),
+        "reading": ReadOptions(keys=("a_{module}", "b_{module}"), scale=2.0),
+        "n_adapters": 12,
+        "scores": {"metric": "accuracy", "scores": {"svd": [0.5, 0.75]}},
+    }
+    return ModelCard(**{**options, **changes})
+
+
+def members_of(path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def write_zip(path, members, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("kind", TARGETS)
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
+    def test_same_predictions(self, tmp_path, make_model, loras, architecture, kind):
+        model = make_model(architecture, kind)
+        card = card_of(model, kind, architecture=architecture)
+        save_model(tmp_path / "m.skops", model, card)
+        loaded, loaded_card = load_model(tmp_path / "m.skops")
+        assert loaded_card == card
+        by_skops = skops.io.load(tmp_path / "m.skops", trusted=TRUSTED_TYPES)
+        for other in (loaded, by_skops):
+            np.testing.assert_array_equal(other.predict(loras), model.predict(loras))
+            if TARGETS[kind][0] == "classification":
+                shares = other.predict_proba(loras)
+                np.testing.assert_array_equal(shares, model.predict_proba(loras))
+
+    @pytest.mark.parametrize(
+        "estimator",
+        [
+            sklora.SVDSpectrum(),
+            sklora.DenseProduct(),
+            sklora.OAlign(random_state=0),
+            sklora.GLEquivariantProjection(2, random_state=0),
+            sklora.GLEquivariantProjection(2, "hosvd"),
+        ],
+        ids=repr,
+    )
+    def test_transformers(self, loras, estimator):
+        estimator.fit(loras)
+        loaded = skops.io.loads(skops.io.dumps(estimator), trusted=TRUSTED_TYPES)
+        np.testing.assert_array_equal(loaded.transform(loras), estimator.transform(loras))
+        assert loaded.layout_ == estimator.layout_
+
+    @pytest.mark.parametrize(
+        "estimator",
+        [
+            sklora.GLNetClassifier(max_epochs=1),
+            sklora.MLPNetClassifier(max_epochs=1),
+            sklora.GLNetRegressor(max_epochs=1),
+            sklora.MLPNetRegressor(max_epochs=1),
+        ],
+        ids=repr,
+    )
+    def test_nets(self, loras, estimator):
+        estimator.fit(loras, np.arange(12) % 2)
+        loaded = skops.io.loads(skops.io.dumps(estimator), trusted=TRUSTED_TYPES)
+        np.testing.assert_array_equal(loaded.predict(loras), estimator.predict(loras))
+
+    def test_no_other_type_needs_trust(self, make_model):
+        types = skops.io.get_untrusted_types(data=skops.io.dumps(make_model("o-align")))
+        assert set(types) < set(TRUSTED_TYPES)
+        assert all(name.startswith("sklora.") for name in TRUSTED_TYPES)
+
+
+class TestFile:
+    def test_card_is_readable_json(self, tmp_path, make_model):
+        model = make_model()
+        save_model(tmp_path / "m.skops", model, card_of(model))
+        card = json.loads(members_of(tmp_path / "m.skops")[CARD])
+        assert card["sklora"] == sklora.__version__
+        assert card["classes"] == ["a", "b", "c"]
+        assert card["layout"]["base_model"] == "tiny"
+        assert card["reading"]["scale"] == 2.0
+
+    def test_replaces_and_leaves_nothing_behind(self, tmp_path, make_model):
+        model = make_model()
+        for _ in range(2):
+            save_model(tmp_path / "m.skops", model, card_of(model))
+        assert os.listdir(tmp_path) == ["m.skops"]
+
+    def test_other_minor_version_warns(self, tmp_path, make_model):
+        model = make_model()
+        save_model(tmp_path / "m.skops", model, card_of(model, sklora="0.9.1"))
+        with pytest.warns(UserWarning, match=r"stored by sklora '0\.9\.1', and this is 0\.1"):
+            load_model(tmp_path / "m.skops")
+
+    def test_other_patch_does_not(self, tmp_path, make_model):
+        model = make_model()
+        save_model(tmp_path / "m.skops", model, card_of(model, sklora=f"{sklora.__version__}.9"))
+        load_model(tmp_path / "m.skops")
+
+
+class TestHostile:
+    @pytest.fixture
+    def good(self, tmp_path, make_model):
+        model = make_model()
+        save_model(tmp_path / "m.skops", model, card_of(model))
+        return tmp_path / "m.skops"
+
+    def refusal(self, path) -> str:
+        with pytest.raises(ValueError, match="no model") as error:
+            load_model(path)
+        assert str(path) in str(error.value)
+        return str(error.value)
+
+    @pytest.mark.parametrize("data", [b"", b"PK", b"PK\x03\x04", b"nothing", b"\x80\x04K\x01."])
+    def test_no_zip(self, tmp_path, data):
+        (tmp_path / "m.skops").write_bytes(data)
+        self.refusal(tmp_path / "m.skops")
+
+    @pytest.mark.parametrize("name", [CARD, "schema.json"])
+    def test_missing_member(self, good, name):
+        members = members_of(good)
+        del members[name]
+        write_zip(good, members)
+        assert f"it has no {name}" in self.refusal(good)
+
+    def test_plain_skops_file(self, tmp_path, make_model):
+        skops.io.dump(make_model(), tmp_path / "m.skops")
+        assert CARD in self.refusal(tmp_path / "m.skops")
+
+    def test_every_truncation(self, good):
+        data = good.read_bytes()
+        for size in range(0, len(data), len(data) // 40):
+            good.write_bytes(data[:size])
+            self.refusal(good)
+
+    def test_missing_array(self, good):
+        members = members_of(good)
+        del members[next(name for name in members if name.endswith(".npy"))]
+        write_zip(good, members)
+        self.refusal(good)
+
+    def test_bomb(self, good):
+        write_zip(good, {**members_of(good), "x.npy": bytes(2**27)}, zipfile.ZIP_DEFLATED)
+        assert good.stat().st_size < 2**21
+        self.refusal(good)
+
+    def test_large_card(self, good, monkeypatch):
+        monkeypatch.setattr("sklora._saved._MAX_CARD", 100)
+        assert "more than 100" in self.refusal(good)
+
+    def test_card_too_large_to_write(self, tmp_path, make_model, monkeypatch):
+        model = make_model()
+        monkeypatch.setattr("sklora._saved._MAX_CARD", 100)
+        with pytest.raises(ValueError, match="card has"):
+            save_model(tmp_path / "m.skops", model, card_of(model))
+        assert os.listdir(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"format": "other"},
+            {"version": 2},
+            {"sklora": 1},
+            {"task": "clustering"},
+            {"task": ["classification"]},
+            {"targets": []},
+            {"targets": "first"},
+            {"targets": [1]},
+            {"classes": ["a", 1, "c"]},
+            {"classes": ["a", "b", "d"]},
+            {"classes": []},
+            {"classes": None, "targets": ["one", "two"]},
+            {"architecture": "cnn"},
+            {"architecture": {}},
+            {"layout": []},
+            {"layout": {"modules": [], "side": [], "base_model": None}},
+            {"layout": {"modules": [["q", 1, 1]], "side": [], "base_model": None}},
+            {"layout": {"modules": [["q", 8, 6, 2]], "side": [], "base_model": None}},
+            {"layout": {"modules": [["q", 8, 6, 2]], "side": [], "base_model": 1}},
+            {"optional": [1]},
+            {"reading": None},
+            {"reading": {}},
+            {"reading": {**ReadOptions().__dict__, "names": "odd"}},
+            {"reading": {**ReadOptions().__dict__, "keys": ["a", "b"]}},
+            {"reading": {**ReadOptions().__dict__, "scale": "1"}},
+            {"reading": {**ReadOptions().__dict__, "allow_torch_zip": 1}},
+            {"reading": {**ReadOptions().__dict__, "more": 1}},
+            {"n_adapters": 0},
+            {"n_adapters": True},
+            {"scores": 1},
+        ],
+        ids=str,
+    )
+    def test_forged_card(self, good, changes):
+        members = members_of(good)
+        card = {**json.loads(members[CARD]), **changes}
+        write_zip(good, {**members, CARD: json.dumps(card)})
+        self.refusal(good)
+
+    @pytest.mark.parametrize("text", ["", "[]", "[" * 10**5, "{", "\xff", "null"])
+    def test_card_is_no_json(self, good, text):
+        write_zip(good, {**members_of(good), CARD: text.encode("latin-1")})
+        self.refusal(good)
+
+    @pytest.mark.parametrize("text", ["", "[]", "[" * 10**5, "{}", "null", '{"__class__": "a"}'])
+    def test_schema_is_none(self, good, text):
+        write_zip(good, {**members_of(good), "schema.json": text})
+        self.refusal(good)
+
+    def test_untrusted_types(self, good):
+        members = members_of(good)
+        schema = members["schema.json"].replace(b'"SVDSpectrum"', b'"Popen"')
+        schema = schema.replace(b'"sklora.transform.spectrum"', b'"subprocess"')
+        write_zip(good, {**members, "schema.json": schema})
+        message = self.refusal(good)
+        assert "types that are not sklora's: 'subprocess.Popen'; do not load it" in message
+
+    def test_pipeline_of_other_steps(self, good, loras):
+        other = make_pipeline(PCA(2), GaussianNB())
+        other.fit(loras, np.array(["a", "b", "c"])[np.arange(12) % 3])
+        self.swap(good, other)
+
+    def test_pipeline_that_would_cache(self, good, make_model):
+        self.swap(good, make_model().set_params(memory="/tmp"))
+
+    @pytest.mark.parametrize("kind", ["binary", "one number", "multilabel"])
+    def test_pipeline_of_other_targets(self, good, make_model, kind):
+        self.swap(good, make_model(kind=kind))
+
+    def test_pipeline_that_is_not_fitted(self, good):
+        self.swap(good, make_architecture("svd"))
+
+    @pytest.mark.parametrize("weight", ["missing", "of another shape"])
+    def test_weights(self, good, make_model, weight):
+        model = make_model()
+        name = next(iter(model["model"].weights_))
+        if weight == "missing":
+            del model["model"].weights_[name]
+        else:
+            model["model"].weights_[name] = np.zeros((3, 3))
+        self.swap(good, model)
+
+    def swap(self, path, model):
+        """Put another model under the card."""
+        card = members_of(path)[CARD]
+        buffer = io.BytesIO()
+        skops.io.dump(model, buffer)
+        with zipfile.ZipFile(buffer, "a") as archive:
+            archive.writestr(CARD, card)
+        path.write_bytes(buffer.getvalue())
+        assert "its pipeline is not what sklora.json says" in self.refusal(path)
