@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NoReturn
 from sklearn.pipeline import Pipeline
 
 import sklora
-from sklora._zoofile import _complete_or_not_at_all as replacing
+from sklora._files import replacing
 from sklora.architectures import ARCHITECTURES
 from sklora.collection import LoRALayout
 from sklora.estimators import GLNetClassifier, GLNetRegressor, MLPNetClassifier, MLPNetRegressor

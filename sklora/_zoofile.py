@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
 import ml_dtypes
@@ -15,6 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from safetensors import SafetensorError, safe_open
 
+from sklora._files import replacing
 from sklora._layout import LoRALayout
 from sklora._stores import ArrayStore, MemmapStore, Store, store_of_array
 
@@ -78,7 +77,7 @@ def save_zoo(loras: LoRACollection, path: str | os.PathLike[str]) -> None:
     }
     # Wider numbers first keep every tensor at a multiple of its item size.
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1][0].itemsize))
-    with _complete_or_not_at_all(path) as file:
+    with replacing(path) as file:
         file.write(_header(tensors, loras.layout))
         for name in tensors:
             if name == "weights":
@@ -127,24 +126,6 @@ def open_zoo(path: str | os.PathLike[str]) -> Store:
         return store_of_array(weights, layout, ranks, _ids_from_json(ids.tobytes(), len(weights)))
     except (ValueError, TypeError, RecursionError) as error:
         _refuse(path, error)
-
-
-@contextmanager
-def _complete_or_not_at_all(path: str) -> Iterator[BinaryIO]:
-    """Open a file that gets its name when it is complete, and is removed on any exception."""
-    # Beside the final place, because a file is renamed within one disk alone.
-    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
-    file = open(temporary, "xb")  # noqa: SIM115 (closed below, before it is renamed)
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.remove(temporary)
-        raise
 
 
 def _refuse(path: str, reason: Exception) -> NoReturn:

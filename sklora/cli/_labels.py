@@ -71,10 +71,10 @@ def read_labels(
         When the file cannot be read, lacks a column or has one twice, a row has more or fewer cells
         than the first, or a cell that is needed is empty.
     """
-    table = _read_table(path)
-    if not table:
-        raise CommandError(f"{path} is empty; its first row is to name columns.")
-    (_, header), *lines = table
+    for name in targets:
+        if targets.count(name) > 1:
+            raise CommandError(f"--target {name!r} is given twice.")
+    (_, header), *lines = _read_table(path)
     id = _id_column(header) if id is None else id
     names = [id, *targets, *([] if groups is None else [groups])]
     places = {name: _place(path, header, name) for name in names}
@@ -86,12 +86,7 @@ def read_labels(
                 "put quotes around a cell that holds a comma."
             )
         row = {name: cells[place].strip() for name, place in places.items()}
-        empty = [name for name, cell in row.items() if not cell]
-        if empty:
-            raise CommandError(
-                f"{path}, line {line} ({row[id] or 'without a name'}): column {empty[0]!r} is "
-                "empty; fill it, or leave the row out."
-            )
+        _check_filled(f"{path}, line {line} ({row[id] or 'without a name'})", row)
         group = None if groups is None else row[groups]
         rows.append(Row(line, row[id], tuple(row[name] for name in targets), group))
     if not rows:
@@ -99,18 +94,27 @@ def read_labels(
     return Labels(path, tuple(targets), tuple(rows))
 
 
+def _check_filled(where: str, row: Mapping[str, str]) -> None:
+    for name, cell in row.items():
+        if not cell:
+            raise CommandError(f"{where}: column {name!r} is empty; fill it, or leave the row out.")
+
+
 def _read_table(path: str) -> list[tuple[int, list[str]]]:
     """Give the rows that are not blank, each with the number of its last line."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
-            return [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
+            rows = [(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
     except OSError as error:
         raise CommandError(f"{path}: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise CommandError(f"{path} is not UTF-8; save it as CSV in UTF-8.") from None
     except csv.Error as error:
         raise CommandError(f"{path}, line {reader.line_num}: {error}.") from None
+    if not rows:
+        raise CommandError(f"{path} is empty; its first row is to name columns.")
+    return rows
 
 
 def _id_column(header: Sequence[str]) -> str:

@@ -142,7 +142,7 @@ def read_together(
         except AdapterError as error:
             errors.append(error)
     if errors:
-        more = f" ({len(errors) - 1} more files likewise: sklora inspect lists them)"
+        more = f" (and {len(errors) - 1} more: sklora inspect lists them)"
         raise CommandError(
             f"{with_options(str(errors[0]))}{more if len(errors) > 1 else ''}", FAILED
         )

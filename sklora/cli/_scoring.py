@@ -100,7 +100,7 @@ def _stratified(X: NDArray[Any], y: NDArray[Any], n_folds: int, seed: int) -> Fo
     classes, counts = np.unique(y, return_counts=True)
     rarest, fewest = classes[counts.argmin()], counts.min()
     if fewest < n_folds:
-        say(f"class {rarest} has {fewest} adapters only, so that some folds have none")
+        say(f"class {rarest} is too rare to be in every fold: {fewest} of {n_folds}")
     if counts.max() < n_folds:
         raise CommandError(
             f"no class has {n_folds} adapters, one for each fold; pass fewer --folds, or --task "

@@ -133,7 +133,7 @@ def _say_unlabelled(names: Sequence[Sequence[str]], places: Sequence[int]) -> No
     left_out = [every[0] for place, every in enumerate(names) if place not in labelled]
     if left_out:
         some = few(left_out, len(left_out))
-        say(f"{len(left_out)} adapters have no label and are left out: {some}")
+        say(f"{len(left_out)} of {len(names)} adapters have no label and are left out: {some}")
 
 
 def _say_what(loras: LoRACollection, labels: Labels, targets: Targets) -> None:

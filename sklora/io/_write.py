@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from safetensors.numpy import save
 
-from sklora._zoofile import _complete_or_not_at_all as replacing
+from sklora._files import replacing
 from sklora.collection import LoRAAdapter, LoRACollection
 from sklora.io._adapter import OpenAdapter, opened
 from sklora.io._errors import AdapterError, shown

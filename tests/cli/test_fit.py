@@ -100,7 +100,7 @@ class TestScores:
         labels = write_csv(tmp_path / "l.csv", ("path", "style"), [*rows, ("a21", "c")])
         code, _, err = fit(zoo, "--folds", "2", labels=labels)
         assert code == 0
-        assert "class c has 1 adapters only" in err
+        assert "class c is too rare to be in every fold: 1 of 2" in err
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -136,7 +136,7 @@ class TestIds:
         labels = write_csv(tmp_path / "l.csv", ("file", "style"), rows)
         code, _, err = fit(zoo, labels=labels)
         assert code == 0
-        assert "34 adapters have no label and are left out: " in err
+        assert "34 of 40 adapters have no label and are left out: " in err
 
     def test_path_from_the_labels(self, fit, zoo, write_csv, tmp_path):
         os.symlink(zoo, tmp_path / "link")
@@ -186,6 +186,7 @@ class TestRefused:
         [
             (("--architecture", "auto"), "--folds cannot be 0"),
             (("--device", "abacus"), "--device='abacus' is not a device"),
+            (("--target", "big"), "--target 'big' is given twice"),
             (("--id", "file"), "has no column 'file'"),
             (("--groups", "file"), "has no column 'file'"),
             (("--target", "loss", "--task", "classification"), "labels of 0 and 1"),
@@ -240,7 +241,7 @@ class TestRefused:
         code, _, err = fit(tmp_path / "zoo", labels=labels)
         assert code == 1
         assert f"sklora: error: {tmp_path}/zoo/1/adapter_model.safetensors: " in err
-        assert "(1 more files likewise" in err
+        assert "(and 1 more: sklora inspect lists them)" in err
 
     def test_bad_adapter_without_a_label_is_not_read(self, fit, tmp_path, factors, write_csv):
         for n in range(5):

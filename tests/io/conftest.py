@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+# Needs atheris, and is run by hand.
+collect_ignore = ["fuzz_atheris.py"]
 SHARED_ADAPTERS = Path(__file__).parents[3] / "shared" / "adapters"
 
 
