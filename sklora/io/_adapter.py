@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,8 +19,8 @@ from sklora.io._find import CONFIG, Found, check_inside, read_config
 from sklora.io._plan import AdapterPlan, ModulePlan, ReadOptions, Scale, Source
 from sklora.io._tensors import DTYPES, FLOAT_DTYPES, TensorFile
 from sklora.io.containers import open_tensor_file
-from sklora.io.containers.safetensors import MAX_CACHED
 from sklora.io.formats import plan_adapter
+from sklora.io.formats.diffusers import METADATA as SETTINGS
 from sklora.io.lowrank import METHODS
 
 
@@ -76,7 +77,12 @@ class OpenAdapter(NamedTuple):
         """Give the number s of an update ``s B A``, which may lie in a tensor."""
         if scale.alpha is None:
             return scale.value
-        alpha = float(self._numbers(scale.alpha, np.dtype(np.float64)).reshape(-1)[0])
+        alpha = float(self.file.read(scale.alpha).reshape(-1)[0])
+        if not math.isfinite(alpha):
+            raise Refusal(
+                f"tensor {shown(scale.alpha)} has NaN or infinity; leave the adapter out, or mend "
+                "it."
+            )
         # kohya's trainer and LyCORIS read an alpha of 0 as the rank.
         return scale.value * alpha if alpha else 1.0
 
@@ -182,7 +188,7 @@ def opened(found: Found, options: ReadOptions, stamp: Stamp | None = None) -> It
         with open_tensor_file(found.path, allow_torch_zip=options.allow_torch_zip) as file:
             if stamp is not None and Stamp.of(found.path) != stamp:
                 raise Refusal("it changed since its header was read; read the adapters again.")
-            source = Source(file.container, file.tensors, file.metadata, read_config(found))
+            source = Source(file.container, file.tensors, _used(file), read_config(found))
             yield OpenAdapter(found.path, file, _plan(source, file.header, options))
     except Refusal as error:
         raise AdapterError(found.path, str(error)) from None
@@ -190,12 +196,23 @@ def opened(found: Found, options: ReadOptions, stamp: Stamp | None = None) -> It
         raise AdapterError(found.path, f"it cannot be read: {error.strerror or error}.") from error
 
 
+def _used(file: TensorFile) -> Mapping[str, str]:
+    """Give the metadata that formats look at: that of safetensors is seldom any of it."""
+    if file.container != "safetensors":
+        return file.metadata
+    return {name: file.metadata[name] for name in (SETTINGS,) if name in file.metadata}
+
+
 class _Text:
     """A source that equals another when both were read from the same text."""
 
     def __init__(self, source: Source, header: bytes) -> None:
         self.source = source
-        self._key = header, json.dumps(source.config)
+        try:
+            config = json.dumps(source.config)
+        except RecursionError:
+            raise Refusal(f"{CONFIG} beside it is nested too deeply.") from None
+        self._key = header, config, tuple(source.metadata.items())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Text) and self._key == other._key
@@ -206,7 +223,7 @@ class _Text:
 
 def _plan(source: Source, header: bytes | None, options: ReadOptions) -> AdapterPlan:
     """Plan a file; those of one trainer often have one header, and need one plan."""
-    if header is None or len(header) > MAX_CACHED:
+    if header is None:
         return plan_adapter(source, options)
     return _plan_again(_Text(source, header), options)
 

@@ -224,6 +224,8 @@ def _kind(path: str, root: str) -> str | None:
 
 
 def _kind_of_zip(archive: ZipArchive) -> str | None:
+    if "schema.json" in archive.members:
+        return None  # a model that skops has stored, perhaps beside the zoo that it was fitted on
     if any(name.endswith(PICKLE) for name in archive.members):
         return "pickle"
     return "npz" if any(name.endswith(".npy") for name in archive.members) else None

@@ -87,7 +87,8 @@ class TensorFile(ABC):
         In the order of the file.
     metadata : dict of str to str
     header : bytes or None
-        The header as it stands, where that alone says all of the above; None where it does not.
+        The part of the header that alone says which `tensors` there are; None where there is none
+        or it is too long to be kept.
     """
 
     container: ClassVar[str]

@@ -188,6 +188,17 @@ class TestConfiguration:
         with memory_below(2**25):
             assert_refused(peft("a", text), reason)
 
+    @pytest.mark.parametrize(("begin", "end"), [("[", "]"), ('{"a":', "}")])
+    def test_of_any_depth_is_read_or_refused(self, begin, end):
+        peft("a")
+        seen = set()
+        # What is parsed must not be too deep for what comes after.
+        for depth in range(500, 1000):
+            text = f'{{"peft_type": "LORA", "lora_alpha": 2, "x": {begin * depth}1{end * depth}}}'
+            Path("a/adapter_config.json").write_text(text)
+            seen.add(scan_adapters("a")[0].error)
+        assert seen == {None, "adapter_config.json beside it is nested too deeply."}
+
     def test_of_which_a_key_stands_twice_is_read_as_by_json(self):
         peft("a", '{"peft_type": "LORA", "lora_alpha": 2, "lora_alpha": 8}')
         assert scan_adapters("a")[0].scales == (4.0,)

@@ -37,11 +37,16 @@ class SafetensorsFile(TensorFile):
 
     def _read_header(self) -> None:
         raw = self._take_header()
-        # Adapters of one trainer have one header, and the same file is read again and again.
-        parse = _parsed_again if len(raw) <= MAX_CACHED else _parsed
-        self.header = raw
-        self.tensors, self.metadata, self._spans, n_bytes = parse(raw)
         self._begin = self._file.tell()
+        if len(raw) <= MAX_CACHED:
+            # Adapters of one trainer differ in their metadata alone, and the same file is read
+            # again and again.
+            metadata, self.header = _split(raw)
+            self.tensors, self.metadata, self._spans, n_bytes = _parsed_again(self.header)
+            if metadata is not None:
+                self.metadata = metadata
+        else:
+            self.tensors, self.metadata, self._spans, n_bytes = _parsed(raw)
         left = self._size - self._begin
         if n_bytes != left:
             raise Refusal(
@@ -95,9 +100,6 @@ def _parsed(raw: bytes) -> _Header:
     return _Header(tensors, metadata, spans, _checked_end(spans))
 
 
-_parsed_again = lru_cache(maxsize=8)(_parsed)
-
-
 def _checked_end(spans: Mapping[str, tuple[int, int]]) -> int:
     """Check that the tensors lie end to end, from the header on, and give where they end."""
     position = 0
@@ -122,6 +124,29 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(constant: str) -> NoReturn:
     raise Refusal(f"its header holds {constant}, which is no JSON; {_DAMAGED}.")
+
+
+_parsed_again = lru_cache(maxsize=8)(_parsed)
+_METADATA = b'{"__metadata__":'
+_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+
+
+def _split(raw: bytes) -> tuple[dict[str, str] | None, bytes]:
+    """Take the metadata off a header that begins with it, as the safetensors library writes it."""
+    if not raw.startswith(_METADATA):
+        return None, raw
+    try:
+        text = raw.decode()
+        metadata, end = _decoder.raw_decode(text, len(_METADATA))
+    except Refusal:
+        raise
+    except (ValueError, RecursionError):
+        return None, raw
+    rest = b"{" + text[end + 1 :].encode()
+    # Where the name may stand once more, written so or with escapes, all is parsed at once.
+    if text[end : end + 2] != ',"' or _METADATA[1:-1] in rest or b"\\" in rest:
+        return None, raw
+    return _checked_metadata(metadata), rest
 
 
 def _checked_metadata(metadata: object) -> dict[str, str]:

@@ -40,7 +40,7 @@ _COMPONENTS = (
 )
 # Language models have names in which "transformer" is no component of a pipeline.
 _OTHERS = ("transformer.h.", "transformer.encoder.")
-_METADATA = "lora_adapter_metadata"
+METADATA = "lora_adapter_metadata"
 
 
 def _matches(source: Source, options: ReadOptions) -> bool:
@@ -50,7 +50,7 @@ def _matches(source: Source, options: ReadOptions) -> bool:
     named = any(
         name.startswith(_COMPONENTS) and not name.startswith(_OTHERS) for name in source.tensors
     )
-    return new and (named or _METADATA in source.metadata)
+    return new and (named or METADATA in source.metadata)
 
 
 def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
@@ -74,11 +74,11 @@ FORMAT = Format("diffusers", _matches, _plan)
 
 def _settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Sort ``{"unet.lora_alpha": 8, ...}`` by component; one without components is named ""."""
-    if _METADATA not in metadata:
+    if METADATA not in metadata:
         return {}
-    flat = parse_json(metadata[_METADATA], f"the metadata entry {_METADATA}")
+    flat = parse_json(metadata[METADATA], f"the metadata entry {METADATA}")
     if not isinstance(flat, Mapping):
-        raise Refusal(f"the metadata entry {_METADATA} is no mapping.")
+        raise Refusal(f"the metadata entry {METADATA} is no mapping.")
     settings: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         component, _, name = key.rpartition(".")

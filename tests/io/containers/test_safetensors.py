@@ -202,3 +202,26 @@ class TestDamage:
     )
     def test_json(self, header, data, assert_refused_or_read):
         assert_refused_or_read(SafetensorsFile, written({"a": header}, data))
+
+
+@pytest.mark.parametrize(
+    "again", ['"__metadata__": {}', '"__metadata\\u005f_": {}', '"a\\u0062": 1']
+)
+def test_metadata_that_stands_first_is_not_taken_twice(opened, again):
+    entry = '{"dtype": "F32", "shape": [], "data_offsets": [0, 4]}'
+    text = f'{{"__metadata__":{{"a": "b"}},"q": {entry}, {again}}}'.encode()
+    with pytest.raises(Refusal, match=r"twice|must have"):
+        opened(SafetensorsFile, len(text).to_bytes(8, "little") + text + bytes(4))
+
+
+@pytest.mark.parametrize(
+    "metadata", ["{}", "null", '{"a": "\\u00e9\\\\"}', '{"__metadata__": "x"}']
+)
+@pytest.mark.parametrize("space", ["", " "])
+def test_metadata_that_stands_first_is_parsed(opened, metadata, space):
+    entry = '{"dtype": "F32", "shape": [], "data_offsets": [0, 4]}'
+    text = f'{{"__metadata__":{space}{metadata},"q": {entry}}}'.encode()
+    for _ in range(2):
+        with opened(SafetensorsFile, len(text).to_bytes(8, "little") + text + bytes(4)) as file:
+            assert file.metadata == (json.loads(metadata) or {})
+            assert list(file.tensors) == ["q"]
