@@ -124,6 +124,14 @@ def test_damaged_files_are_found_so_that_they_are_refused_by_name(tree, content)
     assert found("zoo") == ["zoo/a.safetensors", "zoo/b"]
 
 
+def test_a_model_that_skops_stored_is_no_adapter(tree):
+    tree("zoo/a.safetensors")
+    with zipfile.ZipFile("zoo/model.skops", "w") as archive:
+        archive.writestr("schema.json", "{}")
+        archive.writestr("1.npy", b"numbers")
+    assert found("zoo") == ["zoo/a.safetensors"]
+
+
 def test_a_zip_file_that_cannot_be_opened_is_taken_for_what_its_name_says(tree):
     tree("zoo/a.safetensors")
     for name in ("b.npz", "b.zip"):

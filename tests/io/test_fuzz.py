@@ -312,9 +312,13 @@ def fuzz(folder, sample, n_examples, strategy):
     run()
 
 
-def times(few, many):
-    """So many examples in a quick run, and so many in the long one."""
-    return pytest.mark.parametrize("n_examples", [few, pytest.param(many, marks=pytest.mark.slow)])
+def examples(n_examples, *names):
+    """So many examples of each in a quick run, and 100 times as many in the long one."""
+    return [
+        pytest.param(name, factor * n_examples, marks=marks)
+        for factor, marks in ((1, ()), (100, pytest.mark.slow))
+        for name in names
+    ]
 
 
 @pytest.mark.parametrize("name", SMALL + WILD)
@@ -322,29 +326,15 @@ def test_what_is_whole_is_read_or_refused(folder, samples, name):
     check(folder, *samples[name][1:])
 
 
-@times(40, 4000)
-@pytest.mark.parametrize("name", SMALL)
-def test_damaged_files_of_every_format(folder, samples, name, n_examples):
+@pytest.mark.parametrize(("name", "n_examples"), examples(40, *SMALL) + examples(4, *WILD))
+def test_damaged_files(folder, samples, name, n_examples):
     sample = samples[name]
     content = damaged(sample.content, header_end(sample.content))
     fuzz(folder, sample, n_examples, st.tuples(content, st.just(sample.config)))
 
 
-@times(4, 400)
-@pytest.mark.parametrize("name", WILD)
-def test_damaged_files_from_the_wild(folder, samples, name, n_examples):
-    sample = samples[name]
-    content = damaged(sample.content, header_end(sample.content))
-    fuzz(folder, sample, n_examples, st.tuples(content, st.just(sample.config)))
-
-
-@times(60, 4000)
-@pytest.mark.parametrize("name", ["peft", "experts", "mlx"])
+@pytest.mark.parametrize(("name", "n_examples"), examples(60, "peft", "experts", "mlx"))
 def test_damaged_configurations(folder, samples, name, n_examples):
     sample = samples[name]
-    fuzz(
-        folder,
-        sample,
-        n_examples,
-        st.tuples(st.just(sample.content), damaged_config(sample.config)),
-    )
+    configs = damaged_config(sample.config)
+    fuzz(folder, sample, n_examples, st.tuples(st.just(sample.content), configs))

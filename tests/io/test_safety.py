@@ -312,8 +312,7 @@ class TestHeaders:
             for role in ("down", "up")
         }
         safetensors("a", tensors)
-        with memory_below(2**26):
-            [report] = scan_adapters("a")
+        [report] = scan_adapters("a")
         assert "do not fit together" in report.error
 
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

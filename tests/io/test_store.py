@@ -27,6 +27,7 @@ from sklora import (
 from sklora.collection import Store
 from sklora.io import AdapterError, read_adapters
 from sklora.io._store import AdapterStore
+from sklora.io.containers.safetensors import SafetensorsFile
 
 N_ADAPTERS = 12
 SHAPES = {"down.q": (7, 4), "up.q": (5, 6)}
@@ -163,6 +164,24 @@ class TestChange:
         X = read_adapters(zoo)
         (zoo / "adapter_config.json").write_text('{"a": 1}')
         self.changed(X, zoo / "00.safetensors", "it changed since its header was read")
+
+    def test_that_keeps_size_and_time_is_seen_by_the_shapes(self, tmp_path, rng):
+        path = tmp_path / "a.safetensors"
+        sizes = {"down": (2, 4), "up": (7, 2)}, {"down": (2, 7), "up": (4, 2)}
+        for place, shapes in enumerate(sizes):
+            tensors = {f"q.lora_{role}.weight": np.ones(shape) for role, shape in shapes.items()}
+            path.write_bytes(save(tensors))
+            os.utime(path, (1, 1))
+            if not place:
+                X = read_adapters(path)
+        self.changed(X, path, "it changed while it was read; read the adapters again")
+
+    def test_a_disk_that_fails_is_an_error_with_the_name(self, zoo, X, monkeypatch):
+        def fail(self, name):
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(SafetensorsFile, "read", fail)
+        self.changed(X, zoo / "00.safetensors", "it cannot be read: Input/output error")
 
     def test_a_deleted_file_is_refused(self, zoo, X):
         (zoo / "00.safetensors").unlink()
