@@ -7,10 +7,10 @@ import json
 from collections.abc import Sequence
 
 from sklora.cli._output import FAILED, OK, progress, result, table, with_options
-from sklora.cli._reading import Finding, find, reading_options
-from sklora.io import AdapterError, AdapterReport
-from sklora.io._plan import ReadOptions
-from sklora.io._scan import _scan
+from sklora.cli._reading import reading_options
+from sklora.io import AdapterReport
+from sklora.io._find import find_each
+from sklora.io._scan import scan_file
 
 _HEADINGS = (
     "path",
@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; 1 if there is anything wrong with any file."""
     options = reading_options(args)
     reports = [
-        _report(finding, options) for finding in progress(find(args.paths), "headers", "file")
+        scan_file(finding, options)
+        for finding in progress(list(find_each(args.paths)), "headers", "file")
     ]
     if args.json:
         entries = [report.to_dict() for report in reports]
@@ -47,12 +48,6 @@ def run(args: argparse.Namespace) -> int:
         if bad:
             table([("path", "error"), *((r.path, with_options(r.error or "")) for r in bad)], "<<")
     return FAILED if any(report.error is not None for report in reports) else OK
-
-
-def _report(finding: Finding, options: ReadOptions) -> AdapterReport:
-    if isinstance(finding, AdapterError):
-        return AdapterReport(finding.path, finding.reason)
-    return _scan(finding, options)
 
 
 def _cells(report: AdapterReport) -> tuple[str, ...]:

@@ -13,9 +13,10 @@ from sklearn.pipeline import Pipeline
 from sklora._saved import ModelCard, load_model
 from sklora.cli._output import FAILED, OK, CommandError, progress, say, with_options
 from sklora.cli._predictions import Prediction, csv_writer, end_json, json_writer
-from sklora.cli._reading import Finding, OneByOne, check_device, find, reading_options
+from sklora.cli._reading import OneByOne, check_device, reading_options
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.io import AdapterError
+from sklora.io._find import Found, find_each
 
 _MOST_PER_BLOCK = 256
 # What predicting for some adapters may raise. Where memory runs out, torch has but the last.
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         any_modules=args.allow_other_modules,
         any_base_model=args.allow_other_base_model,
     )
-    findings = find(args.paths)
+    findings = list(find_each(args.paths))
     write = json_writer(card) if args.json else csv_writer(card)
     n_errors = 0
     for block in _predictions(model, reader, progress(findings, "predictions", "file")):
@@ -61,7 +62,7 @@ def _load(path: str, device: str) -> tuple[Pipeline, ModelCard]:
 
 
 def _predictions(
-    model: Pipeline, reader: OneByOne, findings: Iterable[Finding]
+    model: Pipeline, reader: OneByOne, findings: Iterable[Found | AdapterError]
 ) -> Iterator[list[Prediction]]:
     """Predict in blocks that are bounded in memory, in order."""
     block = _Block()

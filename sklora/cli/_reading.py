@@ -9,11 +9,9 @@ from dataclasses import fields, replace
 from sklora.cli._output import FAILED, CommandError, with_options
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.io import AdapterError
-from sklora.io._find import Found, find_files
+from sklora.io._find import Found
 from sklora.io._plan import ReadOptions
-from sklora.io._read import _Reader, read_options
-
-Finding = Found | AdapterError
+from sklora.io._read import Reader, read_options
 
 
 def reading_options(args: argparse.Namespace, default: ReadOptions | None = None) -> ReadOptions:
@@ -34,17 +32,6 @@ def reading_options(args: argparse.Namespace, default: ReadOptions | None = None
         return read_options(*(getattr(chosen, field.name) for field in fields(ReadOptions)))
     except ValueError as error:
         raise CommandError(f"--{error}") from None
-
-
-def find(paths: Iterable[str]) -> list[Finding]:
-    """List the files that paths stand for; an error in place of a path that stands for none."""
-    findings: list[Finding] = []
-    for path in paths:
-        try:
-            findings += find_files(path)
-        except AdapterError as error:
-            findings.append(error)
-    return findings
 
 
 def check_device(device: str) -> None:
@@ -105,8 +92,8 @@ class OneByOne:
         """
         if self._on_missing == "zero" and self._needed is not None:
             # Only from the header: whether all is there that every training adapter had.
-            _Reader(self._needed, self._options, "raise", "ignore", "ignore").add(found)
-        reader = _Reader(
+            Reader(self._needed, self._options, "raise", "ignore", "ignore").add(found)
+        reader = Reader(
             self._layout, self._options, self._on_missing, self._on_extra, self._on_base_model
         )
         reader.add(found)
@@ -134,7 +121,7 @@ def read_together(
         When any cannot be read, or does not fit the others.
     """
     on_base_model = "ignore" if any_base_model else "raise"
-    reader = _Reader(None, options, "zero", "ignore", on_base_model)
+    reader = Reader(None, options, "zero", "ignore", on_base_model)
     errors = []
     for found in files:
         try:

@@ -14,11 +14,11 @@ from sklora._stores import available_memory
 from sklora._zoofile import _FORMAT, _read_header
 from sklora.cli._labels import Labels, match, read_labels
 from sklora.cli._output import FAILED, CommandError, few, progress, say
-from sklora.cli._reading import find, read_together, reading_options
+from sklora.cli._reading import read_together, reading_options
 from sklora.cli._targets import Targets, make_targets
 from sklora.collection import LoRACollection
 from sklora.io import AdapterError
-from sklora.io._find import Found
+from sklora.io._find import Found, find_each
 from sklora.io._plan import ReadOptions
 
 
@@ -93,7 +93,7 @@ def _is_packed(path: str) -> bool:
 
 def _files(paths: Sequence[str]) -> list[Found]:
     files = []
-    for finding in find(paths):
+    for finding in find_each(paths):
         if isinstance(finding, AdapterError):
             raise CommandError(str(finding))
         if not finding.in_folder and not os.path.exists(finding.path):

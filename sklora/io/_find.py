@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 
 from sklora.io._build import parse_json
 from sklora.io._errors import AdapterError, Refusal
-from sklora.io.containers import HEAD_BYTES, sniff
-from sklora.io.containers import _open_regular as open_regular
+from sklora.io.containers import HEAD_BYTES, holds_pickle, open_regular, sniff
 from sklora.io.containers._zip import ZipArchive
-from sklora.io.containers.torch_zip import PICKLE
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -226,7 +224,7 @@ def _kind(path: str, root: str) -> str | None:
 def _kind_of_zip(archive: ZipArchive) -> str | None:
     if "schema.json" in archive.members:
         return None  # a model that skops has stored, perhaps beside the zoo that it was fitted on
-    if any(name.endswith(PICKLE) for name in archive.members):
+    if holds_pickle(archive):
         return "pickle"
     return "npz" if any(name.endswith(".npy") for name in archive.members) else None
 

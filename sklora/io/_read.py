@@ -159,7 +159,7 @@ def read_adapters(
     if strict:
         on_missing = on_extra = "raise"
     skip = on_error == "skip"
-    reader = _Reader(layout, options, on_missing, on_extra, on_base_model, read_numbers=skip)
+    reader = Reader(layout, options, on_missing, on_extra, on_base_model, read_numbers=skip)
     skipped: list[AdapterError] = []
     for found in find_each(paths):
         try:
@@ -212,7 +212,7 @@ def _is_finite(value: object) -> bool:
         return False
 
 
-class _Reader:
+class Reader:
     """Headers of files that fit together.
 
     Parameters

@@ -141,10 +141,11 @@ def scan_adapters(
     ('peft', (2,), (1.0,), ('F64',))
     """
     options = read_options(names, keys, scale, lokr, allow_torch_zip)
-    return [_scan(found, options) for found in find_each(paths)]
+    return [scan_file(found, options) for found in find_each(paths)]
 
 
-def _scan(found: Found | AdapterError, options: ReadOptions) -> AdapterReport:
+def scan_file(found: Found | AdapterError, options: ReadOptions) -> AdapterReport:
+    """Report on what `sklora.io._find.find_each` gives: a file, or what is wrong with a path."""
     try:
         if isinstance(found, AdapterError):
             raise found

@@ -15,7 +15,7 @@ from sklora.io.containers.npz import NpzFile
 from sklora.io.containers.safetensors import LENGTH_BYTES, SafetensorsFile
 from sklora.io.containers.torch_zip import PICKLE, TorchZipFile
 
-__all__ = ["HEAD_BYTES", "is_torch_zip", "open_tensor_file", "sniff"]
+__all__ = ["HEAD_BYTES", "holds_pickle", "open_regular", "open_tensor_file", "sniff"]
 
 # How much of a file `sniff` needs.
 HEAD_BYTES = 64
@@ -91,7 +91,7 @@ def open_tensor_file(path: str, *, allow_torch_zip: bool) -> TensorFile:
     Refusal
         When the file cannot be opened, or its header is not sound.
     """
-    file, size = _open_regular(path)
+    file, size = open_regular(path)
     try:
         return _open(file, size, allow_torch_zip)
     except OSError as error:
@@ -102,8 +102,8 @@ def open_tensor_file(path: str, *, allow_torch_zip: bool) -> TensorFile:
         raise
 
 
-def is_torch_zip(path: str) -> bool:
-    """Tell whether a file is one of PyTorch's zip files; False also when it cannot be read.
+def open_regular(path: str) -> tuple[BinaryIO, int]:
+    """Open a file that is neither folder, device nor pipe.
 
     Parameters
     ----------
@@ -111,18 +111,15 @@ def is_torch_zip(path: str) -> bool:
 
     Returns
     -------
-    bool
+    file : binary file
+    size : int
+        In bytes.
+
+    Raises
+    ------
+    Refusal
+        When there is no such file, or it cannot be opened.
     """
-    try:
-        file, size = _open_regular(path)
-        with file:
-            return _holds_pickle(ZipArchive(file, size))
-    except (OSError, Refusal):
-        return False
-
-
-def _open_regular(path: str) -> tuple[BinaryIO, int]:
-    """Open a file that is neither folder, device nor pipe, and give its size."""
     try:
         descriptor = os.open(path, _FLAGS)
     except OSError as error:
@@ -153,7 +150,7 @@ def _open(file: BinaryIO, size: int, allow_torch_zip: bool) -> TensorFile:
 
 
 def _open_zip(file: BinaryIO, size: int, allow_torch_zip: bool) -> TensorFile:
-    if not _holds_pickle(ZipArchive(file, size)):
+    if not holds_pickle(ZipArchive(file, size)):
         return NpzFile(file, size)
     if not allow_torch_zip:
         raise Refusal(
@@ -164,7 +161,8 @@ def _open_zip(file: BinaryIO, size: int, allow_torch_zip: bool) -> TensorFile:
     return TorchZipFile(file, size)
 
 
-def _holds_pickle(archive: ZipArchive) -> bool:
+def holds_pickle(archive: ZipArchive) -> bool:
+    """Tell whether an archive is one that PyTorch wrote."""
     return any(name.endswith(PICKLE) for name in archive.members)
 
 

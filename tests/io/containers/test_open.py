@@ -13,7 +13,7 @@ from safetensors.numpy import save
 
 from sklora.io import containers
 from sklora.io._errors import Refusal
-from sklora.io.containers import HEAD_BYTES, is_torch_zip, open_tensor_file, sniff
+from sklora.io.containers import HEAD_BYTES, open_tensor_file, sniff
 
 ARRAY = np.arange(6, dtype=np.float32).reshape(2, 3)
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -216,16 +216,3 @@ class TestSniff:
             expected = {".safetensors": "safetensors", ".bin": "zip", ".pt": "zip"}.get(path.suffix)
             if path.parent.name != "safetensors_attack":
                 assert kind == expected
-
-
-class TestIsTorchZip:
-    def test_contents(self, files, path):
-        for container, content in files.items():
-            path.write_bytes(content)
-            assert is_torch_zip(str(path)) == (container == "torch-zip")
-
-    def test_unreadable(self, path, tmp_path):
-        path.write_bytes(FILES["torch-zip"][:-1])
-        assert not is_torch_zip(str(path))
-        assert not is_torch_zip(str(tmp_path))
-        assert not is_torch_zip(str(tmp_path / "missing"))
