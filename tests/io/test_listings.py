@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import gguf
 import ml_dtypes
 import numpy as np
 import pytest
@@ -304,6 +305,35 @@ def test_method_that_no_file_here_has_at_full_shape(kind, tmp_path):
     expected = applied(kind, tensors, scale, x)
     deviation = np.linalg.norm(U.astype(np.float64) @ (V.T.astype(np.float64) @ x) - expected)
     assert deviation <= 1e-6 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("alpha", [ALPHA] if SHAPES else [])
+def test_gguf_at_full_shape(alpha, tmp_path):
+    path = tmp_path / "adapter.gguf"
+    writer = gguf.GGUFWriter(path, "flux")
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    tensors = {}
+    for module, n, m in flux_modules():
+        tensors[module] = small_numbers((4, m), np.float16), small_numbers((n, 4), np.float16)
+        for role, array in zip(("lora_a", "lora_b"), tensors[module], strict=True):
+            writer.add_tensor(f"{module}.weight.{role}", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    [report] = scan_adapters(path, names="raw")
+    sizes = {module: (len(B), A.shape[1], 4) for module, (A, B) in tensors.items()}
+    assert {module.path: (module.n, module.m, module.rank) for module in report.modules} == sizes
+    assert (report.format, report.container, report.scales) == ("gguf", "gguf", (alpha / 4,))
+    few = list(tensors)[:2]
+    layout = LoRALayout([(module, *sizes[module]) for module in few])
+    for module, (U, V) in read_adapters(path, names="raw", layout=layout)[0].items():
+        A, B = (factor.astype(np.float64) for factor in tensors[module])
+        x = RNG.standard_normal(len(V))
+        deviation = np.linalg.norm(U @ (V.T @ x) - alpha / 4 * (B @ (A @ x)))
+        assert deviation <= 1e-6 * np.linalg.norm(B @ (A @ x))
 
 
 # Shapes that fit together, for tensors whose names alone are known.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from sklora import make_architecture
+from sklora import DenseProduct, make_architecture
 from sklora.collection import LoRALayout
 from sklora.io import AdapterError, read_adapters, scan_adapters
 
@@ -186,6 +186,13 @@ class TestSamFamily:
         predicted = model.fit(X, y).predict(X)
         assert predicted.shape == (3,)
         assert np.isfinite(predicted).all()
+
+    def test_dense_features_of_all_modules(self, X, ranks):
+        features = DenseProduct(device="cpu").fit_transform(X)
+        assert features.shape == (3, 24 * 768 * 768)
+        for row, adapter in zip(features, X, strict=True):
+            U, V = adapter["000"]
+            np.testing.assert_allclose(row[: 768 * 768], (U @ V.T).ravel(), rtol=1e-4, atol=1e-7)
 
     def test_collection_of_fewer_ranks_is_read_for_a_fitted_model(self, X, ranks):
         model = make_architecture("gl-net", device="cpu", random_state=0)
