@@ -38,7 +38,7 @@ bundled-zoo: $(READY)
 	$(BIN)/python -c "from sklora.datasets._bundle import make_bundle; make_bundle()"
 
 test: $(READY)
-	$(PYTEST) --cov
+	$(PYTEST) --cov --numprocesses=auto --dist=worksteal
 
 test-slow: $(READY)
 	$(PYTEST) -m "slow and not gpu"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from sklora import _zoofile
+from sklora import _files, _zoofile
 from sklora._stores import ArrayStore, MemmapStore
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.transform import SVDSpectrum
@@ -211,7 +211,7 @@ class TestInterrupted:
         def full(file):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(_zoofile.os, "fsync", full)
+        monkeypatch.setattr(_files.os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             adapters().save(path)
         assert not list(tmp_path.iterdir())
@@ -222,7 +222,7 @@ class TestInterrupted:
             open(name, mode).close()
             return open("/dev/full", "wb", buffering=0)
 
-        monkeypatch.setattr(_zoofile, "open", on_a_full_disk, raising=False)
+        monkeypatch.setattr(_files, "open", on_a_full_disk, raising=False)
         with pytest.raises(OSError, match="No space left"):
             adapters().save(path)
         assert not list(tmp_path.iterdir())
