@@ -9,7 +9,14 @@ from sklora.estimators import (
     MLPNetClassifier,
     MLPNetRegressor,
 )
-from sklora.transform import DenseProduct, GLEquivariantProjection, OAlign, SVDSpectrum
+from sklora.transform import (
+    DenseProduct,
+    GLEquivariantProjection,
+    OAlign,
+    SVDSpectrum,
+    UpdateKernel,
+    pairwise_update_kernel,
+)
 
 __version__ = "0.1.0"
 
@@ -26,6 +33,8 @@ __all__ = [
     "OAlign",
     "SVDSpectrum",
     "TRUSTED_TYPES",
+    "UpdateKernel",
     "architecture_grid",
     "make_architecture",
+    "pairwise_update_kernel",
 ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 Self = TypeVar("Self")
 P = ParamSpec("P")
@@ -115,6 +116,13 @@ def _exists(device: torch.device) -> bool:
     if accelerator is None or not hasattr(accelerator, "device_count"):
         return False
     return (device.index or 0) < int(accelerator.device_count())
+
+
+def as_tensor(block: NDArray[Any]) -> torch.Tensor:
+    """Give an array as a tensor that shares its memory, or as a copy if it is read-only."""
+    import torch
+
+    return torch.from_numpy(block if block.flags.writeable else block.copy())
 
 
 def check_option(name: str, value: object, options: Iterable[str]) -> None:

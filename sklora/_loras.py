@@ -16,6 +16,7 @@ from sklora._modules import check_room
 from sklora._stores import (
     ArrayStore,
     Store,
+    as_slice,
     blocks,
     check_memory,
     checked_ids,
@@ -305,18 +306,20 @@ class LoRACollection:
             return self._adapter(int(key))
         return LoRACollection(self._store, self._positions(key), self._layout)
 
-    def read(self, rows: slice | ArrayLike | None = None) -> NDArray[Any]:
+    def read(self, rows: slice | ArrayLike | None = None, *, copy: bool = True) -> NDArray[Any]:
         """Read flat rows: the one way to the numbers.
 
         Parameters
         ----------
         rows : slice, array-like of int or bool, or None, default=None
             None for all.
+        copy : bool, default=True
+            False gives a view of weights that lie in memory just so; it is not to be written to.
 
         Returns
         -------
         ndarray of shape (n_rows, width)
-            A new array of `dtype`, zero-padded.
+            Of `dtype`, zero-padded; by default a new array.
 
         Raises
         ------
@@ -325,9 +328,9 @@ class LoRACollection:
         """
         if rows is None:
             rows = slice(None)
-        # Slices stay slices where they can: contiguous rows are read faster.
-        as_given = self._index is None and isinstance(rows, slice)
-        flat = self._store.read(rows if as_given else self._positions(rows))  # type: ignore[arg-type]
+        if self._index is not None or not isinstance(rows, slice):
+            rows = as_slice(self._positions(rows))
+        flat = self._store.read(rows, copy=copy)
         if self._layout == self._store.layout:
             return flat
         return relay(flat, self._store.layout, self._layout)

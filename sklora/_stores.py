@@ -44,8 +44,8 @@ class Store(Protocol):
     @property
     def is_checked(self) -> bool: ...
 
-    def read(self, rows: Rows) -> NDArray[Any]:
-        """Read rows into a new array ``(len(rows), width)`` of `dtype`, zero-padded."""
+    def read(self, rows: Rows, *, copy: bool = True) -> NDArray[Any]:
+        """Read rows ``(len(rows), width)`` of `dtype`, zero-padded; a view if `copy` is False."""
 
     def subset(self, rows: NDArray[np.intp]) -> Store:
         """Give a store of some rows alone, as small as can be when pickled."""
@@ -107,10 +107,11 @@ class ArrayStore:
         """What rows are read as."""
         return compute_dtype(self.array.dtype)
 
-    def read(self, rows: Rows) -> NDArray[Any]:
-        """Copy rows, in the dtype they are computed with."""
+    def read(self, rows: Rows, *, copy: bool = True) -> NDArray[Any]:
+        """Give rows in the dtype they are computed with."""
         block = self.array[rows]
-        return block.astype(self.dtype, order="C", copy=np.may_share_memory(block, self.array))
+        copy = copy and np.may_share_memory(block, self.array)
+        return block.astype(self.dtype, order="C", copy=copy)
 
     def subset(self, rows: NDArray[np.intp]) -> ArrayStore:
         """Copy rows, in the dtype they are stored in."""
@@ -187,7 +188,7 @@ class MemmapStore:
         """What rows are read as."""
         return compute_dtype(self.span.dtype)
 
-    def read(self, rows: Rows) -> NDArray[Any]:
+    def read(self, rows: Rows, *, copy: bool = True) -> NDArray[Any]:
         """Read rows from the file."""
         return self._mapped.copy(rows if self._rows is None else self._rows[rows], self.dtype)
 
@@ -233,6 +234,13 @@ def _map_again(
     if isinstance(ranks, int):
         ranks = np.tile(np.array(layout.ranks, np.intp), (ranks, 1))
     return MemmapStore(span.open(), span, layout, ranks, ids, rows)
+
+
+def as_slice(rows: NDArray[np.intp]) -> Rows:
+    """Give rows that follow each other as a slice, which is read faster and may be a view."""
+    if len(rows) and rows[0] >= 0 and (np.diff(rows) == 1).all():
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
 
 
 def blocks(n_rows: int, bytes_per_row: float) -> Iterator[slice]:

@@ -6,17 +6,22 @@ from typing import Any, Literal
 
 import torch
 from sklearn.base import BaseEstimator
+from sklearn.decomposition import KernelPCA
+from sklearn.linear_model import Ridge, RidgeClassifier
 from sklearn.pipeline import Pipeline
 
 from sklora._base import check_option
 from sklora.estimators import GLNetClassifier, GLNetRegressor, MLPNetClassifier, MLPNetRegressor
-from sklora.transform import DenseProduct, OAlign, SVDSpectrum
+from sklora.transform import DenseProduct, OAlign, SVDSpectrum, UpdateKernel
 
 __all__ = ["ARCHITECTURES", "architecture_grid", "make_architecture"]
 
 ARCHITECTURES = ("mlp", "o-align", "svd", "dense", "gl-net")
 Task = Literal["classification", "regression"]
 
+# Of kernels whose diagonal is 1.
+_RIDGE_ALPHAS = (0.01, 0.1, 1.0)
+_RIDGES: dict[str, type[BaseEstimator]] = {"classification": RidgeClassifier, "regression": Ridge}
 _MODELS: dict[str, dict[str, type[BaseEstimator]]] = {
     "classification": {"mlp": MLPNetClassifier, "gl-net": GLNetClassifier},
     "regression": {"mlp": MLPNetRegressor, "gl-net": GLNetRegressor},
@@ -94,26 +99,49 @@ def architecture_grid(
     -------
     list of dict
         A `param_grid` for a Pipeline of :func:`make_architecture`: one entry for each architecture,
-        in the order of `ARCHITECTURES`. Add lists such as ``model__lr`` to an entry to search its
-        hyperparameters too.
+        in the order of `ARCHITECTURES`, and a last one for the other route of ``dense``. Add lists
+        such as ``model__lr`` to an entry to search its hyperparameters too.
 
     Raises
     ------
     ValueError
         When `task` is neither.
 
+    Notes
+    -----
+    What a perceptron learns from the entries of all updates, a kernel learns from their inner
+    products, in seconds and however large the modules are. The last entry is ridge regression with
+    the cosine of :class:`UpdateKernel` and an intercept, for some `alpha`: kernel principal
+    components, all of them, are what makes the kernel an input for scikit-learn's ridge models,
+    which take every kind of target. They have no `predict_proba`: a score that needs probabilities
+    leaves this entry out. It does not read side features.
+
     Examples
     --------
     >>> from sklora import ARCHITECTURES, architecture_grid
     >>> grid = architecture_grid("regression")
     >>> [type(entry["features"][0]).__name__ for entry in grid]
-    ['str', 'OAlign', 'SVDSpectrum', 'DenseProduct', 'str']
+    ['str', 'OAlign', 'SVDSpectrum', 'DenseProduct', 'str', 'Pipeline']
+    >>> grid[-1]["features"][0]
+    Pipeline(steps=[('kernel', UpdateKernel(kernel='cosine')),
+                    ('span', KernelPCA(kernel='precomputed'))])
     """
     check_option("task", task, _MODELS)
-    return [
+    grid = [
         {name: [step] for name, step in _steps(architecture, task, device, random_state).items()}
         for architecture in ARCHITECTURES
     ]
+    return [*grid, _kernel_entry(task, device)]
+
+
+def _kernel_entry(task: Task, device: str | torch.device) -> dict[str, list[Any]]:
+    kernel = UpdateKernel("cosine", device=device)
+    features = Pipeline([("kernel", kernel), ("span", KernelPCA(kernel="precomputed"))])
+    return {
+        "features": [features],
+        "model": [_RIDGES[task]()],
+        "model__alpha": list(_RIDGE_ALPHAS),
+    }
 
 
 def _steps(
@@ -123,7 +151,7 @@ def _steps(
     features: Any = {
         "o-align": OAlign(random_state=random_state, device=device),
         "svd": SVDSpectrum(device=device),
-        "dense": DenseProduct(device=device),
+        "dense": DenseProduct(random_state=random_state, device=device),
     }.get(architecture, "passthrough")
     model = _MODELS[task]["gl-net" if architecture == "gl-net" else "mlp"]
     return {"features": features, "model": model(device=device, random_state=random_state)}

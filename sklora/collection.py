@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.sparse import issparse
 from sklearn.utils.validation import validate_data
 
@@ -23,11 +24,17 @@ __all__ = [
     "ModuleGroup",
     "Store",
     "check_loras",
+    "check_numbers",
 ]
 
 
 def check_loras(
-    estimator: Any, X: Any, *, reset: bool, rank: Literal["any", "fitted"] = "any"
+    estimator: Any,
+    X: Any,
+    *,
+    reset: bool,
+    rank: Literal["any", "fitted"] = "any",
+    numbers: bool = True,
 ) -> LoRACollection:
     """Check the input of an estimator, and learn or compare its layout: the one door for X.
 
@@ -84,8 +91,10 @@ def check_loras(
     layout = estimator.layout if reset else estimator.layout_
     if layout is not None:
         layout.check_same_modules(loras.layout)
-    if is_collection and not loras._store.is_checked:
-        _check_numbers(loras)
+    if is_collection and numbers and not loras._store.is_checked:
+        # The rows as stored and as laid out, and whether each number is valid.
+        for rows in loras.iter_batches(3 * loras.dtype.itemsize * loras.layout.width):
+            check_numbers(loras, rows, loras.read(rows, copy=False))
     if layout is not None and (reset or rank == "fitted"):
         declared = "Declare more in the estimator's layout, with layout.with_ranks."
         fitted = (
@@ -128,27 +137,50 @@ def _check_array(estimator: Any, X: Any, *, reset: bool) -> LoRACollection:
     return LoRACollection.from_array(array, layout)
 
 
-def _check_numbers(loras: LoRACollection) -> None:
-    """Check that weights are finite, and zero beyond the rank."""
-    layout, all_ranks = loras.layout, loras.ranks
-    for rows, flat in loras.iter_blocks():
-        ranks = all_ranks[rows]
-        finite = np.isfinite(flat)
-        if not finite.all():
-            row, column = np.argwhere(~finite)[0]
-            [id] = loras.ids[[rows.start + row]].tolist()
-            raise ValueError(
-                f"adapter {id!r} has NaN or infinity in {layout.column_name(int(column))}; leave "
-                "the adapter out, or mend its weights."
-            )
-        if (ranks == layout.ranks).all():
-            continue
-        beyond = layout.infer_ranks(flat) > ranks
-        if beyond.any():
-            row, position = np.argwhere(beyond)[0]
-            [id] = loras.ids[[rows.start + row]].tolist()
-            raise ValueError(
-                f"adapter {id!r} is said to have rank {ranks[row, position]} in module "
-                f"{layout.names[position]!r}, but has more columns that are not zero; leave out "
-                "ranks= of LoRACollection.from_array to find them."
-            )
+def check_numbers(loras: LoRACollection, rows: slice, flat: NDArray[Any]) -> None:
+    """Check that weights are finite, and zero beyond the rank.
+
+    Parameters
+    ----------
+    loras : LoRACollection
+    rows : slice
+    flat : ndarray of shape (n_rows, width)
+        What ``loras.read(rows)`` gave.
+
+    Raises
+    ------
+    ValueError
+        When they are not. The message names the adapter, the module and the remedy.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklora import LoRACollection, LoRALayout
+    >>> from sklora.collection import check_numbers
+    >>> X = LoRACollection.from_array(np.array([[1.0, np.nan]]), LoRALayout.rows(2), ids=["cat"])
+    >>> check_numbers(X, slice(None), X.read())
+    Traceback (most recent call last):
+    ValueError: adapter 'cat' has NaN or infinity in module 'row'; leave the adapter out, ...
+    """
+    if loras._store.is_checked:
+        return
+    layout, ranks, ids = loras.layout, loras.ranks[rows], loras.ids[rows]
+    finite = np.isfinite(flat)
+    if not finite.all():
+        row, column = np.argwhere(~finite)[0]
+        [id] = ids[[row]].tolist()
+        raise ValueError(
+            f"adapter {id!r} has NaN or infinity in {layout.column_name(int(column))}; leave "
+            "the adapter out, or mend its weights."
+        )
+    if (ranks == layout.ranks).all():
+        return
+    beyond = layout.infer_ranks(flat) > ranks
+    if beyond.any():
+        row, position = np.argwhere(beyond)[0]
+        [id] = ids[[row]].tolist()
+        raise ValueError(
+            f"adapter {id!r} is said to have rank {ranks[row, position]} in module "
+            f"{layout.names[position]!r}, but has more columns that are not zero; leave out "
+            "ranks= of LoRACollection.from_array to find them."
+        )

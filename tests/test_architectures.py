@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from sklearn.base import clone
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.linear_model import Ridge, RidgeClassifier
 from sklearn.model_selection import GridSearchCV, HalvingGridSearchCV
+from sklearn.pipeline import Pipeline
 
 from sklora import (
     ARCHITECTURES,
@@ -97,7 +100,8 @@ def test_parameters_reach_both_steps(name, task, tmp_path):
 @pytest.mark.parametrize("task", TASKS)
 def test_grid_is_the_pipelines(task):
     grid = architecture_grid(task, device="cpu", random_state=3)
-    for name, entry in zip(ARCHITECTURES, grid, strict=True):
+    assert len(grid) == len(ARCHITECTURES) + 1
+    for name, entry in zip(ARCHITECTURES, grid, strict=False):
         pipeline = make_architecture(name, task, device="cpu", random_state=3)
         assert entry.keys() == pipeline.named_steps.keys()
         for step, [candidate] in entry.items():
@@ -131,26 +135,28 @@ def test_grid_of_an_unknown_task():
 
 def quick_grid(task):
     return [
-        entry | {name: [value] for name, value in QUICK.items()}
+        entry if "model__alpha" in entry else entry | {k: [v] for k, v in QUICK.items()}
         for entry in architecture_grid(task, random_state=0)
     ]
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("search", [GridSearchCV, HalvingGridSearchCV])
-def test_one_search_chooses_among_all_five(search, task, zoo, labels):
+def test_one_search_chooses_among_all(search, task, zoo, labels):
     found = search(make_architecture("mlp", task), quick_grid(task), cv=2, error_score="raise")
     found.fit(zoo, labels)
     tried = found.cv_results_["params"]
     steps = {(type(p["features"]), type(p["model"])) for p in tried}
-    assert steps == {(FEATURES[name], model_type(name, task)) for name in ARCHITECTURES}
+    ridge = RidgeClassifier if task == "classification" else Ridge
+    nets = {(FEATURES[name], model_type(name, task)) for name in ARCHITECTURES}
+    assert steps == nets | {(Pipeline, ridge)}
     assert np.isfinite(found.cv_results_["mean_test_score"]).all()
     best = found.best_estimator_
     assert str(best.named_steps["features"]) == str(found.best_params_["features"])
     refitted = clone(best).fit(zoo, labels)
     np.testing.assert_array_equal(refitted.predict(zoo), found.predict(zoo))
     winner = pickle.loads(pickle.dumps(best))
-    method = "predict_proba" if task == "classification" else "predict"
+    method = "decision_function" if task == "classification" else "predict"
     np.testing.assert_array_equal(getattr(winner, method)(zoo), getattr(found, method)(zoo))
 
 
@@ -199,3 +205,59 @@ def test_theorem_1(name, task, group, dtype, condition, rtol, rng, random_loras)
     else:
         with pytest.raises(AssertionError, match=rf"is not invariant to {group}\(r\)"):
             check()
+
+
+class TestKernelRoute:
+    """The second route of dense in the grid."""
+
+    @pytest.fixture
+    def make_model(self):
+        def make_model(task, alpha=0.1):
+            *_, entry = architecture_grid(task, device="cpu")
+            steps = {name: entry[name][0] for name in ("features", "model")}
+            return clone(Pipeline(list(steps.items()))).set_params(model__alpha=alpha)
+
+        return make_model
+
+    def test_is_kernel_ridge_on_the_dense_updates(self, make_model, zoo, rng):
+        y = rng.normal(size=(60, 2))
+        entries = DenseProduct().fit_transform(zoo)
+        train, test = slice(0, 45), slice(45, 60)
+        found = make_model("regression").fit(zoo[train], y[train]).predict(zoo[test])
+        # An intercept that is not penalised is the same as centred features and targets.
+        unit = entries / np.linalg.norm(entries, axis=1, keepdims=True)
+        mean = unit[train].mean(axis=0)
+        ridge = KernelRidge(alpha=0.1).fit(unit[train] - mean, y[train] - y[train].mean(axis=0))
+        expected = ridge.predict(unit[test] - mean) + y[train].mean(axis=0)
+        np.testing.assert_allclose(found, expected, atol=1e-9)
+
+    @pytest.mark.parametrize("kind", ["binary", "multiclass", "multilabel"])
+    def test_kinds_of_classes(self, make_model, zoo, targets, labels, kind):
+        y = {
+            "binary": np.array(["no", "yes"])[labels],
+            "multiclass": np.arange(60) % 3,
+            "multilabel": targets["classification"],
+        }[kind]
+        model = make_model("classification").fit(zoo, y)
+        assert model.predict(zoo).shape == y.shape
+        assert set(np.unique(model.predict(zoo))) <= set(np.unique(y))
+        assert model.decision_function(zoo).shape[0] == 60
+        assert 0 <= model.score(zoo, y) <= 1
+
+    @pytest.mark.parametrize(
+        ("dtype", "condition", "rtol"), [(np.float64, 1e4, 1e-7), (np.float32, 1e2, 1e-4)]
+    )
+    def test_is_invariant_to_gl(
+        self, make_model, rng, random_loras, labels, dtype, condition, rtol
+    ):
+        # Lengths lose the square of the condition, as those of linalg do.
+        X = random_loras(rng, n_adapters=60, shapes=SHAPES, rank=2, dtype=dtype)
+        model = make_model("classification").fit(X, labels)
+        assert_gauge_invariant(model, X, condition=condition, rtol=rtol, random_state=1)
+
+    def test_takes_other_ranks_and_is_pickled(self, make_model, zoo, labels, rng, random_loras):
+        model = make_model("classification").fit(zoo, labels)
+        other = random_loras(rng, n_adapters=7, shapes=SHAPES, rank=4)
+        expected = model.decision_function(other)
+        copy = pickle.loads(pickle.dumps(model))
+        np.testing.assert_array_equal(copy.decision_function(other), expected)

@@ -61,7 +61,7 @@ class TestCollections:
         class Checked(ArrayStore):
             is_checked = True
 
-            def read(self, rows):
+            def read(self, rows, *, copy=True):
                 raise AssertionError("nothing has to be read")
 
         X = LoRACollection(Checked(ROWS, LAYOUT, LORAS.ranks, LORAS.ids))

@@ -78,7 +78,7 @@ class TestStreaming:
     def test_training_reads_batches_and_blocks_alone(self, loras, opened, network, monkeypatch):
         sizes, read = [], MemmapStore.read
 
-        def counting(store, rows):
+        def counting(store, rows, *, copy=True):
             flat = read(store, rows)
             sizes.append(len(flat))
             return flat
@@ -128,7 +128,7 @@ def test_memory_stays_within_the_promise(path):
     n_adapters = 3 * 10**9 // layout.width // 4 + 1
 
     class Store(ArrayStore):
-        def read(self, rows):
+        def read(self, rows, *, copy=True):
             return super().read(np.zeros(len(self.ids[rows]), np.intp))
 
     rows = np.random.default_rng(0).normal(size=(1, layout.width)).astype(np.float32)

@@ -184,7 +184,7 @@ class FailingStore(ArrayStore):
 
     error: BaseException | None = None
 
-    def read(self, rows):
+    def read(self, rows, *, copy=True):
         if self.error is not None and rows.start >= 3:
             raise self.error
         return super().read(rows)
@@ -236,7 +236,7 @@ from sklora import LoRACollection, LoRALayout
 from sklora._stores import ArrayStore
 
 class Killed(ArrayStore):
-    def read(self, rows):
+    def read(self, rows, *, copy=True):
         if rows.start >= 3:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().read(rows)

@@ -67,7 +67,7 @@ class AdapterStore:
             self._side[name] = slice(start, start + size)
             start += size
 
-    def read(self, rows: Rows) -> NDArray[Any]:
+    def read(self, rows: Rows, *, copy: bool = True) -> NDArray[Any]:
         """Read some adapters from their files."""
         positions = np.arange(len(self._files))[rows]
         flat = np.zeros((len(positions), self.layout.width), self.dtype)

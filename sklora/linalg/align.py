@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sklora.linalg._factors import check_factors
+from sklora.linalg._tall import cross_product
 
 
 def procrustes(U: Tensor, V: Tensor, U0: Tensor, V0: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def procrustes(U: Tensor, V: Tensor, U0: Tensor, V0: Tensor) -> Tensor:
             f"rank {U.shape[-1]} exceeds the template's rank {U0.shape[-1]}; "
             "choose a template of at least that rank."
         )
-    cross = U.double().mT @ U0.double() + V.double().mT @ V0.double()
+    cross = cross_product(U, U0) + cross_product(V, V0)
     A, _, Bh = torch.linalg.svd(cross, full_matrices=False)
     Q: Tensor = A @ Bh
     return Q.to(U.dtype)

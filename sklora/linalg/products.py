@@ -9,8 +9,10 @@ from torch import Tensor
 
 from sklora.linalg._factors import check_factors
 
-# Entries of the two (N1 r1) x (N2 r2) matrices that pairwise_inner_products holds at once.
-_PAIR_ENTRIES = 2**24
+# Entries of the two (r1 N1) x (r2 N2) matrices that add_inner_products holds at once.
+_PAIR_ENTRIES = 2**21
+# Strips of rows, at least, that symmetric products are cut into: each begins at its diagonal.
+_STRIPS = 8
 
 
 def dense_product(U: Tensor, V: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ def pairwise_inner_products(U1: Tensor, V1: Tensor, U2: Tensor, V2: Tensor) -> T
 
     Entry ``(a, b)`` is :math:`\sum_g \langle U_{1,ag} V_{1,ag}^\top, U_{2,bg} V_{2,bg}^\top
     \rangle_F`, over the middle dimensions ``g``: with modules there, it is the inner product of
-    whole adapters. Computed in float64 a few rows at a time, so that memory stays bounded.
+    whole adapters. Computed in float64, module by module, so that memory stays bounded.
 
     Parameters
     ----------
@@ -121,18 +123,63 @@ def pairwise_inner_products(U1: Tensor, V1: Tensor, U2: Tensor, V2: Tensor) -> T
             "expected two stacks (N, ..., n, r) with the same middle dimensions, got U1 of shape "
             f"{tuple(U1.shape)} and U2 of shape {tuple(U2.shape)}."
         )
-    N1, N2, r1, r2 = U1.shape[0], U2.shape[0], U1.shape[-1], U2.shape[-1]
-    columns_U, columns_V = _stacked_columns(U2).mT, _stacked_columns(V2).mT
-    products = torch.zeros((N1, N2), dtype=torch.float64, device=U1.device)
-    step = max(1, _PAIR_ENTRIES // max(1, r1 * r2 * N2))
-    for start in range(0, N1, step):
-        rows = slice(start, start + step)
-        rows_U, rows_V = _stacked_columns(U1[rows]), _stacked_columns(V1[rows])
-        # A loop over the middle dimensions keeps one pair of Gram blocks alive, not one each.
-        for factors in zip(rows_U, rows_V, columns_U, columns_V, strict=True):
-            grams = (factors[0] @ factors[2]) * (factors[1] @ factors[3])
-            products[rows] += grams.view(len(U1[rows]), r1, N2, r2).sum(dim=(1, 3))
+    products = torch.zeros((len(U1), len(U2)), dtype=torch.float64, device=U1.device)
+    symmetric = U1 is U2 and V1 is V2
+    for factors in zip(*map(_by_module, (U1, V1, U2, V2)), strict=True):
+        add_inner_products(products, *factors, symmetric=symmetric)
     return products.to(torch.promote_types(U1.dtype, U2.dtype))
+
+
+def add_inner_products(
+    products: Tensor, U1: Tensor, V1: Tensor, U2: Tensor, V2: Tensor, *, symmetric: bool = False
+) -> None:
+    r"""Add the inner products of the updates of one module, pair by pair, to those of others.
+
+    Entry ``(a, b)`` grows by :math:`\langle U_{1,a} V_{1,a}^\top, U_{2,b} V_{2,b}^\top \rangle_F`.
+    Beside copies of the factors in float64, little memory is taken. Each pair costs
+    ``2 (n + m) r1 r2`` floating-point operations.
+
+    Parameters
+    ----------
+    products : Tensor of shape (N1, N2), of float64
+        Changed in place.
+    U1 : Tensor of shape (N1, n, r1)
+    V1 : Tensor of shape (N1, m, r1)
+    U2 : Tensor of shape (N2, n, r2)
+    V2 : Tensor of shape (N2, m, r2)
+    symmetric : bool, default=False
+        Whether the second stack is the first, which halves the work.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sklora.linalg.products import add_inner_products
+    >>> products = torch.zeros(2, 1, dtype=torch.float64)
+    >>> U, V = torch.ones(2, 3, 1), torch.ones(2, 4, 1)
+    >>> add_inner_products(products, U, V, U[:1], 2 * V[:1])
+    >>> products
+    tensor([[24.],
+            [24.]], dtype=torch.float64)
+    """
+    (N1, N2), r1, r2 = products.shape, U1.shape[-1], U2.shape[-1]
+    left = _columns(U1), _columns(V1)
+    right = left if symmetric else (_columns(U2), _columns(V2))
+    step = _PAIR_ENTRIES // max(1, r1 * r2 * N2)
+    if symmetric:
+        step = min(step, math.ceil(N1 / _STRIPS))
+    step = max(1, step)
+    for start in range(0, N1, step):
+        stop = min(start + step, N1)
+        first = start if symmetric else 0
+        U_gram, V_gram = (
+            A[:, start:stop].flatten(0, 1) @ B[:, first:].flatten(0, 1).mT
+            for A, B in zip(left, right, strict=True)
+        )
+        grams = U_gram.mul_(V_gram).view(r1, stop - start, r2, N2 - first)
+        strip = grams.sum(dim=(0, 2))
+        products[start:stop, first:] += strip
+        if symmetric:
+            products[stop:, start:stop] += strip[:, stop - start :].mT
 
 
 def squared_norm(U: Tensor, V: Tensor) -> Tensor:
@@ -261,9 +308,11 @@ def _check_same_update_shape(U1: Tensor, V1: Tensor, U2: Tensor, V2: Tensor) -> 
         raise ValueError(f"updates of shapes {first} and {second} have no inner product.")
 
 
-def _stacked_columns(A: Tensor) -> Tensor:
-    """``A (N, ..., n, r)`` in float64 as (modules, N r, n): one row per column of a factor."""
-    n, r = A.shape[-2:]
-    modules = math.prod(A.shape[1:-2])
-    columns = A.double().reshape(len(A), modules, n, r).permute(1, 0, 3, 2)
-    return columns.reshape(modules, len(A) * r, n)
+def _by_module(A: Tensor) -> Tensor:
+    """``A (N, ..., n, r)`` as (modules, N, n, r)."""
+    return A.reshape(len(A), math.prod(A.shape[1:-2]), *A.shape[-2:]).transpose(0, 1)
+
+
+def _columns(A: Tensor) -> Tensor:
+    """The columns (r, N, n) of ``A (N, n, r)``, in float64."""
+    return A.permute(2, 0, 1).contiguous().double()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Integral
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
@@ -14,19 +15,24 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
-from torch.nn.functional import pad
 
 from sklora._base import atomic_fit, resolve_device
-from sklora.collection import LoRACollection, LoRALayout, ModuleGroup, check_loras
-from sklora.transform._blocks import BlockFunction, GroupFactors, map_blocks
+from sklora.collection import LoRACollection, LoRALayout, check_loras
+from sklora.transform._blocks import Block, BlockFunction, factor_views, map_blocks
+
+T = TypeVar("T")
 
 
 class Featurizer(TransformerMixin, BaseEstimator, ABC):
     """Parameters, validation and the way through the blocks: what is the same for all.
 
     A subclass learns in ``_fit``, and names and computes its columns in ``_column_names`` and
-    ``_transform``, from adapters that have been validated.
+    ``_transform``, from adapters that have been validated, their numbers excepted where
+    ``_checks_results`` says so.
     """
+
+    # Whether `_transform` works through `map_blocks`, which finds invalid numbers by their results.
+    _checks_results: ClassVar[bool] = True
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "device": [str, torch.device],
@@ -60,10 +66,29 @@ class Featurizer(TransformerMixin, BaseEstimator, ABC):
         ValueError
             When a parameter or X is not valid. The estimator is then as it was before.
         """
-        self._validate_params()
-        resolve_device(self.device)
-        self._fit(check_loras(self, X, reset=True))
+        self._learn(X, numbers=not self._fit_checks)
         return self
+
+    def fit_transform(self, X: LoRACollection | ArrayLike, y: Any = None) -> Any:
+        """Fit to adapters, and transform them; each is read once, if `fit` need not see them all.
+
+        Parameters
+        ----------
+        X : LoRACollection or array-like of shape (n_adapters, width)
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        ndarray of shape (n_adapters, n_features_out)
+            What `transform` gives.
+
+        Raises
+        ------
+        ValueError
+            When a parameter or X is not valid. The estimator is then as it was before.
+        """
+        return self._fit_then(X, self._transform)
 
     def transform(self, X: LoRACollection | ArrayLike) -> Any:
         """Turn adapters into an array.
@@ -106,6 +131,11 @@ class Featurizer(TransformerMixin, BaseEstimator, ABC):
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
 
+    @property
+    def _fit_checks(self) -> bool:
+        """Whether `_fit` reads all adapters, and checks their numbers."""
+        return False
+
     def _fit(self, X: LoRACollection) -> None:
         """Learn from validated adapters."""
 
@@ -119,7 +149,20 @@ class Featurizer(TransformerMixin, BaseEstimator, ABC):
 
     def _check(self, X: LoRACollection | ArrayLike) -> LoRACollection:
         check_is_fitted(self)
-        return check_loras(self, X, reset=False)
+        return check_loras(self, X, reset=False, numbers=not self._checks_results)
+
+    def _learn(self, X: LoRACollection | ArrayLike, *, numbers: bool) -> LoRACollection:
+        self._validate_params()
+        resolve_device(self.device)
+        loras = check_loras(self, X, reset=True, numbers=numbers)
+        self._fit(loras)
+        return loras
+
+    @atomic_fit
+    def _fit_then(
+        self, X: LoRACollection | ArrayLike, transform: Callable[[LoRACollection], T]
+    ) -> T:
+        return transform(self._learn(X, numbers=not self._checks_results))
 
     def _map(self, function: BlockFunction, X: LoRACollection, n_columns: int) -> NDArray[Any]:
         return map_blocks(
@@ -139,8 +182,8 @@ class WeightsToFeatures(Featurizer):
         """What the columns of the module at this position are called."""
 
     @abstractmethod
-    def _module_features(self, U: Tensor, V: Tensor) -> Tensor:
-        """Features (B, M, C) of modules of one shape. C may be other than in `fit`."""
+    def _module_features(self, position: int, U: Tensor, V: Tensor) -> Tensor:
+        """Features (B, C) of the module at this position. C may be other than in `fit`."""
 
     def _feature_counts(self) -> list[int]:
         return [len(self._feature_names(position)) for position in range(self.layout_.n_modules)]
@@ -155,22 +198,17 @@ class WeightsToFeatures(Featurizer):
 
     def _transform(self, X: LoRACollection) -> NDArray[Any]:
         counts = self._feature_counts()
-        stops = np.cumsum(counts)
+        return self._map(partial(self._fill, counts), X, sum(counts) + self.layout_.n_side)
 
-        def features(
-            factors: GroupFactors, side: NDArray[Any], rows: slice, out: NDArray[Any]
-        ) -> None:
-            out[:, stops[-1] :] = side
-            for group, (U, V) in zip(X.layout.groups, factors, strict=True):
-                values = self._module_features(U, V)
-                widest = max(counts[position] for position in group.index)
-                # A negative padding cuts: the ranks here may exceed those that fit saw.
-                columns = pad(values, (0, widest - values.shape[-1])).cpu().numpy()
-                for place, position in enumerate(group.index):
-                    count, stop = counts[position], stops[position]
-                    out[:, stop - count : stop] = columns[:, place, :count]
-
-        return self._map(features, X, int(stops[-1]) + self.layout_.n_side)
+    def _fill(self, counts: Sequence[int], block: Block, out: NDArray[Any]) -> None:
+        start = 0
+        for position, (count, (U, V)) in enumerate(zip(counts, block.factors, strict=True)):
+            columns = self._module_features(position, U, V)[:, :count].cpu().numpy()
+            # The ranks here may be lower than those that fit saw.
+            out[:, start : start + columns.shape[1]] = columns
+            out[:, start + columns.shape[1] : start + count] = 0
+            start += count
+        out[:, start:] = block.side
 
 
 class _CollectionsStay:
@@ -199,7 +237,9 @@ class _CollectionsStay:
         ValueError
             When a parameter or X is not valid. The estimator is then as it was before.
         """
-        return self.fit(X, y).transform(X)  # type: ignore[attr-defined]
+        if isinstance(X, LoRACollection):
+            return self._fit_then(X, self._moved)  # type: ignore[attr-defined]
+        return super().fit_transform(X, y)  # type: ignore[misc]
 
     def transform(self, X: LoRACollection | ArrayLike) -> Any:
         """Turn adapters into adapters: a collection into a collection, an array into an array.
@@ -229,7 +269,7 @@ class WeightsToWeights(_CollectionsStay, Featurizer):
     """Factors become other factors of the same modules; ids and side features stay.
 
     A subclass says what the result looks like in ``_output_layout`` and ``_output_ranks``, and
-    computes it in ``_move``.
+    writes it in ``_move``.
     """
 
     @abstractmethod
@@ -242,9 +282,13 @@ class WeightsToWeights(_CollectionsStay, Featurizer):
 
     @abstractmethod
     def _move(
-        self, group: ModuleGroup, U: Tensor, V: Tensor, ranks: NDArray[np.intp]
-    ) -> tuple[Tensor, Tensor]:
-        """New factors of modules of one shape, whose true ranks are (B, M)."""
+        self,
+        position: int,
+        factors: tuple[Tensor, Tensor],
+        ranks: NDArray[np.intp],
+        out: tuple[Tensor, Tensor],
+    ) -> None:
+        """Write new factors of the module at this position, whose true ranks are (B,)."""
 
     def _column_names(self) -> list[str]:
         layout = self._output_layout(self.layout_)
@@ -261,37 +305,23 @@ class WeightsToWeights(_CollectionsStay, Featurizer):
         return np.asarray(self._moved(X))
 
     def _moved(self, X: LoRACollection) -> LoRACollection:
-        layout, ranks = self._output_layout(X.layout), X.ranks
+        layout = self._output_layout(X.layout)
+        flat = self._map(partial(self._fill, layout), X, layout.width)
+        ranks = self._output_ranks(X.ranks)
+        return LoRACollection.from_array(flat, layout, ranks=ranks, ids=X.ids)
 
-        def weights(
-            factors: GroupFactors, side: NDArray[Any], rows: slice, out: NDArray[Any]
-        ) -> None:
-            moved = [
-                self._move(group, U, V, ranks[rows][:, group.index])
-                for group, (U, V) in zip(X.layout.groups, factors, strict=True)
-            ]
-            regrouped = _regroup(moved, X.layout, layout)
-            out[...] = layout.pack([(U.cpu().numpy(), V.cpu().numpy()) for U, V in regrouped], side)
-
-        flat = self._map(weights, X, layout.width)
-        return LoRACollection.from_array(flat, layout, ranks=self._output_ranks(ranks), ids=X.ids)
-
-
-def _regroup(factors: GroupFactors, source: LoRALayout, target: LoRALayout) -> GroupFactors:
-    """The same factors by the groups of a layout in which more modules may share a shape."""
-    if [group.index for group in source.groups] == [group.index for group in target.groups]:
-        return factors
-    modules = {
-        position: (U[:, place], V[:, place])
-        for group, (U, V) in zip(source.groups, factors, strict=True)
-        for place, position in enumerate(group.index)
-    }
-
-    def stacked(group: ModuleGroup, side: int) -> Tensor:
-        members = [modules[position][side] for position in group.index]
-        return torch.stack([pad(A, (0, group.rank - A.shape[-1])) for A in members], dim=1)
-
-    return [(stacked(group, 0), stacked(group, 1)) for group in target.groups]
+    def _fill(self, layout: LoRALayout, block: Block, out: NDArray[Any]) -> None:
+        target = torch.from_numpy(out)
+        device = block.factors[0][0].device
+        moved = target if device.type == "cpu" else torch.empty_like(target, device=device)
+        for position, (factors, new) in enumerate(
+            zip(block.factors, factor_views(moved, layout), strict=True)
+        ):
+            self._move(position, factors, block.ranks[:, position], new)
+            if layout.has_plain_rows:
+                new[0].mul_(new[1])
+        target.copy_(moved)
+        out[:, layout.side_slice] = block.side
 
 
 def _side_names(layout: LoRALayout) -> list[str]:

@@ -2,25 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from joblib import Parallel, delayed, effective_n_jobs
+from joblib.parallel import get_active_backend
 from numpy.typing import NDArray
 from sklearn.utils import gen_even_slices
 from torch import Tensor
 
-from sklora.collection import LoRACollection
+from sklora._base import as_tensor
+from sklora.collection import LoRACollection, LoRALayout, check_numbers
 
-# One pair per group of the layout: U (B, M_g, n, R_g) and V (B, M_g, m, R_g).
-GroupFactors: TypeAlias = list[tuple[Tensor, Tensor]]
-BlockFunction: TypeAlias = Callable[[GroupFactors, NDArray[Any], slice, NDArray[Any]], None]
+# Float64 copies of the largest module's factors, and what a QR decomposition makes of them.
+_BYTES_PER_MODULE_WEIGHT = 8 * 3
 
-# Bytes per stored weight while a block is worked on: the block as read and as unpacked, float64
-# copies of both factors, and what a decomposition makes of them.
-_BYTES_PER_WEIGHT = 8 * 6
+Factors: TypeAlias = list[tuple[Tensor, Tensor]]
+
+
+class Block(NamedTuple):
+    """Some adapters, on a device.
+
+    Attributes
+    ----------
+    factors : list of (Tensor of shape (B, n, r), Tensor of shape (B, m, r))
+        One pair for every module: views of the flat rows, which may be those of the collection.
+    side : ndarray of shape (B, n_side)
+    ranks : ndarray of shape (B, n_modules)
+    """
+
+    factors: Factors
+    side: NDArray[Any]
+    ranks: NDArray[np.intp]
+
+
+BlockFunction: TypeAlias = Callable[[Block, NDArray[Any]], None]
+
+
+def factor_views(flat: Tensor, layout: LoRALayout) -> Factors:
+    """Give the factors ``U (B, n, r)`` and ``V (B, m, r)`` of every module as views of flat rows.
+
+    Parameters
+    ----------
+    flat : Tensor of shape (B, layout.width)
+    layout : LoRALayout
+        Where it has plain rows, ``V = 1`` is new.
+
+    Returns
+    -------
+    list of (U, V)
+    """
+    if layout.has_plain_rows:
+        return [(flat[:, layout.factor_slices[0][0], None], flat.new_ones((len(flat), 1, 1)))]
+    return [
+        (flat[:, U].reshape(-1, n, r), flat[:, V].reshape(-1, m, r))
+        for (_, n, m, r), (U, V) in zip(layout.modules, layout.factor_slices, strict=True)
+    ]
 
 
 def plan_blocks(X: LoRACollection, *, n_columns: int = 0, n_parallel: int = 1) -> list[slice]:
@@ -39,18 +80,48 @@ def plan_blocks(X: LoRACollection, *, n_columns: int = 0, n_parallel: int = 1) -
     list of slice
         They cover X in order.
     """
-    bytes_per_adapter = n_parallel * (_BYTES_PER_WEIGHT * X.layout.width + 8 * n_columns)
-    blocks = list(X.iter_batches(bytes_per_adapter))
+    largest = max((module.n + module.m) * module.rank for module in X.layout.modules)
+    # The rows as stored and as laid out; the result, and the part of one module before it is there.
+    bytes_per_adapter = 2 * X.dtype.itemsize * (X.layout.width + n_columns)
+    bytes_per_adapter += _BYTES_PER_MODULE_WEIGHT * largest
+    blocks = list(X.iter_batches(n_parallel * bytes_per_adapter))
     if len(blocks) < n_parallel:
         blocks = list(gen_even_slices(len(X), min(n_parallel, len(X))))
     return blocks
 
 
-def to_tensors(
-    factors: Iterable[tuple[NDArray[Any], NDArray[Any]]], device: torch.device
-) -> GroupFactors:
-    """Unpacked factors as tensors on a device."""
-    return [(torch.from_numpy(U).to(device), torch.from_numpy(V).to(device)) for U, V in factors]
+def read_block(
+    X: LoRACollection, rows: slice, device: torch.device, *, check: bool = False
+) -> Block:
+    """Read some adapters onto a device.
+
+    Parameters
+    ----------
+    X : LoRACollection
+    rows : slice
+    device : torch.device
+        To CUDA, rows go through pinned memory, without waiting for them to arrive.
+    check : bool, default=False
+        Whether to check all numbers. Those beyond the true ranks are checked anyway, as no result
+        shows them.
+
+    Returns
+    -------
+    Block
+
+    Raises
+    ------
+    ValueError
+        When numbers are not valid.
+    """
+    flat, ranks = X.read(rows, copy=False), X.ranks[rows]
+    if check or (ranks != X.layout.ranks).any():
+        check_numbers(X, rows, flat)
+    tensor = as_tensor(flat)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    moved = tensor.to(device, non_blocking=True)
+    return Block(factor_views(moved, X.layout), flat[:, X.layout.side_slice], ranks)
 
 
 def map_blocks(
@@ -63,30 +134,76 @@ def map_blocks(
 ) -> NDArray[Any]:
     """Fill an array, one row per adapter, block by block.
 
+    Numbers that are not finite make results that are not, so results are what is checked: every
+    weight is read once.
+
     Parameters
     ----------
     function : callable
-        ``function(factors, side, rows, out)`` fills `out` (B, n_columns) for the adapters
-        ``X[rows]``, from their factors as tensors on `device` and their side features (B, n_side).
+        ``function(block, out)`` fills `out` (B, n_columns). It can be pickled.
     X : LoRACollection
     n_columns : int
     device : torch.device
     n_jobs : int or None
-        Blocks at once. They run in threads, because torch computes outside Python's lock and
-        threads share the weights, the device and the result.
+        Blocks at once, by joblib: in threads, as torch computes outside Python's lock, unless the
+        backend that joblib is configured for is another. Other processes and machines get the
+        collection of their block, which of a file is its path, and return its rows.
 
     Returns
     -------
     result : ndarray of shape (n_adapters, n_columns)
         Of the dtype of X.
+
+    Raises
+    ------
+    ValueError
+        When X has NaN or infinity.
     """
     result = np.empty((len(X), n_columns), X.dtype)
-
-    def run(rows: slice) -> None:
-        flat = X.read(rows)
-        factors = to_tensors(X.layout.unpack(flat), device)
-        function(factors, flat[:, X.layout.side_slice], rows, result[rows])
-
     blocks = plan_blocks(X, n_columns=n_columns, n_parallel=effective_n_jobs(n_jobs))
-    Parallel(n_jobs=n_jobs, require="sharedmem")(delayed(run)(rows) for rows in blocks)
+    backend, _ = get_active_backend(prefer="threads")
+    if getattr(backend, "supports_sharedmem", False):
+        Parallel(n_jobs=n_jobs, prefer="threads")(
+            delayed(_fill)(function, X, rows, device, result[rows]) for rows in blocks
+        )
+        return result
+    streams = getattr(backend, "supports_return_generator", False)
+    parts = Parallel(n_jobs=n_jobs, return_as="generator" if streams else "list")(
+        delayed(_part)(function, X[rows], n_columns, device) for rows in blocks
+    )
+    for rows, part in zip(blocks, parts, strict=True):
+        result[rows] = part
     return result
+
+
+def _part(
+    function: BlockFunction, X: LoRACollection, n_columns: int, device: torch.device
+) -> NDArray[Any]:
+    out = np.empty((len(X), n_columns), X.dtype)
+    _fill(function, X, slice(None), device, out)
+    return out
+
+
+def _fill(
+    function: BlockFunction,
+    X: LoRACollection,
+    rows: slice,
+    device: torch.device,
+    out: NDArray[Any],
+) -> None:
+    with _own_stream(device):
+        try:
+            function(read_block(X, rows, device), out)
+        except RuntimeError:  # such as LinAlgError, of a decomposition of NaN
+            check_numbers(X, rows, X.read(rows, copy=False))
+            raise
+    # One sum says whether all are finite, unless it overflows; then a look at X says it.
+    if not math.isfinite(torch.from_numpy(out).sum()):
+        check_numbers(X, rows, X.read(rows, copy=False))
+
+
+def _own_stream(device: torch.device) -> AbstractContextManager[Any]:
+    """On CUDA, give every block a stream, so that its copies overlap the work on another block."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]

@@ -11,9 +11,13 @@ from numpy.typing import NDArray
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
+from torch.nn.functional import pad
 
-from sklora.collection import LoRACollection, LoRALayout, ModuleGroup
+from sklora._base import as_tensor
+from sklora._stores import as_slice
+from sklora.collection import LoRACollection, LoRALayout
 from sklora.linalg import procrustes
+from sklora.linalg._tall import times_small
 from sklora.transform._base import WeightsToWeights
 
 
@@ -158,30 +162,23 @@ class OAlign(WeightsToWeights):
         return super()._moved(X)
 
     def _move(
-        self, group: ModuleGroup, U: Tensor, V: Tensor, ranks: NDArray[np.intp]
-    ) -> tuple[Tensor, Tensor]:
-        template_ranks = self._template_ranks[list(group.index)]
-        U0, V0 = (self._stacked_template(group, side, U) for side in (0, 1))
-        moved_U = U.new_zeros((*U.shape[:-1], U0.shape[-1]))
-        moved_V = V.new_zeros((*V.shape[:-1], V0.shape[-1]))
-        # Padding would make the cross product singular, so every pair of true ranks goes by itself.
-        pairs = np.stack([ranks, np.broadcast_to(template_ranks, ranks.shape)], axis=-1)
-        for rank, template_rank in np.unique(pairs.reshape(-1, 2), axis=0).tolist():
-            which = (pairs == (rank, template_rank)).all(axis=-1)
-            rows, modules = (torch.from_numpy(axis).to(U.device) for axis in which.nonzero())
-            one_U, one_V = U[rows, modules, :, :rank], V[rows, modules, :, :rank]
-            Q = procrustes(
-                one_U, one_V, U0[modules, :, :template_rank], V0[modules, :, :template_rank]
-            )
-            moved_U[rows, modules, :, :template_rank] = one_U @ Q
-            moved_V[rows, modules, :, :template_rank] = one_V @ Q
-        return moved_U, moved_V
-
-    def _stacked_template(self, group: ModuleGroup, side: int, like: Tensor) -> Tensor:
-        """One side of the template of modules of one shape, zero-padded to a common rank."""
-        factors = [self.template_[self.layout_.names[place]][side] for place in group.index]
-        rank = max(1, *(factor.shape[1] for factor in factors))
-        stack = np.zeros((len(factors), factors[0].shape[0], rank), factors[0].dtype)
-        for padded, factor in zip(stack, factors, strict=True):
-            padded[:, : factor.shape[1]] = factor
-        return torch.from_numpy(stack).to(like)
+        self,
+        position: int,
+        factors: tuple[Tensor, Tensor],
+        ranks: NDArray[np.intp],
+        out: tuple[Tensor, Tensor],
+    ) -> None:
+        U0, V0 = (
+            as_tensor(factor).to(factors[0])
+            for factor in self.template_[self.layout_.names[position]]
+        )
+        # Padding would make the cross product singular, so all of one true rank go by themselves.
+        for rank in np.unique(ranks).tolist():
+            rows = as_slice(np.flatnonzero(ranks == rank))
+            U, V = (factor[rows, :, :rank] for factor in factors)
+            Q = pad(procrustes(U, V, U0, V0), (0, out[0].shape[-1] - U0.shape[-1]))
+            for factor, moved in ((U, out[0]), (V, out[1])):
+                if isinstance(rows, slice):
+                    times_small(factor, Q, out=moved[rows])
+                else:
+                    moved[rows] = factor @ Q

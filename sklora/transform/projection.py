@@ -13,11 +13,11 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
 
-from sklora._base import resolve_device
-from sklora.collection import LoRACollection, LoRALayout, ModuleGroup
+from sklora._base import as_tensor, resolve_device
+from sklora.collection import LoRACollection, LoRALayout
 from sklora.linalg import CompressedUpdates, compress_updates, leading_directions
 from sklora.transform._base import WeightsToWeights
-from sklora.transform._blocks import plan_blocks, to_tensors
+from sklora.transform._blocks import plan_blocks, read_block
 
 
 class GLEquivariantProjection(WeightsToWeights):
@@ -125,24 +125,29 @@ class GLEquivariantProjection(WeightsToWeights):
                     gaussian = rng.standard_normal((self.n_components, size))
                     matrices[name] = (gaussian / np.sqrt(self.n_components)).astype(X.dtype)
 
+    @property
+    def _fit_checks(self) -> bool:
+        return self.method == "hosvd"
+
     def _fit_hosvd(self, X: LoRACollection) -> None:
         self._check_enough(X)
-        groups = X.layout.groups
-        compressed: list[CompressedUpdates | None] = [None] * len(groups)
+        found: list[CompressedUpdates | None] = [None] * X.layout.n_modules
         device = resolve_device(self.device)
         for rows in plan_blocks(X):
-            for place, (U, V) in enumerate(to_tensors(X.factors(rows), device)):
-                compressed[place] = compress_updates(
-                    U.transpose(0, 1), V.transpose(0, 1), previous=compressed[place]
-                )
-        for group, found in zip(groups, compressed, strict=True):
-            assert found is not None  # X has at least one adapter, so there was a block
-            P = leading_directions(found.left, min(self.n_components, group.n), noise=found.noise)
-            Q = leading_directions(found.right, min(self.n_components, group.m), noise=found.noise)
-            for bases, matrices in ((P, self.left_), (Q, self.right_)):
-                arrays = bases.mT.cpu().numpy().astype(X.dtype)
-                for place, matrix in zip(group.index, arrays, strict=True):
-                    matrices[X.layout.names[place]] = matrix
+            block = read_block(X, rows, device, check=True)
+            found = [
+                compress_updates(U, V, previous=previous)
+                for previous, (U, V) in zip(found, block.factors, strict=True)
+            ]
+        for (name, n, m, _), updates in zip(X.layout.modules, found, strict=True):
+            assert updates is not None  # X has at least one adapter, so there was a block
+            for matrices, side, size in (
+                (self.left_, updates.left, n),
+                (self.right_, updates.right, m),
+            ):
+                k = min(self.n_components, size)
+                basis = leading_directions(side, k, noise=updates.noise)
+                matrices[name] = basis.mT.cpu().numpy().astype(X.dtype)
 
     def _check_enough(self, X: LoRACollection) -> None:
         """Every side needs as many directions in the training updates as it is to keep."""
@@ -172,11 +177,14 @@ class GLEquivariantProjection(WeightsToWeights):
         return super()._moved(X.with_layout(X.layout.with_ranks(ranks.tolist())))
 
     def _move(
-        self, group: ModuleGroup, U: Tensor, V: Tensor, ranks: NDArray[np.intp]
-    ) -> tuple[Tensor, Tensor]:
-        names = [self.layout_.names[place] for place in group.index]
-        P = torch.from_numpy(np.stack([self.left_[name] for name in names])).to(U)
-        Q = torch.from_numpy(np.stack([self.right_[name] for name in names])).to(V)
-        # One product per module for the whole block: a broadcast matmul would copy P per adapter.
-        project = "gkn,bgnr->bgkr"
-        return torch.einsum(project, P, U), torch.einsum(project, Q, V)
+        self,
+        position: int,
+        factors: tuple[Tensor, Tensor],
+        ranks: NDArray[np.intp],
+        out: tuple[Tensor, Tensor],
+    ) -> None:
+        name = self.layout_.names[position]
+        for matrices, factor, moved in zip((self.left_, self.right_), factors, out, strict=True):
+            P = as_tensor(matrices[name]).to(factor)
+            # With the thin factor on the left, a product takes a fraction of the time.
+            moved.copy_(torch.bmm(factor.mT, P.mT.expand(len(factor), -1, -1)).mT)

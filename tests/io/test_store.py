@@ -288,12 +288,12 @@ def test_cross_validation_gives_the_same_as_in_memory(X, twin, y, n_jobs):
 def test_a_search_over_the_architectures_gives_the_same_as_in_memory(X, twin, y):
     grid = architecture_grid(device="cpu", random_state=0)
     for entry in grid:
-        entry["model__max_epochs"] = [2]
+        entry |= {"model__alpha": [1.0]} if "model__alpha" in entry else {"model__max_epochs": [2]}
     pipeline = make_architecture("svd", device="cpu", random_state=0)
     first, second = (
         GridSearchCV(pipeline, grid, cv=2, error_score="raise").fit(given, y) for given in (X, twin)
     )
-    assert len(first.cv_results_["params"]) == 5
+    assert len(first.cv_results_["params"]) == 6
     for name in ("mean_test_score", "split0_test_score"):
         np.testing.assert_array_equal(first.cv_results_[name], second.cv_results_[name])
 

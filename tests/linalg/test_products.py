@@ -15,6 +15,7 @@ from sklora.linalg import (
     row_sums,
     squared_norm,
 )
+from sklora.linalg.products import add_inner_products
 
 RTOL = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -86,9 +87,41 @@ def test_zero_padding_the_rank_changes_nothing(make_factors, dtype):
 def test_pairs_in_small_blocks_equal_one_block(make_factors, monkeypatch):
     U, V = make_factors(9, 6, 5, 2, batch=(7, 3))
     U2, V2 = make_factors(10, 6, 5, 4, batch=(5, 3))
-    expected = pairwise_inner_products(U, V, U2, V2)
+    expected = pairwise_inner_products(U, V, U2, V2), pairwise_inner_products(U, V, U, V)
     monkeypatch.setattr(products, "_PAIR_ENTRIES", 100)
-    np.testing.assert_allclose(pairwise_inner_products(U, V, U2, V2), expected, rtol=1e-12)
+    np.testing.assert_allclose(pairwise_inner_products(U, V, U2, V2), expected[0], rtol=1e-12)
+    np.testing.assert_allclose(pairwise_inner_products(U, V, U, V), expected[1], rtol=1e-12)
+
+
+@pytest.mark.parametrize("n_adapters", [1, 7, 8, 20])
+def test_pairs_of_one_stack_are_symmetric_and_those_of_its_copy(make_factors, n_adapters, dtype):
+    U, V = make_factors(14, 9, 7, 3, batch=(n_adapters, 2), dtype=dtype)
+    found = pairwise_inner_products(U, V, U, V)
+    expected = np.einsum("agij,bgij->ab", dense(U, V), dense(U, V))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=RTOL[dtype] * expected.max())
+    atol = 4 * torch.finfo(dtype).eps * expected.max()
+    copy = pairwise_inner_products(U, V, U.clone(), V.clone())
+    for other in (copy, found.T):
+        np.testing.assert_allclose(other, found, rtol=0, atol=atol)
+
+
+def test_pairs_survive_bad_gauges(make_factors, make_gauge, dtype, condition):
+    U, V = make_factors(15, 12, 9, 4, batch=(6,))
+    gauged = [A.to(dtype) for A in apply_gauge(U, V, make_gauge(16, 4, condition, batch=(6,)))]
+    update = dense(*gauged)
+    expected = np.einsum("aij,bij->ab", update, update)
+    # As above: the condition is squared, in float64.
+    rtol = {torch.float32: 1e-6, torch.float64: 1e-7}[dtype]
+    found = pairwise_inner_products(*gauged, *gauged)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=rtol * expected.max())
+
+
+def test_products_of_modules_add_up_in_float64(make_factors):
+    U, V = make_factors(17, 9, 7, 3, batch=(5,), dtype=torch.float32)
+    total = torch.full((5, 2), 1e9, dtype=torch.float64)
+    add_inner_products(total, U, V, U[:2], V[:2])
+    expected = np.einsum("aij,bij->ab", dense(U, V), dense(U, V)[:2])
+    np.testing.assert_allclose(total - 1e9, expected, atol=1e-6)
 
 
 def test_pairs_without_middle_dimensions_and_with_empty_stacks(make_factors):

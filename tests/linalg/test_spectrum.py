@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -134,3 +136,35 @@ def test_agrees_across_devices(make_factors, cuda):
     values = spectrum(U.to(cuda), V.to(cuda))
     assert values.device.type == "cuda"
     np.testing.assert_allclose(values.cpu(), spectrum(U, V), rtol=1e-6)
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e5, 1e7])
+def test_float32_input_is_right_for_factors_of_any_condition(make_factors, make_gauge, condition):
+    """Gram matrices alone would be wrong from 1e5 on: there the triangles come from QR."""
+    for seed in range(10):
+        U, V = make_factors(seed, 80, 60, 6)
+        U, V = (A.float() for A in apply_gauge(U, V, make_gauge(seed, 6, condition)))
+        expected = dense_spectrum(U, V, 6)
+        floor = 1e-6 * expected[0]
+        np.testing.assert_allclose(spectrum(U, V), expected, rtol=1e-5, atol=1e-5 * floor)
+
+
+def test_gram_matrices_are_not_used_beyond_their_digits(make_factors, make_gauge, monkeypatch):
+    """The negative of the test above: without QR it would not hold."""
+    monkeypatch.setattr(sys.modules[spectrum.__module__], "_LARGEST_CONDITION", torch.inf)
+    U, V = make_factors(0, 80, 60, 6, batch=(20,))
+    gauged = apply_gauge(U, V, make_gauge(0, 6, 1e7, batch=(20,)))
+    U, V = (A.float() for A in gauged)
+    expected = dense_spectrum(U, V, 6)
+    assert (abs(spectrum(U, V).numpy() - expected) > 1e-4 * expected).any()
+
+
+def test_one_bad_factor_of_a_batch_does_not_change_the_others(make_factors):
+    U, V = make_factors(0, 20, 16, 4, batch=(5,), dtype=torch.float32)
+    U[2, :, 1] = U[2, :, 0]
+    V[3] = 0
+    values = spectrum(U, V)
+    np.testing.assert_allclose(
+        values, dense_spectrum(U, V, 4), rtol=1e-5, atol=1e-6 * values.max().item()
+    )
+    np.testing.assert_array_equal(values[[0, 1, 4]], spectrum(U[[0, 1, 4]], V[[0, 1, 4]]))

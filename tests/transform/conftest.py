@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from sklora.transform import DenseProduct, GLEquivariantProjection, OAlign, SVDSpectrum
+from sklora.transform import (
+    DenseProduct,
+    GLEquivariantProjection,
+    OAlign,
+    SVDSpectrum,
+    UpdateKernel,
+)
 
 SHAPES = ((6, 4), (5, 4), (6, 4), (4, 6))
 
@@ -11,11 +17,16 @@ FEATURIZERS = {
     "o-align": OAlign(template=0),
     "spectrum": SVDSpectrum(),
     "dense": DenseProduct(),
+    "gram": DenseProduct("gram"),
+    "sketch": DenseProduct("sketch", 3, random_state=0),
+    "linear": UpdateKernel(),
+    "cosine": UpdateKernel("cosine"),
+    "rbf": UpdateKernel("rbf"),
     "random": GLEquivariantProjection(3, random_state=0),
     "hosvd": GLEquivariantProjection(3, method="hosvd"),
 }
 WEIGHTS = ("o-align", "random", "hosvd")
-FEATURES = ("spectrum", "dense")
+FEATURES = ("spectrum", "dense", "gram", "sketch", "linear", "cosine", "rbf")
 
 
 def _clones(names):

@@ -1,0 +1,128 @@
+"""The featurizers against the cheapest pass that sees every number: float32 Gram matrices.
+
+Times, in turn in one process, of 64 adapters with one square module in memory: SVDSpectrum, OAlign
+and GLEquivariantProjection by `fit_transform` or `transform`, with everything that they check;
+`torch.bmm` of the same factors, as separate arrays that are ready. Prints the medians of the
+ratios. ``python benchmarks/bench_featurizers.py``
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from sklearn.utils.extmath import randomized_svd
+
+from sklora import (
+    GLEquivariantProjection,
+    LoRACollection,
+    LoRALayout,
+    OAlign,
+    SVDSpectrum,
+)
+
+N_ADAPTERS, N_COMPONENTS = 64, 32
+
+
+def zoo(n: int, rank: int) -> tuple[LoRACollection, torch.Tensor, torch.Tensor]:
+    """Give adapters of gauges of condition 1e2, as a collection and as two stacks of factors."""
+    torch.manual_seed(0)
+    layout = LoRALayout([("q", n, n, rank)])
+    A, B = (torch.linalg.qr(torch.randn(N_ADAPTERS, rank, rank).double()).Q for _ in range(2))
+    values = torch.logspace(0, 2, rank, dtype=torch.float64)
+    R, R_inverse = A * values @ B.mT, A / values @ B.mT
+    U = (torch.randn(N_ADAPTERS, n, rank).double() @ R).float()
+    V = (torch.randn(N_ADAPTERS, n, rank).double() @ R_inverse).float()
+    flat = layout.pack([(U[:, None].numpy(), V[:, None].numpy())])
+    return LoRACollection.from_array(flat, layout, ranks=np.full((N_ADAPTERS, 1), rank)), U, V
+
+
+def median_ratio(ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> float:
+    """Time the two in turn, after a run of each that does not count."""
+    times = np.empty((repeats + 1, 2))
+    for row in times:
+        for place, function in enumerate((ours, theirs)):
+            start = time.perf_counter()
+            function()
+            row[place] = time.perf_counter() - start
+    return float(np.median(times[1:, 0] / times[1:, 1]))
+
+
+def gram_pass(U: torch.Tensor, V: torch.Tensor) -> None:
+    """See every number once, as cheaply as can be."""
+    torch.bmm(U.mT, U)
+    torch.bmm(V.mT, V)
+
+
+def ratios_at(n: int, rank: int, repeats: int) -> dict[str, float]:
+    """Give the ratios for one size."""
+    X, U, V = zoo(n, rank)
+    size = f"n={n} r={rank}"
+    aligned, projected = OAlign(template=0), GLEquivariantProjection(N_COMPONENTS, random_state=0)
+    aligned.fit(X)
+    projected.fit(X)
+    P, Q = (
+        torch.from_numpy(matrices["q"]).expand(N_ADAPTERS, -1, -1)
+        for matrices in (projected.left_, projected.right_)
+    )
+    return {
+        f"spectrum / Gram {size}": median_ratio(
+            lambda: SVDSpectrum().fit_transform(X), lambda: gram_pass(U, V), repeats
+        ),
+        f"o-align / Gram {size}": median_ratio(
+            lambda: aligned.transform(X), lambda: gram_pass(U, V), repeats
+        ),
+        f"projection / bmm {size}": median_ratio(
+            lambda: projected.transform(X),
+            lambda: (torch.bmm(P, U), torch.bmm(Q, V)),
+            repeats,
+        ),
+    }
+
+
+def ratios_to_dense(rank: int, n_dense: int) -> dict[str, float]:
+    """Give the ratios to what needs the dense updates, at n=768."""
+    X, U, V = zoo(768, rank)
+    updates = (U @ V.mT).numpy()
+
+    def dense_spectrum() -> None:
+        # All would take minutes: some, and the time of ours for as many.
+        np.linalg.svd(updates[:n_dense], compute_uv=False)
+
+    def dense_directions() -> None:
+        left = updates.transpose(1, 0, 2).reshape(768, -1)
+        right = updates.transpose(2, 0, 1).reshape(768, -1)
+        for stack in (left, right):
+            randomized_svd(stack, N_COMPONENTS, random_state=0)
+
+    hosvd = GLEquivariantProjection(N_COMPONENTS, method="hosvd")
+    spectrum = median_ratio(lambda: SVDSpectrum().fit_transform(X), dense_spectrum, 3)
+    return {
+        f"spectrum / dense svd n=768 r={rank}": spectrum * n_dense / N_ADAPTERS,
+        f"hosvd fit / randomized_svd n=768 r={rank}": median_ratio(
+            lambda: hosvd.fit(X), dense_directions, 3
+        ),
+    }
+
+
+def ratios(quick: bool = False) -> dict[str, float]:
+    """Give all ratios; less is better."""
+    if quick:
+        return {**ratios_at(1024, 4, 30), **ratios_at(1024, 32, 10), **ratios_to_dense(4, 2)}
+    found = {}
+    for n in (768, 4096, 12288):
+        for rank in (4, 32):
+            found.update(ratios_at(n, rank, 20))
+    for rank in (4, 32):
+        found.update(ratios_to_dense(rank, 4))
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    for name, ratio in ratios(parser.parse_args().quick).items():
+        print(f"{name:<40}{ratio:>10.2g}" if ratio < 0.1 else f"{name:<40}{ratio:>10.2f}")

@@ -1,0 +1,102 @@
+"""Products of tall, thin factors, arranged so that each number is read from memory about once."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Entries of the float64 copy of a piece: it stays in the cache while its product is formed.
+_PIECE_ENTRIES = 2**18
+# A piece is cut so that it holds parts of so many factors, which the cores share out.
+_PARTS = 8
+# Rows whose products are summed in the factors' own dtype.
+_SUMMED_ROWS = 1024
+# Below this width a matrix product spends more time on its start than on its numbers.
+_NARROW = 16
+
+
+def gram(A: Tensor) -> Tensor:
+    """Give ``A^T A`` in float64, piece by piece: no float64 copy of the whole is made.
+
+    Parameters
+    ----------
+    A : Tensor of shape (..., n, r)
+
+    Returns
+    -------
+    float64 Tensor of shape (..., r, r)
+    """
+    *batch, n, r = A.shape
+    flat = A.reshape(math.prod(batch), n, r)
+    products = torch.zeros((len(flat), r, r), dtype=torch.float64, device=A.device)
+    if not flat.numel():
+        return products.reshape(*batch, r, r)
+    rows = -(-n // -(-n * r * _PARTS // _PIECE_ENTRIES))
+    step = min(len(flat), max(1, _PIECE_ENTRIES // (rows * r)))
+    copies = torch.empty((step, rows, r), dtype=torch.float64, device=A.device)
+    for top in range(0, n, rows):
+        for first in range(0, len(flat), step):
+            piece = flat[first : first + step, top : top + rows]
+            copy = copies[: len(piece), : piece.shape[1]].copy_(piece)
+            products[first : first + step].baddbmm_(copy.mT, copy)
+    return products.reshape(*batch, r, r)
+
+
+def cross_product(A: Tensor, B: Tensor) -> Tensor:
+    """Give ``A^T B`` as a float64 sum of products of some rows, formed in the factors' dtype.
+
+    Parameters
+    ----------
+    A : Tensor of shape (..., n, r)
+    B : Tensor of shape (..., n, s)
+        Leading dimensions broadcast.
+
+    Returns
+    -------
+    float64 Tensor of shape (..., r, s)
+        Right to the rounding of the factors themselves.
+    """
+    dtype = torch.promote_types(A.dtype, B.dtype)
+    A, B = A.to(dtype), B.to(dtype)
+    batch = np.broadcast_shapes(A.shape[:-2], B.shape[:-2])
+    products = A.new_zeros((*batch, A.shape[-1], B.shape[-1]), dtype=torch.float64)
+    for top in range(0, A.shape[-2], _SUMMED_ROWS):
+        piece = slice(top, top + _SUMMED_ROWS)
+        # Expanded, matmul makes one batch of the two; a matrix alone it would lay out anew.
+        products += A[..., piece, :].mT @ B[..., piece, :].expand(*batch, -1, -1)
+    return products
+
+
+def times_small(A: Tensor, Q: Tensor, *, out: Tensor) -> None:
+    """Write ``A Q`` into `out`, for many tall ``A`` with a small ``Q`` each.
+
+    Some rows of a narrow factor are multiplied as one, by a block-diagonal matrix: more
+    operations, but at several times the rate.
+
+    Parameters
+    ----------
+    A : Tensor of shape (B, n, r)
+        Each factor lies in one piece of memory, row after row.
+    Q : Tensor of shape (B, r, s)
+    out : Tensor of shape (B, n, s)
+        As `A` in memory.
+    """
+    (n_factors, n, r), s = A.shape, Q.shape[2]
+    together = max(1, _NARROW // max(r, s, 1))
+    n_blocks = n // together
+    whole = n_blocks * together
+    blocks = torch.einsum("ij,brs->birjs", torch.eye(together).to(Q), Q)
+    blocks = blocks.reshape(n_factors, together * r, together * s)
+    rows = A[:, :whole].reshape(n_factors, n_blocks, together * r)
+    # The product of a batch is fast only into one piece of memory; from the cache it is moved.
+    step = max(1, _PIECE_ENTRIES // max(1, whole * s))
+    products = A.new_empty((min(step, n_factors), n_blocks, together * s))
+    for first in range(0, n_factors, step):
+        some = slice(first, first + step)
+        product = torch.bmm(rows[some], blocks[some], out=products[: len(rows[some])])
+        out[some, :whole] = product.view(len(product), whole, s)
+    if whole < n:
+        torch.bmm(A[:, whole:], Q, out=out[:, whole:])

@@ -1,0 +1,139 @@
+"""Inner products between the updates of two collections, and estimators that need them later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sklora._pages import Rows
+from sklora._stores import ArrayStore
+from sklora.collection import LoRACollection
+from sklora.linalg import squared_norm
+from sklora.linalg.products import add_inner_products
+
+# The factors U (B, n, r) and V (B, m, r) of the module at a position.
+ReadModule: TypeAlias = Callable[[int], tuple[Tensor, Tensor]]
+
+
+def inner_products(
+    X: LoRACollection, Y: LoRACollection | None = None, *, device: torch.device
+) -> NDArray[np.float64]:
+    """Frobenius inner products of the updates of every adapter of X with every one of Y.
+
+    Computed in float64, module by module, for blocks of X and Y that fit in the `working_memory`
+    together. Collections in memory are not copied.
+
+    Parameters
+    ----------
+    X : LoRACollection
+    Y : LoRACollection or None, default=None
+        Of the same modules. None is X, for half the work.
+    device : torch.device
+
+    Returns
+    -------
+    ndarray of shape (len(X), len(Y)), of float64
+    """
+    symmetric = Y is None
+    Y = X if Y is None else Y
+    products = np.empty((len(X), len(Y)))
+    for rows in _blocks(X):
+        left = _reader(X, rows, device)
+        for columns in _blocks(Y):
+            if symmetric and columns.start < rows.start:
+                products[rows, columns] = products[columns, rows].T
+                continue
+            same = symmetric and columns == rows
+            right = left if same else _reader(Y, columns, device)
+            shape = rows.stop - rows.start, columns.stop - columns.start
+            block = torch.zeros(shape, dtype=torch.float64, device=device)
+            for position in range(X.layout.n_modules):
+                first = left(position)
+                second = first if same else right(position)
+                add_inner_products(block, *first, *second, symmetric=same)
+            products[rows, columns] = block.cpu().numpy()
+    return products
+
+
+def squared_norms(X: LoRACollection, *, device: torch.device) -> NDArray[np.float64]:
+    """Squared Frobenius norms of the updates of every adapter, all modules together.
+
+    Parameters
+    ----------
+    X : LoRACollection
+    device : torch.device
+
+    Returns
+    -------
+    ndarray of shape (len(X),), of float64
+    """
+    norms = np.zeros(len(X))
+    for rows in _blocks(X):
+        read = _reader(X, rows, device)
+        for position in range(X.layout.n_modules):
+            U, V = read(position)
+            norms[rows] += squared_norm(U.double(), V.double()).cpu().numpy()
+    return norms
+
+
+class KeepsTraining:
+    """An estimator that compares new adapters with those that it was fitted on.
+
+    It keeps a view of the training adapters, so that folds of a zoo in memory, or in files, take no
+    memory of their own. What is pickled holds their weights, and no paths: it works where the files
+    are not.
+    """
+
+    _training: LoRACollection
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[assignment]
+        kept = state.get("_training")
+        if kept is None:
+            return state
+        arrays = {"flat": np.asarray(kept), "ranks": kept.ranks, "layout": kept.layout}
+        return {**state, "_training": arrays}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        kept = state.get("_training")
+        if kept is not None:
+            training = LoRACollection.from_array(kept["flat"], kept["layout"], ranks=kept["ranks"])
+            state = {**state, "_training": training}
+        super().__setstate__(state)  # type: ignore[misc]
+
+
+def _blocks(X: LoRACollection) -> list[slice]:
+    """Blocks that leave room in the `working_memory` for as large a block of another collection."""
+    stored, itemsize = X._store.layout, X.dtype.itemsize
+    # One module as read, and its copy in float64.
+    largest = max((module.n + module.m) * module.rank for module in stored.modules)
+    bytes_per_adapter = largest * (itemsize + 8)
+    if not isinstance(X._store, ArrayStore):
+        widths = stored.width + (X.layout.width if X.layout != stored else 0)
+        bytes_per_adapter += widths * itemsize
+    return list(X.iter_batches(2 * bytes_per_adapter))
+
+
+def _reader(X: LoRACollection, rows: slice, device: torch.device) -> ReadModule:
+    """Read adapters from files, if they are there, and give the factors of each module."""
+    store = X._store
+    picked: Rows = slice(None)
+    if isinstance(store, ArrayStore):
+        layout, flat = store.layout, store.array
+        picked = rows if X._index is None else X._index[rows]
+    else:
+        layout, flat = X.layout, X.read(rows)
+
+    def read(position: int) -> tuple[Tensor, Tensor]:
+        U, V = (
+            torch.from_numpy(np.array(A[picked], X.dtype, order="C")).to(device)
+            for A in layout._factors_at(flat, position)
+        )
+        return U, V
+
+    return read

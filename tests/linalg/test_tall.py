@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+import torch
+
+from sklora.linalg import _tall
+from sklora.linalg._tall import cross_product, gram, times_small
+
+
+@pytest.fixture(params=[2**18, 50], ids=["one-piece", "pieces"])
+def pieces(request, monkeypatch):
+    """Cut the same products into few pieces and into many."""
+    monkeypatch.setattr(_tall, "_PIECE_ENTRIES", request.param)
+    monkeypatch.setattr(_tall, "_SUMMED_ROWS", request.param)
+
+
+@pytest.mark.parametrize(
+    "shape", [(7, 3), (1, 40, 4), (5, 2, 61, 4), (3, 1, 1), (2, 0, 3), (0, 4, 2)]
+)
+def test_gram_is_exact_to_float64(make_factors, pieces, shape):
+    *batch, n, r = shape
+    A = make_factors(0, n, 2, r, batch=batch, dtype=torch.float32)[0]
+    found = gram(A)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, A.double().mT @ A.double(), rtol=1e-13, atol=1e-13)
+
+
+def test_gram_of_views_of_flat_rows(make_factors, pieces):
+    flat = make_factors(1, 6, 2, 100, dtype=torch.float32)[0]
+    A = flat[:, 10:70].view(6, 20, 3)
+    torch.testing.assert_close(gram(A), A.double().mT @ A.double(), rtol=1e-13, atol=1e-13)
+
+
+def test_cross_product_is_right_to_the_rounding_of_the_factors(make_factors, pieces, dtype):
+    A = make_factors(0, 500, 2, 4, batch=(3, 1), dtype=dtype)[0]
+    B = make_factors(1, 500, 2, 5, batch=(2,), dtype=dtype)[0]
+    found = cross_product(A, B)
+    assert found.shape == (3, 2, 4, 5)
+    assert found.dtype == torch.float64
+    sizes = A.double().norm(dim=-2)[..., None] * B.double().norm(dim=-2)[..., None, :]
+    error = (found - A.double().mT @ B.double()).abs() / sizes
+    assert error.max() < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    ("n", "r", "s"), [(37, 4, 4), (16, 1, 3), (5, 20, 18), (3, 0, 2), (1, 2, 2)]
+)
+def test_times_small_is_the_product(make_factors, pieces, dtype, n, r, s):
+    A = make_factors(0, n, 2, r, batch=(6,), dtype=dtype)[0]
+    Q = make_factors(1, r, 2, s, batch=(6,), dtype=dtype)[0]
+    flat = torch.full((6, 2 * n * s), torch.nan, dtype=dtype)
+    times_small(A, Q, out=flat[:, : n * s].view(6, n, s))
+    found = flat[:, : n * s].view(6, n, s)
+    np.testing.assert_allclose(found, A @ Q, rtol=0, atol=100 * torch.finfo(dtype).eps)
+    assert flat[:, n * s :].isnan().all()

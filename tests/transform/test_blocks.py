@@ -1,0 +1,147 @@
+"""The way through the blocks: what is read, checked and sent to other processes."""
+
+import joblib
+import numpy as np
+import pytest
+import sklearn
+from sklearn.base import clone
+
+from sklora import GLEquivariantProjection, LoRACollection, LoRALayout, OAlign, SVDSpectrum
+from sklora._stores import ArrayStore
+from sklora.transform import DenseProduct
+from sklora.transform._blocks import plan_blocks
+
+BY_BLOCKS = [
+    OAlign(template=0),
+    SVDSpectrum(),
+    DenseProduct(),
+    GLEquivariantProjection(3, random_state=0),
+    GLEquivariantProjection(3, method="hosvd"),
+]
+by_blocks = pytest.mark.parametrize("featurizer", BY_BLOCKS, ids=str)
+
+
+class CountingStore(ArrayStore):
+    """Remembers how often each row has been read."""
+
+    def read(self, rows, *, copy=True):
+        self.counts = getattr(self, "counts", np.zeros(len(self.ids), int))
+        self.counts[rows] += 1
+        return super().read(rows, copy=copy)
+
+
+@pytest.fixture
+def counted(X):
+    """Give a collection, and the store that counts."""
+    store = CountingStore(np.asarray(X), X.layout, X.ranks, X.ids)
+    return LoRACollection(store), store
+
+
+@by_blocks
+def test_every_weight_is_read_once(featurizer, counted):
+    X, store = counted
+    featurizer = clone(featurizer)
+    once = getattr(featurizer, "method", None) != "hosvd"
+    featurizer.fit_transform(X)
+    # The template is read by itself; what spans the training updates is found before they move.
+    expected = 1 + (np.arange(9) == 0) * isinstance(featurizer, OAlign) if once else 2
+    np.testing.assert_array_equal(store.counts, expected)
+    store.counts[:] = 0
+    featurizer.transform(X[2:])
+    np.testing.assert_array_equal(store.counts, np.arange(9) >= 2)
+    store.counts[:] = 0
+    featurizer.fit(X)
+    np.testing.assert_array_equal(store.counts, expected if once else 1)
+
+
+@by_blocks
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["first U", "last V", "side"])
+def test_fit_transform_finds_what_is_not_finite_by_its_results(featurizer, with_side, value, where):
+    layout = with_side.layout
+    column = {
+        "first U": layout.factor_slices[0][0].stop - 1,
+        "last V": layout.factor_slices[-1][1].start,
+        "side": layout.width - 1,
+    }[where]
+    flat = np.array(with_side)
+    flat[4, column] = value
+    bad = LoRACollection.from_array(flat, layout, ids=[f"a{i}" for i in range(9)])
+    featurizer = clone(featurizer)
+    with pytest.raises(ValueError, match=r"'a4' has NaN or infinity in (module|side feature)"):
+        featurizer.fit_transform(bad)
+    assert not hasattr(featurizer, "layout_")
+    good = bad[[0, 1, 2, 3, 5, 6, 7, 8]]
+    featurizer.fit(good)
+    with sklearn.config_context(working_memory=1e-6), pytest.raises(ValueError, match="'a4'"):
+        featurizer.transform(bad)
+
+
+@by_blocks
+def test_numbers_beyond_the_rank_are_found(featurizer, X):
+    flat, ranks = np.array(X), np.array(X.ranks)
+    ranks[5, 2] = 2
+    bad = LoRACollection.from_array(flat, X.layout, ranks=ranks)
+    with pytest.raises(ValueError, match="adapter 5 is said to have rank 2 in module 'm2'"):
+        clone(featurizer).fit_transform(bad)
+
+
+def test_finite_numbers_whose_products_overflow_are_no_error():
+    rows = np.full((3, 4), 1e30, np.float32)
+    X = LoRACollection.from_array(rows, LoRALayout([("q", 2, 2, 1)]))
+    assert np.isinf(DenseProduct().fit_transform(X)).all()
+
+
+def test_a_sum_that_overflows_is_no_error():
+    rows = np.full((3, 4), 3e38, np.float32)
+    X = LoRACollection.from_array(rows, LoRALayout.rows(4))
+    np.testing.assert_array_equal(DenseProduct().fit_transform(X), rows)
+
+
+@pytest.mark.parametrize("featurizer", BY_BLOCKS[:2], ids=str)
+@pytest.mark.parametrize("backend", ["loky", "multiprocessing", "threading", "sequential"])
+def test_every_backend_of_joblib_gives_the_same(featurizer, mixed, tmp_path, backend):
+    mixed.save(tmp_path / "zoo.safetensors")
+    X = LoRACollection.open(tmp_path / "zoo.safetensors")
+    featurizer = clone(featurizer).set_params(device="cpu")
+    expected = np.asarray(featurizer.fit_transform(X))
+    for collection in (X, mixed):
+        with joblib.parallel_config(backend, n_jobs=2), sklearn.config_context(working_memory=1e-6):
+            found = clone(featurizer).fit_transform(collection)
+        np.testing.assert_allclose(np.asarray(found), expected, atol=1e-12)
+
+
+def test_errors_of_other_processes_name_the_adapter(X):
+    flat = np.array(X)
+    flat[7, 0] = np.nan
+    bad = LoRACollection.from_array(flat, X.layout, ids=X.ids)
+    featurizer = SVDSpectrum().fit(X)
+    with joblib.parallel_config("loky", n_jobs=2), pytest.raises(ValueError, match="'adapter-7'"):
+        featurizer.transform(bad)
+
+
+def test_plans_cover_all_within_the_working_memory():
+    X = LoRACollection.from_array(np.zeros((100, 1000), np.float32), LoRALayout.rows(1000))
+    with sklearn.config_context(working_memory=1):
+        blocks = plan_blocks(X, n_columns=500, n_parallel=2)
+    assert [row for rows in blocks for row in range(100)[rows]] == list(range(100))
+    # Twice the row and the result in float32, and the module three times in float64.
+    assert blocks[0].stop == 2**20 // (2 * (8 * 1500 + 24 * 1001))
+
+
+@by_blocks
+def test_read_only_weights(featurizer, X):
+    flat = np.array(X)
+    flat.flags.writeable = False
+    frozen = LoRACollection.from_array(flat, X.layout, ids=X.ids)
+    np.testing.assert_array_equal(
+        np.asarray(clone(featurizer).fit_transform(frozen)),
+        np.asarray(clone(featurizer).fit_transform(X)),
+    )
+
+
+@by_blocks
+def test_input_is_left_alone(featurizer, with_side):
+    before = np.array(with_side)
+    clone(featurizer).fit_transform(with_side)
+    np.testing.assert_array_equal(np.asarray(with_side), before)

@@ -1,0 +1,206 @@
+import pickle
+
+import numpy as np
+import pytest
+import sklearn
+import skops.io
+from sklearn.decomposition import KernelPCA
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.metrics.pairwise import pairwise_kernels
+from sklearn.model_selection import GridSearchCV, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.svm import SVC
+
+from sklora import TRUSTED_TYPES, LoRACollection
+from sklora.testing import assert_gauge_invariant
+from sklora.transform import DenseProduct, UpdateKernel, _pairs, pairwise_update_kernel
+
+KERNELS = ("linear", "cosine", "rbf")
+
+
+def reference(kernel, entries, new=None):
+    """The kernel of scikit-learn on the entries of all updates, in float64."""
+    entries = entries.astype(np.float64)
+    gamma = 1 / (entries**2).sum(axis=1).mean()
+    new = entries if new is None else new.astype(np.float64)
+    return pairwise_kernels(new, entries, metric=kernel, filter_params=True, gamma=gamma)
+
+
+@pytest.fixture
+def new(random_loras, rng, X):
+    """Adapters of another rank in the modules of X."""
+    return random_loras(rng, 5, [module[1:3] for module in X.layout.modules], 2)
+
+
+@pytest.mark.parametrize("kind", ["X", "mixed"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_equals_the_kernel_of_the_entries(kernel, kind, new, request):
+    X = request.getfixturevalue(kind)
+    entries, new_entries = (DenseProduct().fit_transform(A) for A in (X, new))
+    update_kernel = UpdateKernel(kernel)
+    expected = reference(kernel, entries)
+    atol = 1e-13 * max(1, expected.max())
+    np.testing.assert_allclose(update_kernel.fit_transform(X), expected, rtol=0, atol=atol)
+    np.testing.assert_allclose(update_kernel.transform(X), expected, rtol=0, atol=atol)
+    expected = reference(kernel, entries, new_entries)
+    np.testing.assert_allclose(update_kernel.transform(new), expected, rtol=0, atol=atol)
+    np.testing.assert_array_equal(
+        pairwise_update_kernel(new, X, kernel), update_kernel.transform(new)
+    )
+    np.testing.assert_array_equal(
+        pairwise_update_kernel(X, kernel=kernel), update_kernel.fit_transform(X)
+    )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_single_precision_is_rounded_at_the_end(kernel, random_loras, rng):
+    X = random_loras(rng, 9, rank=3, dtype=np.float32)
+    double = LoRACollection.from_array(np.asarray(X).astype(np.float64), X.layout)
+    found, expected = (UpdateKernel(kernel).fit_transform(A) for A in (X, double))
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "condition", "rtol"), [(np.float64, 1e4, 1e-7), (np.float32, 1e2, 1e-4)]
+)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_is_invariant_to_gl(kernel, random_loras, rng, dtype, condition, rtol):
+    X = random_loras(rng, 9, rank=3, dtype=dtype)
+    # Lengths lose the square of the condition, as those of linalg do.
+    model = UpdateKernel(kernel)
+    assert_gauge_invariant(model, X, condition=condition, rtol=rtol, random_state=0)
+
+
+def test_gamma(X):
+    entries = DenseProduct().fit_transform(X)
+    default = UpdateKernel("rbf").fit(X)
+    np.testing.assert_allclose(default.gamma_, 1 / (entries**2).sum(axis=1).mean())
+    given = UpdateKernel("rbf", gamma=0.01)
+    expected = pairwise_kernels(entries, metric="rbf", gamma=0.01)
+    np.testing.assert_allclose(given.fit_transform(X), expected, atol=1e-13)
+    np.testing.assert_allclose(pairwise_update_kernel(X, None, "rbf", gamma=0.01), expected)
+    assert given.gamma_ == 0.01
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_zero_updates(kernel, X):
+    zero = LoRACollection.from_array(np.zeros((2, X.layout.width)), X.layout)
+    entries, nothing = DenseProduct().fit_transform(X), np.zeros((2, 24 + 20 + 24 + 24))
+    expected = reference(kernel, entries, nothing)
+    np.testing.assert_allclose(pairwise_update_kernel(zero, X, kernel), expected, atol=1e-13)
+    among = pairwise_update_kernel(zero, kernel=kernel)
+    np.testing.assert_array_equal(among, np.full((2, 2), float(kernel == "rbf")))
+
+
+@pytest.mark.parametrize(
+    "learner",
+    [SVC(kernel="precomputed"), KernelRidge(kernel="precomputed"), KernelPCA(kernel="precomputed")],
+    ids=lambda learner: type(learner).__name__,
+)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_learners_see_what_they_would_of_the_entries(kernel, learner, random_loras, rng):
+    """In cross-validation, where the kernel is between new adapters and those of the fold."""
+    X, y = random_loras(rng, 30), np.arange(30) % 2
+    entries = DenseProduct().fit_transform(X)
+    method = "transform" if isinstance(learner, KernelPCA) else "predict"
+    for train in (np.arange(20), np.arange(10, 30)):
+        test = np.setdiff1d(np.arange(30), train)
+        model = make_pipeline(UpdateKernel(kernel), learner).fit(X[train], y[train])
+        found = np.abs(getattr(model, method)(X[test]))
+        learner.fit(reference(kernel, entries[train]), y[train])
+        K = reference(kernel, entries[train], entries[test])
+        np.testing.assert_allclose(found, np.abs(getattr(learner, method)(K)), atol=1e-9)
+
+
+def test_cross_validation_and_search(random_loras, rng):
+    X = random_loras(rng, 60)
+    y = DenseProduct().fit_transform(X)[:, :3].sum(axis=1) > 0
+    model = make_pipeline(UpdateKernel("cosine"), SVC(kernel="precomputed", C=10))
+    predicted = cross_val_predict(model, X, y, cv=3)
+    entries = DenseProduct().fit_transform(X)
+    unit = entries / np.linalg.norm(entries, axis=1, keepdims=True)
+    np.testing.assert_array_equal(
+        predicted, cross_val_predict(SVC(kernel="linear", C=10), unit, y, cv=3)
+    )
+    search = GridSearchCV(model, {"updatekernel__kernel": KERNELS}, cv=3, n_jobs=2)
+    assert np.isfinite(search.fit(X, y).cv_results_["mean_test_score"]).all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_files_and_their_folds_equal_memory(kernel, mixed, tmp_path):
+    mixed.save(tmp_path / "zoo.safetensors")
+    opened = LoRACollection.open(tmp_path / "zoo.safetensors")
+    rows = [7, 1, 2, 5]
+    expected = pairwise_update_kernel(mixed, mixed[rows], kernel)
+    for working_memory in (1024, 0.01, 1e-6):
+        with sklearn.config_context(working_memory=working_memory):
+            found = pairwise_update_kernel(opened, opened[rows], kernel)
+            among = pairwise_update_kernel(opened[rows], kernel=kernel)
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+        # The default gamma is of the four adapters either way.
+        np.testing.assert_allclose(among, expected[rows], atol=1e-12)
+
+
+def test_blocks_fit_in_the_working_memory(random_loras, rng, monkeypatch, tmp_path):
+    X = random_loras(rng, 40, ((64, 64),) * 10, 2)  # 20 KiB an adapter
+    X.save(tmp_path / "zoo.safetensors")
+    opened = LoRACollection.open(tmp_path / "zoo.safetensors")
+    sizes = []
+    read = LoRACollection.read
+
+    def watched(self, *args, **options):
+        flat = read(self, *args, **options)
+        sizes.append(flat.nbytes)
+        return flat
+
+    monkeypatch.setattr(LoRACollection, "read", watched)
+    with sklearn.config_context(working_memory=0.5):
+        found = _pairs.inner_products(opened, device="cpu")
+        assert 0 < max(sizes) < 2**18
+        sizes.clear()
+        np.testing.assert_allclose(_pairs.inner_products(X[::-1], device="cpu"), found[::-1, ::-1])
+        assert not sizes  # what is in memory is not copied whole
+
+
+def test_columns_and_data_frames(X):
+    update_kernel = UpdateKernel().set_output(transform="pandas")
+    frame = update_kernel.fit_transform(X)
+    assert frame.columns.tolist() == [f"updatekernel{position}" for position in range(9)]
+    with sklearn.config_context(transform_output="pandas"):
+        assert isinstance(pairwise_update_kernel(X), np.ndarray)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_stored_kernel_needs_no_files(kernel, mixed, tmp_path):
+    path = tmp_path / "zoo.safetensors"
+    mixed.save(path)
+    model = UpdateKernel(kernel).fit(LoRACollection.open(path)[1:])
+    expected = model.transform(mixed)
+    trusted = [*TRUSTED_TYPES, "sklora.transform.kernel.UpdateKernel"]
+    stored, stored_by_skops = pickle.dumps(model), skops.io.dumps(model)
+    path.unlink()
+    for other in (pickle.loads(stored), skops.io.loads(stored_by_skops, trusted=trusted)):
+        np.testing.assert_allclose(other.transform(mixed), expected, atol=1e-13)
+
+
+class TestBadInput:
+    def test_parameters(self, X):
+        for name, value in (("kernel", "poly"), ("gamma", -1.0), ("device", "abacus")):
+            with pytest.raises(ValueError, match=name):
+                UpdateKernel(**{name: value}).fit(X)
+        with pytest.raises(ValueError, match="kernel"):
+            pairwise_update_kernel(X, kernel="poly")
+
+    def test_other_modules(self, X, random_loras, rng):
+        other = random_loras(rng, 4, ((6, 4), (5, 3)), 3)
+        with pytest.raises(ValueError, match=r"'m1' has updates of shape \(5, 3\), but \(5, 4\)"):
+            pairwise_update_kernel(other, X)
+
+    @pytest.mark.parametrize("model", [UpdateKernel(), DenseProduct("gram")], ids=repr)
+    @pytest.mark.parametrize("method", ["fit", "fit_transform", "transform"])
+    def test_numbers_beyond_the_rank(self, model, method, X):
+        model.fit(X)
+        bad = LoRACollection.from_array(np.asarray(X), X.layout, ranks=np.full((9, 4), 2))
+        with pytest.raises(ValueError, match="adapter 0 is said to have rank 2 in module 'm0'"):
+            getattr(model, method)(bad)
