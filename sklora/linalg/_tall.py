@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Entries of the float64 copy of a piece: it stays in the cache while its product is formed.
-_PIECE_ENTRIES = 2**18
+# Bytes of a piece that is worked on: it stays in the cache between two steps.
+_PIECE_BYTES = 2**21
 # A piece is cut so that it holds parts of so many factors, which the cores share out.
 _PARTS = 8
 # Rows whose products are summed in the factors' own dtype.
@@ -34,8 +34,8 @@ def gram(A: Tensor) -> Tensor:
     products = torch.zeros((len(flat), r, r), dtype=torch.float64, device=A.device)
     if not flat.numel():
         return products.reshape(*batch, r, r)
-    rows = -(-n // -(-n * r * _PARTS // _PIECE_ENTRIES))
-    step = min(len(flat), max(1, _PIECE_ENTRIES // (rows * r)))
+    rows = -(-n // -(-8 * n * r * _PARTS // _PIECE_BYTES))
+    step = min(len(flat), max(1, _PIECE_BYTES // (8 * rows * r)))
     copies = torch.empty((step, rows, r), dtype=torch.float64, device=A.device)
     for top in range(0, n, rows):
         for first in range(0, len(flat), step):
@@ -92,7 +92,7 @@ def times_small(A: Tensor, Q: Tensor, *, out: Tensor) -> None:
     blocks = blocks.reshape(n_factors, together * r, together * s)
     rows = A[:, :whole].reshape(n_factors, n_blocks, together * r)
     # The product of a batch is fast only into one piece of memory; from the cache it is moved.
-    step = max(1, _PIECE_ENTRIES // max(1, whole * s))
+    step = max(1, _PIECE_BYTES // max(1, A.element_size() * whole * s))
     products = A.new_empty((min(step, n_factors), n_blocks, together * s))
     for first in range(0, n_factors, step):
         some = slice(first, first + step)

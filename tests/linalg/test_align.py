@@ -28,6 +28,21 @@ def test_equals_scipy(make_factors, dtype):
         np.testing.assert_allclose(Q[i], expected, atol=ATOL[dtype])
 
 
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e5, 1e7])
+@pytest.mark.parametrize("r", [2, 4])
+def test_float32_equals_float64_for_cross_products_of_any_condition(make_factors, condition, r):
+    values = torch.logspace(0, -np.log10(condition), r, dtype=torch.float64)
+    for seed in range(10):
+        U0, V0 = (torch.linalg.qr(A).Q for A in make_factors(seed, 30, 20, 4))
+        U, V = ((A[:, :r] * values @ orthogonal(seed, r)).float() for A in (U0, V0))
+        U0, V0 = U0.float(), V0.float()
+        Q = procrustes(U, V, U0, V0).double()
+        # Exact for the given factors, up to what rounding their product does to its smallest value.
+        expected = procrustes(U.double(), V.double(), U0.double(), V0.double())
+        np.testing.assert_allclose(Q @ Q.mT, np.eye(r), atol=1e-6)
+        np.testing.assert_allclose(Q, expected, atol=1e-6 + 1e-6 * condition)
+
+
 def test_undoes_a_rotation_and_a_reflection_of_the_template(make_factors, dtype):
     U0, V0 = make_factors(2, 9, 7, 4, dtype=dtype)
     R = orthogonal(3, 4, (6,))

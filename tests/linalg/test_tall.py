@@ -6,10 +6,10 @@ from sklora.linalg import _tall
 from sklora.linalg._tall import cross_product, gram, times_small
 
 
-@pytest.fixture(params=[2**18, 50], ids=["one-piece", "pieces"])
+@pytest.fixture(params=[2**21, 50], ids=["one-piece", "pieces"])
 def pieces(request, monkeypatch):
     """Cut the same products into few pieces and into many."""
-    monkeypatch.setattr(_tall, "_PIECE_ENTRIES", request.param)
+    monkeypatch.setattr(_tall, "_PIECE_BYTES", 8 * request.param)
     monkeypatch.setattr(_tall, "_SUMMED_ROWS", request.param)
 
 
