@@ -23,7 +23,13 @@ from sklora.io._errors import Refusal, shown
 from sklora.io._plan import ReadOptions
 from sklora.io._read import read_options
 from sklora.io.containers._zip import ZipArchive
-from sklora.transform import DenseProduct, GLEquivariantProjection, OAlign, SVDSpectrum
+from sklora.transform import (
+    DenseProduct,
+    GLEquivariantProjection,
+    OAlign,
+    SVDSpectrum,
+    UpdateKernel,
+)
 
 TRUSTED_TYPES: tuple[str, ...] = tuple(
     f"{type.__module__}.{type.__qualname__}"
@@ -37,6 +43,7 @@ TRUSTED_TYPES: tuple[str, ...] = tuple(
         MLPNetRegressor,
         OAlign,
         SVDSpectrum,
+        UpdateKernel,
     )
 )
 

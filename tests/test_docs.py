@@ -9,7 +9,10 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/user_guide.md", "docs/adapter_files.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "docs/user_guide.md", "docs/adapter_files.md", "docs/distributed.md"],
+)
 def test_code_of_page_runs(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = list(re.finditer(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))

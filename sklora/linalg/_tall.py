@@ -17,6 +17,10 @@ _SUMMED_ROWS = 1024
 # Below this width a matrix product spends more time on its start than on its numbers.
 _NARROW = 16
 
+# Squared norm of the inverse triangle up to which Cholesky is right to 1e-6: the rounding of a Gram
+# matrix of many rows, some 1e-15, times this, with room to spare.
+_LARGEST_CONDITION = 1e8
+
 
 def gram(A: Tensor) -> Tensor:
     """Give ``A^T A`` in float64, piece by piece: no float64 copy of the whole is made.
@@ -100,3 +104,44 @@ def times_small(A: Tensor, Q: Tensor, *, out: Tensor) -> None:
         out[some, :whole] = product.view(len(product), whole, s)
     if whole < n:
         torch.bmm(A[:, whole:], Q, out=out[:, whole:])
+
+
+def triangles(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """Give ``R`` in float64 with ``R^T R = A^T A`` for both factors ``A``.
+
+    Factors of float32 are decomposed by Cholesky, from their Gram matrices, wherever their
+    condition leaves that right to 1e-6; others by QR.
+
+    Parameters
+    ----------
+    U : Tensor of shape (..., n, r)
+    V : Tensor of shape (..., m, r)
+        Of the dtype of `U`.
+
+    Returns
+    -------
+    R_U, R_V : float64 Tensor of shape (..., min(n, r), r) and (..., min(m, r), r)
+    """
+    if U.dtype == torch.float64 or min(U.shape[-2], V.shape[-2]) < U.shape[-1]:
+        return _qr_triangle(U), _qr_triangle(V)
+    batch, r = np.broadcast_shapes(U.shape[:-2], V.shape[:-2]), U.shape[-1]
+    grams = torch.stack([gram(A).expand(*batch, r, r) for A in (U, V)])
+    lengths = grams.diagonal(dim1=-2, dim2=-1).sqrt()
+    # A column of zeros, as padding has, is a column of zeros in the triangle.
+    scale = torch.where(lengths > 0, lengths, 1.0)
+    grams = grams.div_(scale[..., None]).div_(scale[..., None, :])
+    grams.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    L, failed = torch.linalg.cholesky_ex(grams)
+    triangles = L.mT * lengths[..., None, :]
+    eye = torch.eye(r, dtype=L.dtype, device=L.device)
+    inverse = torch.linalg.solve_triangular(L, eye, upper=False)
+    poor = (failed > 0) | ~(inverse.square().sum(dim=(-2, -1)) <= _LARGEST_CONDITION)
+    if poor.any():
+        for A, R, chosen in zip((U, V), triangles, poor, strict=True):
+            R[chosen] = _qr_triangle(A.expand(*batch, *A.shape[-2:])[chosen])
+    return triangles[0], triangles[1]
+
+
+def _qr_triangle(A: Tensor) -> Tensor:
+    R: Tensor = torch.linalg.qr(A.double(), mode="r").R
+    return R

@@ -12,7 +12,7 @@ from sklora.linalg._factors import check_factors
 # Entries of the two (r1 N1) x (r2 N2) matrices that add_inner_products holds at once.
 _PAIR_ENTRIES = 2**21
 # Strips of rows, at least, that symmetric products are cut into: each begins at its diagonal.
-_STRIPS = 8
+_STRIPS = 4
 
 
 def dense_product(U: Tensor, V: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sklora.linalg._factors import check_factors, column_signs, rounding_level
+from sklora.linalg._tall import triangles
 
 
 class CompressedUpdates(NamedTuple):
@@ -35,8 +36,8 @@ def compress_updates(
 
     With :math:`V_i = Q_i R_i`, the stack :math:`[U_1 V_1^\top, \dots, U_N V_N^\top]` (n x N m) has
     the left singular vectors and singular values of :math:`[U_1 R_1^\top, \dots, U_N R_N^\top]`
-    (n x N r), of which a second QR keeps the triangle. No update is formed, nothing is squared,
-    and everything runs in float64.
+    (n x N r), of which a second QR keeps the triangle when it has more columns than rows. No
+    update is formed, and everything runs in float64; see :func:`spectrum` for the triangles.
 
     Parameters
     ----------
@@ -72,14 +73,13 @@ def compress_updates(
             f"{tuple(U.shape)} and V of shape {tuple(V.shape)}."
         )
     noise = torch.linalg.vector_norm(rounding_level(U, V), dim=-1)
-    left, right = _side_rows(U, V), _side_rows(V, U)
+    R_U, R_V = triangles(U, V)
+    left, right = ((R @ A.double().mT).flatten(-3, -2) for R, A in ((R_V, U), (R_U, V)))
     if previous is not None:
         left = torch.cat([previous.left, left], dim=-2)
         right = torch.cat([previous.right, right], dim=-2)
         noise = torch.hypot(previous.noise, noise)
-    return CompressedUpdates(
-        torch.linalg.qr(left, mode="r").R, torch.linalg.qr(right, mode="r").R, noise
-    )
+    return CompressedUpdates(_at_most_square(left), _at_most_square(right), noise)
 
 
 def leading_directions(compressed: Tensor, k: int, *, noise: Tensor | float = 0.0) -> Tensor:
@@ -118,11 +118,15 @@ def leading_directions(compressed: Tensor, k: int, *, noise: Tensor | float = 0.
             f"k={k} directions asked of updates that have {available} of them; "
             "use fewer directions or more updates."
         )
-    _, values, vectors = torch.linalg.svd(compressed, full_matrices=False)
-    basis = vectors[..., :k, :].mT
+    noise = torch.as_tensor(noise, dtype=compressed.dtype, device=compressed.device)
+    values, basis = _leading_by_gram(compressed, k)
+    # What the square of the matrix loses of its small values is below the noise of float32 factors.
+    if (noise < 4 * torch.finfo(values.dtype).eps ** 0.5 * values[..., 0]).any():
+        _, values, vectors = torch.linalg.svd(compressed, full_matrices=False)
+        values, basis = values[..., :k], vectors[..., :k, :].mT
     basis = basis * column_signs(basis)
-    level = torch.as_tensor(noise, dtype=values.dtype, device=values.device)[..., None]
-    return torch.where((values[..., :k] > level)[..., None, :], basis, torch.zeros_like(basis))
+    is_signal = values > noise[..., None]
+    return torch.where(is_signal[..., None, :], basis, torch.zeros_like(basis))
 
 
 def leading_subspaces(U: Tensor, V: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -173,7 +177,15 @@ def leading_subspaces(U: Tensor, V: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return P.to(U.dtype), Q.to(V.dtype)
 
 
-def _side_rows(A: Tensor, B: Tensor) -> Tensor:
-    """Rows ``R_i A_i^T`` stacked over i, where ``B_i = Q_i R_i``."""
-    rows: Tensor = torch.linalg.qr(B.double(), mode="r").R @ A.double().mT
-    return rows.flatten(-3, -2)
+def _at_most_square(rows: Tensor) -> Tensor:
+    return rows if rows.shape[-2] <= rows.shape[-1] else torch.linalg.qr(rows, mode="r").R
+
+
+def _leading_by_gram(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Give the k largest singular values (..., k) and right vectors (..., n, k), by a Gram."""
+    wide = rows.shape[-2] < rows.shape[-1]
+    squares, vectors = torch.linalg.eigh(rows @ rows.mT if wide else rows.mT @ rows)
+    values = squares[..., -k:].flip(-1).clamp(min=0.0).sqrt()
+    leading = vectors[..., -k:].flip(-1)
+    # The lengths are left to the QR decomposition, which makes them orthonormal too.
+    return values, torch.linalg.qr(rows.mT @ leading).Q if wide else leading

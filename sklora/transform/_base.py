@@ -165,9 +165,7 @@ class Featurizer(TransformerMixin, BaseEstimator, ABC):
         return transform(self._learn(X, numbers=not self._checks_results))
 
     def _map(self, function: BlockFunction, X: LoRACollection, n_columns: int) -> NDArray[Any]:
-        return map_blocks(
-            function, X, n_columns, device=resolve_device(self.device), n_jobs=self.n_jobs
-        )
+        return map_blocks(function, X, n_columns, device=self.device, n_jobs=self.n_jobs)
 
 
 class WeightsToFeatures(Featurizer):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sklearn.utils import gen_even_slices
 from torch import Tensor
 
-from sklora._base import as_tensor
+from sklora._base import as_tensor, resolve_device
 from sklora.collection import LoRACollection, LoRALayout, check_numbers
 
 # Float64 copies of the largest module's factors, and what a QR decomposition makes of them.
@@ -129,7 +129,7 @@ def map_blocks(
     X: LoRACollection,
     n_columns: int,
     *,
-    device: torch.device,
+    device: str | torch.device,
     n_jobs: int | None,
 ) -> NDArray[Any]:
     """Fill an array, one row per adapter, block by block.
@@ -143,7 +143,8 @@ def map_blocks(
         ``function(block, out)`` fills `out` (B, n_columns). It can be pickled.
     X : LoRACollection
     n_columns : int
-    device : torch.device
+    device : str or torch.device
+        As for the estimators; "auto" is found out where the work is done.
     n_jobs : int or None
         Blocks at once, by joblib: in threads, as torch computes outside Python's lock, unless the
         backend that joblib is configured for is another. Other processes and machines get the
@@ -177,7 +178,7 @@ def map_blocks(
 
 
 def _part(
-    function: BlockFunction, X: LoRACollection, n_columns: int, device: torch.device
+    function: BlockFunction, X: LoRACollection, n_columns: int, device: str | torch.device
 ) -> NDArray[Any]:
     out = np.empty((len(X), n_columns), X.dtype)
     _fill(function, X, slice(None), device, out)
@@ -188,12 +189,13 @@ def _fill(
     function: BlockFunction,
     X: LoRACollection,
     rows: slice,
-    device: torch.device,
+    device: str | torch.device,
     out: NDArray[Any],
 ) -> None:
-    with _own_stream(device):
+    here = resolve_device(device)
+    with _own_stream(here):
         try:
-            function(read_block(X, rows, device), out)
+            function(read_block(X, rows, here), out)
         except RuntimeError:  # such as LinAlgError, of a decomposition of NaN
             check_numbers(X, rows, X.read(rows, copy=False))
             raise

@@ -41,7 +41,7 @@ def inner_products(
     """
     symmetric = Y is None
     Y = X if Y is None else Y
-    products = np.empty((len(X), len(Y)))
+    products = np.zeros((len(X), len(Y)))
     for rows in _blocks(X):
         left = _reader(X, rows, device)
         for columns in _blocks(Y):
@@ -50,13 +50,13 @@ def inner_products(
                 continue
             same = symmetric and columns == rows
             right = left if same else _reader(Y, columns, device)
-            shape = rows.stop - rows.start, columns.stop - columns.start
-            block = torch.zeros(shape, dtype=torch.float64, device=device)
+            target = torch.from_numpy(products[rows, columns])
+            block = target.to(device)  # on the CPU, the same memory
             for position in range(X.layout.n_modules):
                 first = left(position)
                 second = first if same else right(position)
                 add_inner_products(block, *first, *second, symmetric=same)
-            products[rows, columns] = block.cpu().numpy()
+            target.copy_(block)
     return products
 
 

@@ -27,8 +27,8 @@ _SKETCH_COMPONENTS = 32
 class DenseProduct(KeepsTraining, WeightsToFeatures):
     r"""All entries of every update :math:`U V^\top`, or fewer numbers with their inner products.
 
-    They are invariant to GL(r), and ``"exact"`` and ``"gram"`` keep everything that the adapter
-    does, as far as the training adapters tell.
+    They are invariant to GL(r). The entries keep everything that the adapter does. There are
+    ``n m`` of them for every module, so for large modules take another method.
 
     Parameters
     ----------
@@ -39,8 +39,8 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
         training updates: those that principal component analysis without centring would give, found
         from inner products of updates alone. Between training adapters, and between these and any
         other, inner products are those of the entries, so that a learner that does not care for
-        rotations, such as ridge regression, a support vector machine, k nearest neighbours or a
-        Gaussian process, learns what it would from the entries.
+        rotations, such as ridge regression, a support vector machine or k nearest neighbours,
+        learns what it would from the entries.
 
         ``"sketch"`` gives the entries of :math:`S_1 U (S_2 V)^\top`, with fixed Gaussian matrices
         for every module. Inner products are those of the updates on average over the draw.
@@ -90,6 +90,10 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
     Adapters of any rank can be transformed. Names of the columns are ``{module}:{row},{column}``,
     with ``"gram"`` ``denseproduct0``, ``denseproduct1``, ...; side features follow under their own
     names.
+
+    What a new adapter does outside the span is not in its coordinates. Linear models and nearest
+    neighbours predict what they would from the entries all the same, but its distances are too
+    small, all squares by the same amount: for Gaussian kernels, take :class:`UpdateKernel`.
 
     With ``"gram"`` a pair of adapters takes ``2 (n + m) r^2`` operations a module, against ``n m``
     numbers that ``"exact"`` writes, and the work takes scikit-learn's ``working_memory`` beside the

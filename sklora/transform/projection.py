@@ -16,6 +16,7 @@ from torch import Tensor
 from sklora._base import as_tensor, resolve_device
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.linalg import CompressedUpdates, compress_updates, leading_directions
+from sklora.linalg._random import gaussian_projections
 from sklora.transform._base import WeightsToWeights
 from sklora.transform._blocks import plan_blocks, read_block
 
@@ -116,14 +117,11 @@ class GLEquivariantProjection(WeightsToWeights):
         fit(X)
 
     def _fit_random(self, X: LoRACollection) -> None:
+        shapes = [(module.n, module.m) for module in X.layout.modules]
         rng = check_random_state(self.random_state)
-        for name, n, m, _ in X.layout.modules:
-            for matrices, size in ((self.left_, n), (self.right_, m)):
-                if size <= self.n_components:
-                    matrices[name] = np.eye(size, dtype=X.dtype)
-                else:
-                    gaussian = rng.standard_normal((self.n_components, size))
-                    matrices[name] = (gaussian / np.sqrt(self.n_components)).astype(X.dtype)
+        drawn = gaussian_projections(shapes, self.n_components, rng, X.dtype)
+        for name, (P, Q) in zip(X.layout.names, drawn, strict=True):
+            self.left_[name], self.right_[name] = P, Q
 
     @property
     def _fit_checks(self) -> bool:

@@ -267,7 +267,7 @@ def test_networks_stream(X, y, monkeypatch):
     read = AdapterStore.read
     sizes = []
 
-    def watched(self, rows):
+    def watched(self, rows, *, copy=True):
         flat = read(self, rows)
         sizes.append(len(flat))
         return flat

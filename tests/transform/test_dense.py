@@ -154,19 +154,29 @@ class TestGram:
         ids=lambda learner: type(learner).__name__,
     )
     def test_learners_see_what_they_would_of_the_entries(self, random_loras, rng, learner):
-        """Where new adapters are in the span of the training; ridge asks for no more at all."""
+        """Where new adapters are in the span of the training adapters."""
         X = random_loras(rng, 40, ((3, 2),), 2)  # 6 entries, which 30 adapters span
         y = DenseProduct().fit_transform(X) @ rng.normal(size=6) + rng.normal(size=40)
         expected = cross_val_predict(make_pipeline(DenseProduct(), learner), X, y, cv=4)
         found = cross_val_predict(make_pipeline(DenseProduct("gram"), learner), X, y, cv=4)
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
-    def test_ridge_outside_the_span(self, X, random_loras, rng):
+    @pytest.mark.parametrize(
+        ("learner", "same"),
+        [
+            (Ridge(), True),
+            (SVR(kernel="linear"), True),
+            (KNeighborsRegressor(3), True),
+            (SVR(gamma=0.01), False),  # distances to new adapters lack what is outside
+        ],
+        ids=repr,
+    )
+    def test_learners_outside_the_span(self, X, random_loras, rng, learner, same):
         y = rng.normal(size=9)
         new = random_loras(rng, 5, [module[1:3] for module in X.layout.modules], 3)
-        expected = make_pipeline(DenseProduct(), Ridge()).fit(X, y).predict(new)
-        found = make_pipeline(DenseProduct("gram"), Ridge()).fit(X, y).predict(new)
-        np.testing.assert_allclose(found, expected, rtol=1e-9)
+        expected = make_pipeline(DenseProduct(), learner).fit(X, y).predict(new)
+        found = make_pipeline(DenseProduct("gram"), learner).fit(X, y).predict(new)
+        assert np.allclose(found, expected, rtol=1e-6) == same
 
     def test_training_in_memory_is_not_copied(self, X):
         assert DenseProduct("gram").fit(X)._training._store is X._store
