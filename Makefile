@@ -11,7 +11,7 @@ READY := .venv/.ready
 PYTEST := OMP_NUM_THREADS=1 SCIPY_ARRAY_API=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bundled-zoo test test-slow test-gpu lint format clean
+.PHONY: help venv demo bundled-zoo test test-slow test-gpu bench-guard lint format clean
 
 help:
 	@echo "make demo       compare the five architectures on the bundled LoRAs: a table and a chart"
@@ -19,6 +19,7 @@ help:
 	@echo "make test       tests and docstring examples, with branch coverage"
 	@echo "make test-slow  the tests that take longer, which 'make test' leaves out"
 	@echo "make test-gpu   the tests that need a CUDA device"
+	@echo "make bench-guard  compare times, as ratios, with those recorded"
 	@echo "make lint       ruff, format check, mypy"
 	@echo "make format     let ruff format the code and mend what it can"
 	@echo "make venv       only build the environment in .venv"
@@ -45,6 +46,9 @@ test-slow: $(READY)
 
 test-gpu: $(READY)
 	$(PYTEST) -m gpu
+
+bench-guard: $(READY)
+	$(BIN)/python benchmarks/guard.py
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -39,7 +39,7 @@ class RandomStore:
         self.ranks = np.broadcast_to(np.array(LAYOUT.ranks), (n_adapters, LAYOUT.n_modules))
         self._rng = np.random.default_rng(0)
 
-    def read(self, rows):
+    def read(self, rows, *, copy=True):
         shape = len(self.ids[rows]), LAYOUT.width
         return self._rng.standard_normal(shape, dtype=self.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import Any, ClassVar, get_args
@@ -67,7 +68,8 @@ class _GLNetEstimator(BaseNetEstimator):
     def _forward(
         self, net: nn.Module, layout: LoRALayout, dtype: torch.dtype
     ) -> Callable[[Tensor], Tensor]:
-        return lambda rows: net(*cut_factors(rows.to(dtype), layout))
+        memory: list[Tensor] = []
+        return lambda rows: net(*cut_factors(rows.to(dtype), layout, memory))
 
     def _calibrate(self, net: nn.Module, data: TrainingData) -> None:
         assert isinstance(net, GLNet)
@@ -98,7 +100,9 @@ class _GLNetEstimator(BaseNetEstimator):
         return 3 * layout.width + layout.n_modules * (4 * hidden + 3 * products)
 
 
-def cut_factors(rows: Tensor, layout: LoRALayout) -> tuple[Factors, Tensor | None]:
+def cut_factors(
+    rows: Tensor, layout: LoRALayout, memory: list[Tensor] | None = None
+) -> tuple[Factors, Tensor | None]:
     """Cut flat rows into module-major factors.
 
     Parameters
@@ -107,6 +111,9 @@ def cut_factors(rows: Tensor, layout: LoRALayout) -> tuple[Factors, Tensor | Non
         Flat adapters.
     layout : LoRALayout
         What the columns mean.
+    memory : list of Tensor, optional
+        Holds the memory of the factors, which calls with the same list overwrite: fresh memory
+        costs more time than the copy into it. Start with an empty list.
 
     Returns
     -------
@@ -118,17 +125,29 @@ def cut_factors(rows: Tensor, layout: LoRALayout) -> tuple[Factors, Tensor | Non
     """
     if layout.has_plain_rows:
         return [(rows.T[None, :, :, None], rows.new_ones(1, 1, len(rows), 1))], None
-    factors = []
-    for group in layout.groups:
-        U = rows.new_zeros(len(group.index), group.n, len(rows), group.rank)
-        V = rows.new_zeros(len(group.index), group.m, len(rows), group.rank)
+    shapes = [
+        (len(group.index), n, len(rows), group.rank)
+        for group in layout.groups
+        for n in (group.n, group.m)
+    ]
+    flat = _of_sizes([math.prod(shape) for shape in shapes], rows, [] if memory is None else memory)
+    factors = [part.view(shape) for part, shape in zip(flat, shapes, strict=True)]
+    pairs = list(zip(factors[::2], factors[1::2], strict=True))
+    for group, pair in zip(layout.groups, pairs, strict=True):
         for member, module in enumerate(group.index):
             rank = layout.modules[module].rank
-            for factor, columns in zip((U, V), layout.factor_slices[module], strict=True):
+            for factor, columns in zip(pair, layout.factor_slices[module], strict=True):
                 cut = rows[:, columns].reshape(len(rows), -1, rank)
                 factor[member, :, :, :rank] = cut.transpose(0, 1)
-        factors.append((U, V))
-    return factors, rows[:, layout.side_slice] if layout.n_side else None
+                factor[member, :, :, rank:] = 0
+    return pairs, rows[:, layout.side_slice] if layout.n_side else None
+
+
+def _of_sizes(sizes: list[int], like: Tensor, memory: list[Tensor]) -> list[Tensor]:
+    """Give uninitialised flat tensors, in the memory of the last call if they fit there."""
+    if not memory or any(len(m) < size for m, size in zip(memory, sizes, strict=True)):
+        memory[:] = [like.new_empty(size) for size in sizes]
+    return [m[:size] for m, size in zip(memory, sizes, strict=True)]
 
 
 def _mean_square_entries(factors: Factors) -> Tensor:

@@ -175,14 +175,27 @@ class InvariantHead(nn.Module):
         -------
         Tensor of shape (B, M * n * m) or (B, M)
         """
-        if self.kind == "mean":
-            return (U.mean(1) * V.mean(1)).sum(-1).T
-        # Rows of adapters that lie apart in memory would halve the speed of what reads them.
-        return torch.einsum("aibr,ajbr->baij", U, V).contiguous().flatten(1)
+        return self.by_module(U, V).transpose(0, 1).flatten(1)
 
-    def n_features(self, n_modules: int, n: int, m: int) -> int:
-        """Give the number of features for `n_modules` modules of `n` by `m`."""
-        return n_modules if self.kind == "mean" else n_modules * n * m
+    def by_module(self, U: Tensor, V: Tensor) -> Tensor:
+        """Give the features module by module, as the product leaves them in memory.
+
+        Parameters
+        ----------
+        U : Tensor of shape (M, n, B, r)
+        V : Tensor of shape (M, m, B, r)
+
+        Returns
+        -------
+        Tensor of shape (M, B, n * m) or (M, B, 1)
+        """
+        if self.kind == "mean":
+            return (U.mean(1) * V.mean(1)).sum(-1, keepdim=True)
+        return torch.einsum("aibr,ajbr->abij", U, V).flatten(2)
+
+    def n_features(self, n: int, m: int) -> int:
+        """Give the number of features of one module of `n` by `m`."""
+        return 1 if self.kind == "mean" else n * m
 
     def extra_repr(self) -> str:
         """Show the kind in the network's repr."""

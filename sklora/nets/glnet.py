@@ -14,7 +14,7 @@ from sklora.nets.equivariant import (
     HeadKind,
     InvariantHead,
 )
-from sklora.nets.feedforward import RowNorm, Standardize, feedforward
+from sklora.nets.feedforward import ModuleLinear, RowNorm, Standardize, feedforward
 
 # Below that of MLPNet, since the features themselves are fitted too; see docs/results.md.
 WIDE = 100
@@ -107,10 +107,18 @@ class GLNet(nn.Module):
         self.gate = GLNonlinearity(nonlinearity)
         self.head = InvariantHead(head)
         self.register_buffer("module_scale", torch.ones(n_modules))
-        n_features = self.head.n_features(n_modules, hidden_dim, hidden_dim) + n_side
+        per_module = self.head.n_features(hidden_dim, hidden_dim)
+        self.n_invariant = n_modules * per_module
+        n_features = self.n_invariant + n_side
         self.standardize = Standardize(n_features)
         self.row_norm = RowNorm(n_features, wide=WIDE)
         self.mlp = feedforward(n_features + 1, n_outputs, mlp_hidden, dropout=dropout)
+        # The first layer is in two parts: that on the invariants works by blocks of modules.
+        first = self.mlp[0]
+        assert isinstance(first, nn.Linear)
+        by_invariant, by_rest = first.weight.tensor_split([self.n_invariant], dim=1)
+        self.invariant_map = ModuleLinear(by_invariant, n_modules)
+        first.weight, first.in_features = nn.Parameter(by_rest.detach().clone()), n_side + 1
 
     def forward(
         self, factors: Sequence[tuple[Tensor, Tensor]], side: Tensor | None = None
@@ -129,8 +137,20 @@ class GLNet(nn.Module):
         -------
         Tensor of shape (B, n_outputs)
         """
-        standardized = self.standardize(self.features(factors, side))
-        outputs: Tensor = self.mlp(self.row_norm(standardized))
+        U, V = self._map(factors)
+        members = self.invariant_map.members
+        products = map(self.head.by_module, torch.split(U, members), torch.split(V, members))
+        mean, side_mean = self.standardize.mean.tensor_split([self.n_invariant])
+        scale, side_scale = self.standardize.scale.tensor_split([self.n_invariant])
+        hidden, norm = self.invariant_map(products, mean, scale)
+        norm, columns = norm[:, None], []
+        if side is not None:
+            z = ((side - side_mean) / side_scale).to(norm.dtype)
+            norm = torch.linalg.vector_norm(torch.cat([norm, z], dim=1), dim=1, keepdim=True)
+            columns = [self.row_norm.weight * z]
+        rest = torch.cat([*columns, self.row_norm.norm(norm)], dim=1)
+        # A common weight of all columns is as well put on their sum.
+        outputs: Tensor = self.mlp[1:](self.row_norm.weight * hidden + self.mlp[0](rest))
         return outputs
 
     def features(
@@ -150,19 +170,20 @@ class GLNet(nn.Module):
         Tensor of shape (B, n_invariant + n_side)
             The invariant features, then the side features.
         """
-        U, V = self._embed(factors)
-        for layer in self.layers:
-            U, V = layer(*self.gate(U, V))
-        features: Tensor = self.head(U, V)
+        features = self.head(*self._map(factors))
         return features if side is None else torch.cat([features, side], dim=1)
 
-    def _embed(self, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def _map(self, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Give the factors after all equivariant layers, ``(M, h, B, r)``."""
         pairs = [layer(U, V) for layer, (U, V) in zip(self.embed, factors, strict=True)]
         rank = max(U.shape[-1] for U, _ in pairs)
         scale = self.module_scale[:, None, None, None]
         U = torch.cat([_pad_rank(U, rank) for U, _ in pairs])
         V = torch.cat([_pad_rank(V, rank) for _, V in pairs])
-        return U * scale, V * scale
+        U, V = U * scale, V * scale
+        for layer in self.layers:
+            U, V = layer(*self.gate(U, V))
+        return U, V
 
 
 def _pad_rank(factor: Tensor, rank: int) -> Tensor:

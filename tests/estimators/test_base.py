@@ -158,7 +158,7 @@ class TestPrediction:
         expected, reads = model._outputs(zoo), []
         read = LoRACollection.read
         monkeypatch.setattr(
-            LoRACollection, "read", lambda X, rows=None: reads.append(rows) or read(X, rows)
+            LoRACollection, "read", lambda X, rows=None, **_: reads.append(rows) or read(X, rows)
         )
         with sklearn.config_context(working_memory=0.02):
             blocked = model._outputs(zoo)

@@ -96,7 +96,7 @@ class TestDataset:
         reads = []
         read = LoRACollection.read
         monkeypatch.setattr(
-            LoRACollection, "read", lambda X, rows=None: reads.append(rows) or read(X, rows)
+            LoRACollection, "read", lambda X, rows=None, **_: reads.append(rows) or read(X, rows)
         )
         loader = torch.utils.data.DataLoader(
             LoRADataset(data), batch_size=16, shuffle=True, collate_fn=lambda batch: batch
@@ -260,7 +260,7 @@ class TestCalibrateInput:
     def test_perceptron_reads_columns_of_mean_zero_and_spread_one(self, net, rows):
         values, weights = rows
         self.calibrate(net, values, weights)
-        net.row_norm.weight = 1.0
+        net.row_norm.weight.fill_(1.0)
         columns = net.row_norm(net.standardize(torch.from_numpy(values))).numpy()
         mean = np.average(columns, axis=0, weights=weights)
         np.testing.assert_allclose(mean, 0.0, atol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 import pytest
 import torch
@@ -15,6 +16,13 @@ Group = tuple[int, int, int]
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def block_entries(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    # Not by its dotted name, under which the package holds the function of that name.
+    module = import_module("sklora.nets.feedforward")
+    return lambda entries: monkeypatch.setattr(module, "BLOCK_ENTRIES", entries)
 
 
 @pytest.fixture

@@ -162,10 +162,13 @@ class TestInvariantHead:
         turned = turn(*pair, random_gauges(pair[0], 1e4))
         torch.testing.assert_close(head(*turned), head(*pair), rtol=1e-9, atol=1e-9)
 
-    @pytest.mark.parametrize(("kind", "expected"), [("flatten", 144), ("mean", 3)])
-    def test_n_features(self, kind, expected, pair):
-        assert InvariantHead(kind).n_features(3, 8, 6) == expected
-        assert InvariantHead(kind)(*pair).shape == (5, expected)
+    @pytest.mark.parametrize(("kind", "expected"), [("flatten", 48), ("mean", 1)])
+    def test_by_module(self, kind, expected, pair):
+        head = InvariantHead(kind)
+        features = head.by_module(*pair)
+        assert head.n_features(8, 6) == expected
+        assert features.shape[::2] == (len(pair[0]), expected)
+        torch.testing.assert_close(features.transpose(0, 1).flatten(1), head(*pair))
 
     @pytest.mark.parametrize("kind", ["flatten", "mean"])
     def test_gradients(self, kind, random_factors):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from sklora.nets import RowNorm, Standardize, feedforward
+from sklora.nets.feedforward import ModuleLinear
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -56,19 +57,25 @@ class TestRowNorm:
         torch.testing.assert_close(norm[:, 0], (z.square().sum(1).sqrt() - 2.0) / 0.5)
 
     @pytest.mark.parametrize(
-        ("n_features", "weight"), [(1, 1), (999, 1), (1000, 1), (1001, 1000 / 1001), (4000, 0.25)]
+        ("n_features", "weight"),
+        [(1, 1.0), (999, 1.0), (1000, 1.0), (1001, 1000 / 1001), (4000, 0.25)],
     )
     def test_only_wide_rows_are_weighed_down(self, n_features, weight):
-        assert RowNorm(n_features, wide=1000).weight == weight
+        torch.testing.assert_close(RowNorm(n_features, wide=1000).weight, torch.tensor([weight]))
 
     def test_the_norm_is_that_of_the_row_before_it_is_weighed_down(self):
         z = torch.full((1, 16), 3.0)
         torch.testing.assert_close(RowNorm(16, wide=2)(z)[0, -1], torch.tensor(12.0))
 
-    def test_moments_of_the_norm_are_its_only_state(self):
+    def test_weight_and_moments_are_buffers(self):
         layer = RowNorm(3, wide=2)
         assert not list(layer.parameters())
-        assert set(layer.state_dict()) == {"norm.mean", "norm.scale"}
+        assert set(layer.state_dict()) == {"weight", "norm.mean", "norm.scale"}
+
+    def test_a_fitted_layer_keeps_its_weight(self):
+        layer = RowNorm(4, wide=4)
+        layer.load_state_dict(RowNorm(4, wide=2).state_dict())
+        assert layer.weight == 0.5
 
     def test_gradients(self):
         layer = RowNorm(4, wide=2).double()
@@ -106,6 +113,76 @@ class TestRowNorm:
         assert (turned - rows).abs().max() > 0.1
         _, other = columns(*turn(U, V, random_gauges(U, 10.0)))
         assert (other - norm).abs().max() > 0.1
+
+
+class TestModuleLinear:
+    @pytest.fixture(params=[1, 40, 10**6], ids=["modules", "pairs", "all at once"])
+    def layer(self, request, block_entries):
+        block_entries(request.param)
+        torch.manual_seed(0)
+        return ModuleLinear(torch.randn(4, 5 * 6), n_modules=5)
+
+    def inputs(self, dtype):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(5, 7, 6, generator=generator, dtype=torch.float64)
+        mean = torch.randn(30, generator=generator, dtype=torch.float64)
+        scale = torch.rand(30, generator=generator, dtype=torch.float64) + 0.1
+        return [t.to(dtype) for t in (x, mean, scale)]
+
+    def test_blocks_hold_the_weights(self, layer):
+        torch.manual_seed(0)
+        weight = torch.cat([part.transpose(0, 1).flatten(1) for part in layer.blocks], dim=1)
+        assert torch.equal(weight, torch.randn(4, 30))
+        assert sum(layer.members) == 5
+        assert all(part.is_contiguous() for part in layer.blocks)
+
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)], ids=str
+    )
+    def test_is_the_plain_formula_and_so_is_its_gradient(self, layer, dtype, tolerance):
+        x, mean, scale = self.inputs(torch.float64)
+        weight = torch.cat([part.transpose(0, 1).flatten(1) for part in layer.blocks], dim=1)
+        weight = weight.detach().double().requires_grad_()
+        x.requires_grad_()
+        z = (x.transpose(0, 1).flatten(1) - mean) / scale
+        expected = z @ weight.T, z.square().sum(1).sqrt()
+        (expected[0].square().sum() + expected[1].pow(3).sum()).backward()
+
+        layer, (x_, mean, scale) = layer.to(dtype), self.inputs(dtype)
+        x_.requires_grad_()
+        found = layer(x_.split(layer.members), mean, scale)
+        (found[0].square().sum() + found[1].pow(3).sum()).backward()
+        grads = [part.grad.transpose(0, 1).flatten(1) for part in layer.blocks]
+        for one, other in [
+            *zip(found, expected, strict=True),
+            (x_.grad, x.grad),
+            (torch.cat(grads, dim=1), weight.grad),
+        ]:
+            assert one.dtype == dtype
+            error = torch.linalg.norm(one.double() - other) / torch.linalg.norm(other)
+            assert error < tolerance
+
+    def test_gradients(self, layer):
+        layer, (x, mean, scale) = layer.double(), self.inputs(torch.float64)
+        torch.autograd.gradcheck(
+            lambda x: layer(x.split(layer.members), mean, scale), (x.requires_grad_(),)
+        )
+
+    def test_frozen_weights_get_no_gradient(self, layer):
+        x, mean, scale = self.inputs(torch.float32)
+        layer.requires_grad_(False)
+        layer(x.requires_grad_().split(layer.members), mean, scale)[0].sum().backward()
+        assert torch.count_nonzero(x.grad)
+        assert all(part.grad is None for part in layer.blocks)
+
+    def test_a_row_of_norm_zero_has_a_finite_gradient(self, layer):
+        x, mean, scale = self.inputs(torch.float32)
+        x[:, 2] = mean.reshape(5, 6)
+        _, norm = layer(x.requires_grad_().split(layer.members), mean, scale)
+        norm.sum().backward()
+        assert norm[2] == 0
+        assert torch.count_nonzero(x.grad[:, 2]) == 0
+        assert torch.isfinite(x.grad).all()
 
 
 @pytest.mark.parametrize(

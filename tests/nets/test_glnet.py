@@ -15,13 +15,20 @@ def make_net(dtype=torch.float64, **parameters):
     with torch.no_grad():
         net.module_scale.copy_(torch.rand_like(net.module_scale) + 0.5)
         net.standardize.mean.normal_()
+        net.standardize.scale.uniform_(0.5, 2.0)
         net.row_norm.norm.set_moments(torch.tensor([3.0]), torch.tensor([2.0]))
-    # Whatever the width beyond which rows are weighed down, these are.
-    net.row_norm.weight = 0.75
+        # Whatever the width beyond which rows are weighed down, these are.
+        net.row_norm.weight.fill_(0.75)
     return net.to(dtype)
 
 
-def reference(net, factors, gate):
+def flat_weight(net):
+    """The weights of the first layer, a column for every entry of the standardised row."""
+    blocks = [part.transpose(0, 1).flatten(1) for part in net.invariant_map.blocks]
+    return torch.cat([*blocks, net.mlp[0].weight], dim=1)
+
+
+def reference(net, factors, gate, side=None):
     """The formulas, one module of one adapter at a time, updates formed."""
     rows = []
     for adapter in range(factors[0][0].shape[2]):
@@ -41,16 +48,46 @@ def reference(net, factors, gate):
                     v = layer.psi[module] @ (column[:, None] * v)
                 features.append((u @ v.T).flatten())
         rows.append(torch.cat(features))
-    standardized = (torch.stack(rows) - net.standardize.mean) / net.standardize.scale
+    features = torch.stack(rows)
+    if side is not None:
+        features = torch.cat([features, side], dim=1)
+    standardized = (features - net.standardize.mean) / net.standardize.scale
     norm = (standardized.square().sum(1, keepdim=True).sqrt() - 3.0) / 2.0
-    return net.mlp(torch.cat([0.75 * standardized, norm], dim=1))
+    columns = torch.cat([0.75 * standardized, norm], dim=1)
+    return net.mlp[1:](columns @ flat_weight(net).T + net.mlp[0].bias)
 
 
+@pytest.mark.parametrize("mlp_hidden", [(), (8,)], ids=str)
+@pytest.mark.parametrize("n_side", [0, 2])
 @pytest.mark.parametrize("n_layers", [1, 2, 3])
-def test_batched_by_shape_is_a_loop_over_modules(n_layers, random_factors):
-    net = make_net(n_layers=n_layers)
+def test_batched_by_shape_is_a_loop_over_modules(n_layers, n_side, mlp_hidden, random_factors):
+    net = make_net(n_layers=n_layers, n_side=n_side, mlp_hidden=mlp_hidden)
+    factors = random_factors(GROUPS, batch=4, rank=3)
+    side = torch.randn(4, 2, dtype=torch.float64) if n_side else None
+    found, expected = net(factors, side), reference(net, factors, torch.sigmoid, side)
+    torch.testing.assert_close(found, expected)
+    parameters = list(net.parameters())
+    gradients = [torch.autograd.grad(f.square().sum(), parameters) for f in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("entries", [1, 300, 10**6])
+def test_blocks_make_no_difference(entries, random_factors, block_entries):
+    block_entries(entries)
+    net = make_net()
+    assert net.invariant_map.members == {1: 6 * [1], 300: [2, 2, 2], 10**6: [6]}[entries]
     factors = random_factors(GROUPS, batch=4, rank=3)
     torch.testing.assert_close(net(factors), reference(net, factors, torch.sigmoid))
+
+
+def test_weights_start_as_those_of_one_linear_layer():
+    torch.manual_seed(0)
+    net = GLNet([(3, 8, 6)], 3, hidden_dim=4, n_layers=1, n_side=2)
+    torch.manual_seed(0)
+    net.embed[0].__init__(3, 8, 6, 4, 4)
+    expected = torch.nn.Linear(3 * 16 + 2 + 1, 128)
+    assert torch.equal(flat_weight(net), expected.weight)
+    assert torch.equal(net.mlp[0].bias, expected.bias)
 
 
 @pytest.mark.parametrize("head", ["flatten", "mean"])
@@ -153,9 +190,18 @@ def test_weights_do_not_depend_on_the_rank():
 
 
 def test_wide_rows_are_weighed_down():
-    with torch.device("meta"):
-        narrow, wide = (GLNet([(1, 4, 4)], 1, hidden_dim=hidden) for hidden in (1, 1000))
+    narrow, wide = (GLNet([(1, 4, 4)], 1, hidden_dim=h, mlp_hidden=(1,)) for h in (1, 1000))
     assert narrow.row_norm.weight == 1 > 1000 * wide.row_norm.weight > 0
+
+
+def test_learns_under_autocast(random_factors):
+    net, factors = make_net(torch.float32), random_factors(GROUPS, 4, 3, torch.float32)
+    expected = net(factors)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = net(factors)
+    torch.testing.assert_close(outputs.float(), expected, rtol=0.1, atol=0.1)
+    outputs.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in net.parameters())
 
 
 def test_unknown_options_are_named():

@@ -1,0 +1,116 @@
+"""Regression guard: fails when a benchmark's ratio is twice what was recorded.
+
+Runs ``ratios(quick=True)`` of every ``bench_*.py`` here that has it, one process for each, and
+compares with recorded.json. A ratio is our time over that of something beside which it was
+measured, so that it says the same on any machine, and less is better. What is over the limit is
+measured once more, since other work on the machine only ever makes a ratio worse for a while.
+``python benchmarks/guard.py``, and with ``--record`` to write the ratios down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = Path(__file__).parent
+RECORDED = FOLDER / "recorded.json"
+# How much worse than recorded a ratio may be.
+LIMIT = 2.0
+
+Ratios = Mapping[str, float]
+
+
+class Line(NamedTuple):
+    """One ratio of a benchmark, now and as recorded; None where there is none."""
+
+    benchmark: str
+    ratio: str
+    now: float | None
+    recorded: float | None
+
+    @property
+    def problem(self) -> str:
+        """What is wrong, or nothing."""
+        if self.recorded is None:
+            return "new: run guard.py --record"
+        if self.now is None:
+            return "gone: run guard.py --record"
+        # A NaN is no number to be within a limit.
+        return "" if self.now <= LIMIT * self.recorded else f"over {LIMIT:g} times the recorded"
+
+
+def compare(now: Mapping[str, Ratios], recorded: Mapping[str, Ratios]) -> list[Line]:
+    """Put ratios beside those recorded, benchmark by benchmark."""
+    lines = []
+    for benchmark in sorted(now.keys() | recorded.keys()):
+        ours, theirs = now.get(benchmark, {}), recorded.get(benchmark, {})
+        for ratio in sorted(ours.keys() | theirs.keys()):
+            lines.append(Line(benchmark, ratio, ours.get(ratio), theirs.get(ratio)))
+    return lines
+
+
+def best_of(first: Ratios, second: Ratios) -> dict[str, float]:
+    """Give the better of two measurements of every ratio."""
+    return {ratio: min(first[ratio], second[ratio]) for ratio in first.keys() & second.keys()}
+
+
+def guarded() -> list[str]:
+    """Names of the benchmarks that give ratios."""
+    return sorted(
+        path.stem for path in FOLDER.glob("bench_*.py") if "\ndef ratios(" in path.read_text()
+    )
+
+
+def measure(benchmark: str) -> dict[str, float]:
+    """Give the ratios of one benchmark, from a process of its own."""
+    command = [sys.executable, __file__, "--measure", benchmark]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def ratios_of(benchmark: str) -> dict[str, float]:
+    """What that process does."""
+    names = runpy.run_path(str(FOLDER / f"{benchmark}.py"), run_name=benchmark)
+    found: dict[str, float] = names["ratios"](quick=True)
+    return found
+
+
+def report(lines: list[Line]) -> bool:
+    """Print a table, and tell whether all is well."""
+    print(f"{'ratio':<84}{'now':>8}{'recorded':>10}")
+    for line in lines:
+        cells = ["" if value is None else f"{value:.3f}" for value in (line.now, line.recorded)]
+        name = f"{line.benchmark}: {line.ratio}"
+        print(f"{name:<84}{cells[0]:>8}{cells[1]:>10}  {line.problem}")
+    return not any(line.problem for line in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--record", action="store_true", help="write the ratios down")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(ratios_of(args.measure)))
+        return 0
+    now = {benchmark: measure(benchmark) for benchmark in guarded()}
+    if args.record:
+        # The better of two, by which a disturbance does not loosen the guard.
+        now = {benchmark: best_of(found, measure(benchmark)) for benchmark, found in now.items()}
+        RECORDED.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n")
+    recorded = json.loads(RECORDED.read_text())
+    for benchmark in {line.benchmark for line in compare(now, recorded) if line.problem}:
+        if benchmark in now:
+            now[benchmark] = best_of(now[benchmark], measure(benchmark))
+    return 0 if report(compare(now, recorded)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

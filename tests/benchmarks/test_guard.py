@@ -1,0 +1,76 @@
+"""The regression guard tells a ratio that is twice what was recorded, and nothing else."""
+
+import json
+import math
+import sys
+
+import pytest
+
+from benchmarks import guard
+
+RECORDED = {"bench_a": {"fit": 1.0, "transform": 0.01}}
+
+
+def problems(now, recorded=RECORDED):
+    return [line.problem for line in guard.compare(now, recorded)]
+
+
+def test_ratios_within_the_limit_are_no_problem():
+    assert problems({"bench_a": {"fit": 2.0, "transform": 0.001}}) == ["", ""]
+
+
+@pytest.mark.parametrize("fit", [2.01, math.inf, math.nan])
+def test_a_worse_ratio_is_a_problem(fit):
+    found = problems({"bench_a": {"fit": fit, "transform": 0.01}})
+    assert found == ["over 2 times the recorded", ""]
+
+
+def test_ratios_that_only_one_side_has_are_problems():
+    now = {"bench_a": {"fit": 1.0}, "bench_b": {"read": 1.0}}
+    assert problems(now) == [
+        "",
+        "gone: run guard.py --record",
+        "new: run guard.py --record",
+    ]
+
+
+def test_the_better_of_two_measurements_counts():
+    assert guard.best_of({"fit": 3.0, "read": 1.0}, {"fit": 2.0, "read": 4.0}) == {
+        "fit": 2.0,
+        "read": 1.0,
+    }
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs the guard on benchmarks whose ratios come from lists, one after the other."""
+
+    def main(measured, *arguments, recorded=RECORDED):
+        path = tmp_path / "recorded.json"
+        path.write_text(json.dumps(recorded))
+        ratios = {name: iter(values) for name, values in measured.items()}
+        monkeypatch.setattr(guard, "RECORDED", path)
+        monkeypatch.setattr(guard, "guarded", lambda: list(measured))
+        monkeypatch.setattr(guard, "measure", lambda name: next(ratios[name]))
+        monkeypatch.setattr(sys, "argv", ["guard.py", *arguments])
+        return guard.main(), json.loads(path.read_text())
+
+    return main
+
+
+GOOD, BAD = {"fit": 1.0, "transform": 0.01}, {"fit": 5.0, "transform": 0.01}
+
+
+def test_a_good_benchmark_is_measured_once(run):
+    assert run({"bench_a": [GOOD]}) == (0, RECORDED)
+
+
+def test_a_bad_ratio_is_measured_once_more(run, capsys):
+    assert run({"bench_a": [BAD, GOOD]}) == (0, RECORDED)
+    assert run({"bench_a": [BAD, BAD, GOOD]}) == (1, RECORDED)
+    assert "over 2 times the recorded" in capsys.readouterr().out
+
+
+def test_the_better_of_two_measurements_is_recorded(run):
+    found = run({"bench_a": [{"fit": 3.0}, {"fit": 2.0}]}, "--record")
+    assert found == (0, {"bench_a": {"fit": 2.0}})
