@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes  # noqa: F401  (tells NumPy that bfloat16 casts safely to float32)
 import numpy as np
 import sklearn
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from sklora._layout import LoRALayout
+from sklora._layout import Factors, LoRALayout
 from sklora._pages import MappedRows, Rows, owner_of_map
 
 
@@ -49,6 +49,17 @@ class Store(Protocol):
 
     def subset(self, rows: NDArray[np.intp]) -> Store:
         """Give a store of some rows alone, as small as can be when pickled."""
+
+
+@runtime_checkable
+class StreamingStore(Store, Protocol):
+    """A store that can give one adapter module by module, so that it is never whole in memory."""
+
+    def iter_factors(self, row: int) -> Iterator[Factors]:
+        """Read ``U (n, r)`` and ``V (m, r)`` of every module of the layout, at true ranks."""
+
+    def read_side(self, row: int) -> NDArray[Any]:
+        """Read side features ``(n_side,)``."""
 
 
 def compute_dtype(dtype: DTypeLike) -> np.dtype[Any]:

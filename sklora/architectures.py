@@ -6,8 +6,6 @@ from typing import Any, Literal
 
 import torch
 from sklearn.base import BaseEstimator
-from sklearn.decomposition import KernelPCA
-from sklearn.linear_model import Ridge, RidgeClassifier
 from sklearn.pipeline import Pipeline
 
 from sklora._base import check_option
@@ -21,7 +19,6 @@ Task = Literal["classification", "regression"]
 
 # Of kernels whose diagonal is 1.
 _RIDGE_ALPHAS = (0.01, 0.1, 1.0)
-_RIDGES: dict[str, type[BaseEstimator]] = {"classification": RidgeClassifier, "regression": Ridge}
 _MODELS: dict[str, dict[str, type[BaseEstimator]]] = {
     "classification": {"mlp": MLPNetClassifier, "gl-net": GLNetClassifier},
     "regression": {"mlp": MLPNetRegressor, "gl-net": GLNetRegressor},
@@ -135,11 +132,16 @@ def architecture_grid(
 
 
 def _kernel_entry(task: Task, device: str | torch.device) -> dict[str, list[Any]]:
+    # Nothing else needs these two, which would lengthen the import of sklora.
+    from sklearn.decomposition import KernelPCA
+    from sklearn.linear_model import Ridge, RidgeClassifier
+
+    ridge = RidgeClassifier() if task == "classification" else Ridge()
     kernel = UpdateKernel("cosine", device=device)
     features = Pipeline([("kernel", kernel), ("span", KernelPCA(kernel="precomputed"))])
     return {
         "features": [features],
-        "model": [_RIDGES[task]()],
+        "model": [ridge],
         "model__alpha": list(_RIDGE_ALPHAS),
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,11 +10,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from skorch import NeuralNet, NeuralNetClassifier, NeuralNetRegressor
-from skorch.callbacks import EarlyStopping, LRScheduler
-from skorch.helper import predefined_split
 from torch import Tensor, nn
 
+from sklora._base import as_tensor
 from sklora.collection import LoRACollection
 from sklora.nets import GLNet, MLPNet
 
@@ -28,12 +25,6 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {}),
     "adam": (torch.optim.Adam, {}),
     "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
-}
-# Where a user's scoring callback finds the predictions it expects.
-_SKORCH_NETS: dict[LossKind, type[NeuralNet]] = {
-    "cross_entropy": NeuralNetClassifier,
-    "binary_cross_entropy": NeuralNet,
-    "squared_error": NeuralNetRegressor,
 }
 # On fewer validation rows than this, early stopping would follow noise.
 _MIN_VALIDATION_ROWS = 10
@@ -81,7 +72,7 @@ class LoRADataset(torch.utils.data.Dataset[Any]):
     def __getitems__(self, indices: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
         """Read one batch."""
         picked = np.asarray(indices)
-        rows, weight = _as_tensor(self.X.read(picked)), torch.from_numpy(self.weights[picked])
+        rows, weight = as_tensor(self.X.read(picked)), torch.from_numpy(self.weights[picked])
         return {"rows": rows, "weight": weight}, torch.from_numpy(self.y[picked])
 
 
@@ -195,17 +186,10 @@ def train(
     ValueError
         When the weights end up infinite or NaN.
     """
-    callbacks = copy.deepcopy(list(settings.callbacks))
-    if settings.decay:
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR
-        callbacks.append(("lr_schedule", LRScheduler(cosine, T_max=settings.max_epochs)))
-    if validation is not None:
-        # Last, because it ends the epoch for whatever follows it.
-        stopping = EarlyStopping(patience=settings.patience, load_best=True)
-        callbacks.append(("early_stopping", stopping))
-    skorch_net = _compose(net, forward, loss, settings, callbacks, device)
-    if validation is not None:
-        skorch_net.set_params(train_split=predefined_split(LoRADataset(validation)))
+    # Prediction needs no skorch, and importing it takes a tenth of sklora's time.
+    from sklora.estimators._skorch import compose
+
+    skorch_net = compose(net, forward, loss, settings, validation, device)
     skorch_net.initialize()
     if optimizer_state is not None:
         _restore_optimizer(skorch_net.optimizer_, optimizer_state)
@@ -216,43 +200,6 @@ def train(
     _check_finite(net, settings.lr)
     history = [{k: v for k, v in row.items() if k != "batches"} for row in skorch_net.history]
     return history, _optimizer_state(skorch_net.optimizer_)
-
-
-def _compose(
-    net: nn.Module,
-    forward: Callable[[Tensor], Tensor],
-    loss: LossKind,
-    settings: TrainingSettings,
-    callbacks: list[Any],
-    device: torch.device,
-) -> NeuralNet:
-    optimizer, optimizer_options = OPTIMIZERS[settings.optimizer]
-    options: dict[str, Any] = {
-        "optimizer__weight_decay": settings.weight_decay,
-        "optimizer__fused": device.type in ("cpu", "cuda"),
-        **{f"optimizer__{name}": value for name, value in optimizer_options.items()},
-    }
-    if not settings.verbose:
-        # Without a reader, these would format a table row and score every epoch for nobody.
-        options["callbacks__print_log"] = None
-        if loss == "cross_entropy":
-            options["callbacks__valid_acc"] = None
-    return _SKORCH_NETS[loss](
-        WeightedForward(net, forward),
-        criterion=WeightedLoss(loss),
-        optimizer=optimizer,
-        lr=settings.lr,
-        max_epochs=settings.max_epochs,
-        batch_size=settings.batch_size,
-        iterator_train__shuffle=True,
-        iterator_train__collate_fn=_as_it_is,
-        iterator_valid__collate_fn=_as_it_is,
-        train_split=None,
-        callbacks=callbacks,
-        device=device,
-        verbose=settings.verbose,
-        **options,
-    )
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> OptimizerState:
@@ -375,7 +322,7 @@ def iter_blocks(
     block : Tensor of shape (B, width)
     """
     for rows, flat in loras.iter_blocks(8 * entries_per_adapter):
-        yield rows, _as_tensor(flat).to(device)
+        yield rows, as_tensor(flat).to(device)
 
 
 def weighted_moments(
@@ -425,12 +372,3 @@ def calibrate_input(net: GLNet | MLPNet, features: Callable[[], Iterator[Weighte
         for block, weights in features()
     )
     net.row_norm.norm.set_moments(*weighted_moments(norms))
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _as_tensor(block: NDArray[Any]) -> Tensor:
-    """Give a block as a tensor, copied only when it is read-only."""
-    return torch.from_numpy(block if block.flags.writeable else block.copy())

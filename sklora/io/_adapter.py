@@ -100,6 +100,7 @@ class OpenAdapter(NamedTuple):
         Yields
         ------
         name : str
+            In the order of `modules`.
         U : ndarray of shape (n, rank)
         V : ndarray of shape (m, rank)
 
@@ -109,9 +110,8 @@ class OpenAdapter(NamedTuple):
             When the numbers are NaN or infinite, or cannot be read.
         """
         shared: dict[str, str] = {}
-        for module in self.plan.modules:
-            if module.name not in modules:
-                continue
+        plans = {module.name: module for module in self.plan.modules}
+        for module in (plans[name] for name in modules if name in plans):
             # Experts of one layer share tensors, which are read once for all of them.
             if module.tensors != shared:
                 shared, factors = module.tensors, self._factors(module, dtype)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sklora._layout import LoRALayout
+from sklora._layout import Factors, LoRALayout
 from sklora._pages import Rows
-from sklora.io._adapter import Stamp, opened
+from sklora.io._adapter import OpenAdapter, Stamp, opened
 from sklora.io._errors import Refusal
 from sklora.io._find import Found
 from sklora.io._plan import ReadOptions
@@ -61,7 +61,7 @@ class AdapterStore:
         self._files = tuple(files)
         self._options = options
         self._positions = {name: position for position, name in enumerate(layout.names)}
-        start = layout.side_slice.start
+        start = 0
         self._side: dict[str, slice] = {}
         for name, size in layout.side:
             self._side[name] = slice(start, start + size)
@@ -77,17 +77,49 @@ class AdapterStore:
 
     def _read_row(self, file: AdapterFile, ranks: NDArray[np.intp], row: NDArray[Any]) -> None:
         with opened(file.found, self._options, file.stamp) as adapter:
-            for name, U, V in adapter.factors(self._positions, self.dtype):
-                position = self._positions[name]
-                rank = ranks[position]
+            for position, U, V in self._factors(adapter, ranks):
                 for place, factor in zip(
                     self.layout._factors_at(row, position), (U, V), strict=True
                 ):
-                    if factor.shape != (place.shape[1], rank):
-                        raise Refusal("it changed while it was read; read the adapters again.")
-                    place[0, :, :rank] = factor
-            for name, vector in adapter.side(self._side, self.dtype):
-                row[0, self._side[name]] = vector
+                    place[0, :, : factor.shape[1]] = factor
+            self._read_side(adapter, row[0, self.layout.side_slice])
+
+    def _factors(
+        self, adapter: OpenAdapter, ranks: NDArray[np.intp]
+    ) -> Iterator[tuple[int, NDArray[Any], NDArray[Any]]]:
+        for name, U, V in adapter.factors(self._positions, self.dtype):
+            position = self._positions[name]
+            _, n, m, _ = self.layout.modules[position]
+            if (U.shape, V.shape) != ((n, ranks[position]), (m, ranks[position])):
+                raise Refusal("it changed while it was read; read the adapters again.")
+            yield position, U, V
+
+    def _read_side(self, adapter: OpenAdapter, side: NDArray[Any]) -> None:
+        for name, vector in adapter.side(self._side, self.dtype):
+            side[self._side[name]] = vector
+
+    def iter_factors(self, row: int) -> Iterator[Factors]:
+        """Read one adapter module by module; see `StreamingStore`."""
+        file, position = self._files[row], 0
+        with opened(file.found, self._options, file.stamp) as adapter:
+            for found, U, V in self._factors(adapter, self.ranks[row]):
+                yield from self._zero_updates(position, found)
+                yield U, V
+                position = found + 1
+        yield from self._zero_updates(position, self.layout.n_modules)
+
+    def _zero_updates(self, start: int, stop: int) -> Iterator[Factors]:
+        for _, n, m, _ in self.layout.modules[start:stop]:
+            yield np.zeros((n, 0), self.dtype), np.zeros((m, 0), self.dtype)
+
+    def read_side(self, row: int) -> NDArray[Any]:
+        """Read the side features of one adapter."""
+        side = np.zeros(self.layout.n_side, self.dtype)
+        if len(side):
+            file = self._files[row]
+            with opened(file.found, self._options, file.stamp) as adapter:
+                self._read_side(adapter, side)
+        return side
 
     def subset(self, rows: NDArray[np.intp]) -> AdapterStore:
         """Give a store of some files."""

@@ -35,12 +35,21 @@ def gram(A: Tensor) -> Tensor:
     """
     *batch, n, r = A.shape
     flat = A.reshape(math.prod(batch), n, r)
+    if 0 < len(flat) < _PARTS <= n:
+        # Few factors are cut into parts, which the cores share out.
+        whole = n - n % _PARTS
+        rest = flat[:, whole:].double()
+        parts = flat[:, :whole].reshape(len(flat), _PARTS, whole // _PARTS, r)
+        return (gram(parts).sum(1) + rest.mT @ rest).reshape(*batch, r, r)
     products = torch.zeros((len(flat), r, r), dtype=torch.float64, device=A.device)
     if not flat.numel():
         return products.reshape(*batch, r, r)
     rows = -(-n // -(-8 * n * r * _PARTS // _PIECE_BYTES))
     step = min(len(flat), max(1, _PIECE_BYTES // (8 * rows * r)))
-    copies = torch.empty((step, rows, r), dtype=torch.float64, device=A.device)
+    # Copied as they lie in memory: the factor of a file may be its tensor transposed.
+    shape = (step, r, rows) if flat.stride(1) == 1 else (step, rows, r)
+    copies = torch.empty(shape, dtype=torch.float64, device=A.device)
+    copies = copies.mT if flat.stride(1) == 1 else copies
     for top in range(0, n, rows):
         for first in range(0, len(flat), step):
             piece = flat[first : first + step, top : top + rows]

@@ -310,7 +310,7 @@ class WeightsToWeights(_CollectionsStay, Featurizer):
 
     def _fill(self, layout: LoRALayout, block: Block, out: NDArray[Any]) -> None:
         target = torch.from_numpy(out)
-        device = block.factors[0][0].device
+        device = resolve_device(self.device)
         moved = target if device.type == "cpu" else torch.empty_like(target, device=device)
         for position, (factors, new) in enumerate(
             zip(block.factors, factor_views(moved, layout), strict=True)

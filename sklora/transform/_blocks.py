@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,8 +14,10 @@ from joblib.parallel import get_active_backend
 from numpy.typing import NDArray
 from sklearn.utils import gen_even_slices
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sklora._base import as_tensor, resolve_device
+from sklora._stores import StreamingStore
 from sklora.collection import LoRACollection, LoRALayout, check_numbers
 
 # Float64 copies of the largest module's factors, and what a QR decomposition makes of them.
@@ -25,17 +27,18 @@ Factors: TypeAlias = list[tuple[Tensor, Tensor]]
 
 
 class Block(NamedTuple):
-    """Some adapters, on a device.
+    """Some adapters.
 
     Attributes
     ----------
-    factors : list of (Tensor of shape (B, n, r), Tensor of shape (B, m, r))
-        One pair for every module: views of the flat rows, which may be those of the collection.
+    factors : iterable of (Tensor of shape (B, n, r), Tensor of shape (B, m, r))
+        One pair for every module, to be gone through once: views of the flat rows, which may be
+        those of the collection, or read one by one.
     side : ndarray of shape (B, n_side)
     ranks : ndarray of shape (B, n_modules)
     """
 
-    factors: Factors
+    factors: Iterable[tuple[Tensor, Tensor]]
     side: NDArray[Any]
     ranks: NDArray[np.intp]
 
@@ -114,7 +117,10 @@ def read_block(
     ValueError
         When numbers are not valid.
     """
-    flat, ranks = X.read(rows, copy=False), X.ranks[rows]
+    ranks = X.ranks[rows]
+    if len(ranks) == 1 and isinstance(X._store, StreamingStore):
+        return _streamed(X._store, X.layout, int(X._positions(rows)[0]), device)
+    flat = X.read(rows, copy=False)
     if check or (ranks != X.layout.ranks).any():
         check_numbers(X, rows, flat)
     tensor = as_tensor(flat)
@@ -122,6 +128,18 @@ def read_block(
         tensor = tensor.pin_memory()
     moved = tensor.to(device, non_blocking=True)
     return Block(factor_views(moved, X.layout), flat[:, X.layout.side_slice], ranks)
+
+
+def _streamed(store: StreamingStore, layout: LoRALayout, row: int, device: torch.device) -> Block:
+    """Give one adapter module by module, in the ranks of a layout: it may be a large one."""
+
+    def factors() -> Iterator[tuple[Tensor, Tensor]]:
+        for module, pair in zip(layout.modules, store.iter_factors(row), strict=True):
+            U, V = (as_tensor(A)[None].to(device) for A in pair)
+            room = module.rank - U.shape[-1]
+            yield (pad(U, (0, room)), pad(V, (0, room))) if room else (U, V)
+
+    return Block(factors(), store.read_side(row)[None], store.ranks[[row]])
 
 
 def map_blocks(

@@ -306,3 +306,39 @@ def test_splits_are_views_with_their_ids(X, twin, y):
         places = [ids.index(id) for id in part.ids]
         np.testing.assert_array_equal(labels, y[places])
         np.testing.assert_array_equal(part.read(), twin.read(places))
+
+
+@pytest.mark.parametrize(
+    "transformer",
+    [
+        SVDSpectrum(device="cpu"),
+        OAlign(template=1, device="cpu"),
+        DenseProduct(device="cpu"),
+        GLEquivariantProjection(n_components=2, random_state=0, device="cpu"),
+    ],
+    ids=lambda transformer: type(transformer).__name__,
+)
+def test_one_large_adapter_is_never_whole_in_memory(X, twin, transformer, monkeypatch):
+    """It is read module by module, of which it may lack any."""
+    transformer.fit(twin)
+    expected = np.asarray(transformer.transform(twin))
+    monkeypatch.setattr(AdapterStore, "read", None)
+    for row in range(N_ADAPTERS):
+        found = np.asarray(transformer.transform(X[[row]]))
+        np.testing.assert_allclose(found[0], expected[row], rtol=1e-5, atol=1e-6)
+
+
+def test_modules_and_side_features_one_by_one(X, twin):
+    store = X._store
+    for row, adapter in enumerate(twin):
+        for module, (U, V) in zip(X.layout.modules, store.iter_factors(row), strict=True):
+            zero = np.zeros((module.n, 0)), np.zeros((module.m, 0))
+            for found, expected in zip((U, V), adapter.get(module.name, zero), strict=True):
+                np.testing.assert_array_equal(found, expected)
+        assert store.read_side(row).shape == (0,)
+
+
+def test_an_adapter_that_changes_is_refused_module_by_module(X, zoo, rng):
+    write(zoo / "03.safetensors", rng, rank=5)
+    with pytest.raises(AdapterError, match=r"03\.safetensors.*changed"):
+        SVDSpectrum().fit_transform(X[[3]])

@@ -24,6 +24,12 @@ def test_gram_is_exact_to_float64(make_factors, pieces, shape):
     torch.testing.assert_close(found, A.double().mT @ A.double(), rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("batch", [(), (1,), (2,), (9,)])
+def test_gram_of_transposed_factors(make_factors, pieces, batch):
+    A = make_factors(2, 4, 2, 61, batch=batch, dtype=torch.float32)[0].mT
+    torch.testing.assert_close(gram(A), A.double().mT @ A.double(), rtol=1e-13, atol=1e-13)
+
+
 def test_gram_of_views_of_flat_rows(make_factors, pieces):
     flat = make_factors(1, 6, 2, 100, dtype=torch.float32)[0]
     A = flat[:, 10:70].view(6, 20, 3)
