@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import save
 
-from sklora import LoRACollection, LoRALayout
+from sklora import LoRACollection, LoRALayout, SVDSpectrum
 from sklora.io import AdapterError, SkippedAdapterWarning, read_adapters
 from sklora.io._read import natural_order
 from sklora.io._tensors import TensorFile
@@ -137,6 +137,9 @@ class TestWithoutLayout:
         np.testing.assert_array_equal(mine, magnitudes)
         [missing] = X[1].side.values()
         assert not missing.any()
+        # In blocks of several adapters, and one adapter module by module.
+        for found in (SVDSpectrum().fit_transform(X), SVDSpectrum().fit(X).transform(X[:1])):
+            np.testing.assert_array_equal(found[0, -5:], magnitudes)
         with pytest.raises(AdapterError, match=r"zoo/b.*lacks 'layers.2.q:magnitude_out'"):
             read_adapters("zoo", on_missing="raise")
         with pytest.raises(AdapterError, match=r"zoo/a.*has 'layers.2.q:magnitude_out', wh"):
