@@ -312,7 +312,7 @@ def test_splits_are_views_with_their_ids(X, twin, y):
     "transformer",
     [
         SVDSpectrum(device="cpu"),
-        OAlign(template=1, device="cpu"),
+        OAlign(template=2, device="cpu"),
         DenseProduct(device="cpu"),
         GLEquivariantProjection(n_components=2, random_state=0, device="cpu"),
     ],
