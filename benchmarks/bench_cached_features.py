@@ -82,7 +82,7 @@ def ratios(quick: bool = False) -> dict[str, float]:
     return {
         "fits without memory / fewest": without / fewest,
         "fits with memory / fewest": cached / fewest,
-        "seconds without memory / with": slow / fast,
+        "seconds with memory / without": fast / slow,
     }
 
 

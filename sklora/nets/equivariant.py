@@ -203,7 +203,17 @@ class InvariantHead(nn.Module):
 
 
 def _multiply(weight: Tensor, factor: Tensor) -> Tensor:
-    """Multiply ``(M, out, n)`` by ``(M, n, B, r)`` in one batched product over the modules."""
+    """Multiply ``(M, out, n)`` by ``(M, n, B, r)``.
+
+    One batched product over the modules serves factors that lie module after module in memory.
+    Where each adapter's lie in one piece, as in flat rows, one for every module spares the copy.
+    """
     modules, rows, adapters, rank = factor.shape
+    if factor.stride(2) > factor.stride(1) >= rank:
+        parts = [
+            torch.bmm(one.permute(1, 2, 0), matrix.mT.expand(adapters, -1, -1))
+            for matrix, one in zip(weight, factor, strict=True)
+        ]
+        return torch.stack(parts).permute(0, 3, 1, 2)
     product = torch.bmm(weight, factor.reshape(modules, rows, adapters * rank))
     return product.reshape(modules, weight.shape[1], adapters, rank)

@@ -183,3 +183,24 @@ class TestInvariantHead:
 def test_repr_shows_the_kinds():
     assert repr(GLNonlinearity("silu")) == "GLNonlinearity('silu')"
     assert repr(InvariantHead("mean")) == "InvariantHead('mean')"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_views_of_flat_rows_are_mapped_as_they_lie(dtype):
+    """Factors of which each adapter's lie in one piece take another way to the same product."""
+    rows = torch.randn(5, 3 * (7 + 4) * 2, dtype=dtype, requires_grad=True)
+    by_module = rows.view(5, 3, (7 + 4) * 2).permute(1, 0, 2)
+    U = by_module[..., : 7 * 2].unflatten(-1, (7, 2)).permute(0, 2, 1, 3)
+    V = by_module[..., 7 * 2 :].unflatten(-1, (4, 2)).permute(0, 2, 1, 3)
+    layer = EquivariantLinear(3, n=7, m=4, out_n=3, out_m=2).to(dtype)
+    found = layer(U, V)
+    expected = layer(U.contiguous(), V.contiguous())
+    parameters = [rows, layer.phi, layer.psi]
+    gradients = [
+        torch.autograd.grad(sum((A**2).sum() for A in pair), parameters)
+        for pair in (found, expected)
+    ]
+    atol = 100 * torch.finfo(dtype).eps
+    for pair in (zip(found, expected, strict=True), zip(*gradients, strict=True)):
+        for A, B in pair:
+            torch.testing.assert_close(A, B, rtol=0, atol=atol)

@@ -145,3 +145,14 @@ def test_input_is_left_alone(featurizer, with_side):
     before = np.array(with_side)
     clone(featurizer).fit_transform(with_side)
     np.testing.assert_array_equal(np.asarray(with_side), before)
+
+
+@pytest.mark.gpu
+@by_blocks
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_blocks_that_overlap_on_cuda_give_the_same(featurizer, mixed, cuda, n_jobs):
+    expected = np.asarray(clone(featurizer).set_params(device="cpu").fit_transform(mixed))
+    on_cuda = clone(featurizer).set_params(device=str(cuda), n_jobs=n_jobs)
+    with sklearn.config_context(working_memory=1e-6):
+        found = on_cuda.fit_transform(mixed)
+    np.testing.assert_allclose(np.asarray(found), expected, atol=1e-10)
