@@ -13,7 +13,7 @@ _PIECE_BYTES = 2**21
 # A piece is cut so that it holds parts of so many factors, which the cores share out.
 _PARTS = 8
 # Rows whose products are summed in the factors' own dtype.
-_SUMMED_ROWS = 1024
+_SUMMED_ROWS = 4096
 # Below this width a matrix product spends more time on its start than on its numbers.
 _NARROW = 16
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sklora._base import as_tensor, resolve_device
-from sklora._stores import StreamingStore
+from sklora._stores import ArrayStore, StreamingStore, as_slice
 from sklora.collection import LoRACollection, LoRALayout, check_numbers
 
 # Float64 copies of the largest module's factors, and what a QR decomposition makes of them.
@@ -84,13 +84,23 @@ def plan_blocks(X: LoRACollection, *, n_columns: int = 0, n_parallel: int = 1) -
         They cover X in order.
     """
     largest = max((module.n + module.m) * module.rank for module in X.layout.modules)
-    # The rows as stored and as laid out; the result, and the part of one module before it is there.
-    bytes_per_adapter = 2 * X.dtype.itemsize * (X.layout.width + n_columns)
-    bytes_per_adapter += _BYTES_PER_MODULE_WEIGHT * largest
+    # Rows that have to be put together are there as stored and as laid out.
+    width = n_columns + (0 if _lies_in_memory(X) else 2 * X.layout.width)
+    bytes_per_adapter = X.dtype.itemsize * width + _BYTES_PER_MODULE_WEIGHT * largest
     blocks = list(X.iter_batches(n_parallel * bytes_per_adapter))
     if len(blocks) < n_parallel:
         blocks = list(gen_even_slices(len(X), min(n_parallel, len(X))))
     return blocks
+
+
+def _lies_in_memory(X: LoRACollection) -> bool:
+    """Whether rows of X are views of an array."""
+    store, index = X._store, X._index
+    return (
+        isinstance(store, ArrayStore)
+        and (store.array.dtype, store.layout) == (X.dtype, X.layout)
+        and (index is None or isinstance(as_slice(index), slice))
+    )
 
 
 def read_block(

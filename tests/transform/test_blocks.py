@@ -122,11 +122,15 @@ def test_errors_of_other_processes_name_the_adapter(X):
 
 def test_plans_cover_all_within_the_working_memory():
     X = LoRACollection.from_array(np.zeros((100, 1000), np.float32), LoRALayout.rows(1000))
+    shuffled = X[np.random.default_rng(0).permutation(100)]
     with sklearn.config_context(working_memory=1):
-        blocks = plan_blocks(X, n_columns=500, n_parallel=2)
-    assert [row for rows in blocks for row in range(100)[rows]] == list(range(100))
-    # Twice the row and the result in float32, and the module three times in float64.
-    assert blocks[0].stop == 2**20 // (2 * (8 * 1500 + 24 * 1001))
+        for collection, n_copies in ((X, 0), (X[10:], 0), (shuffled, 2)):
+            blocks = plan_blocks(collection, n_columns=500, n_parallel=2)
+            rows = [row for rows in blocks for row in range(len(collection))[rows]]
+            assert rows == list(range(len(collection)))
+            # Result and copies in float32, and the module three times in float64.
+            per_adapter = 4 * (500 + 1000 * n_copies) + 24 * 1001
+            assert blocks[0].stop == 2**20 // (2 * per_adapter)
 
 
 @by_blocks
