@@ -24,7 +24,7 @@ from sklora.estimators.glnet import cut_factors
 from sklora.nets import GLNet, MLPNet
 
 # Shapes, and adapters to train on; a fifth as many are validated on.
-CONFIGURATIONS = {"small": (SMALL, 640), "big": (BIG, 128)}
+CONFIGURATIONS = {"small": (SMALL, 640), "big": (BIG, 512)}
 EPOCHS = 3
 SETTINGS = TrainingSettings(
     lr=1e-3,
