@@ -187,7 +187,7 @@ def plot(rows: list[Row], path: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    figure = Figure(figsize=(13, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     sizes = [size for size in SIZES if any(row["size"] == size for row in rows)]
     for axes, (field, label) in zip(figure.subplots(1, 3), FIELDS.items(), strict=True):
@@ -200,7 +200,7 @@ def plot(rows: list[Row], path: str) -> None:
             axes.plot(*points, "o-", color=colour, label=name, markersize=4)
         axes.set(xscale="log", yscale="log", xlabel="size of an adapter, MB", ylabel=label)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
         models = axes.secondary_xaxis("top")
         models.set_xticks(
             [adapter_bytes(size) / 1e6 for size in sizes], sizes, fontsize=7, rotation=60
