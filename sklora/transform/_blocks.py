@@ -225,10 +225,16 @@ def _fill(
         try:
             function(read_block(X, rows, here), out)
         except RuntimeError:  # such as LinAlgError, of a decomposition of NaN
-            check_numbers(X, rows, X.read(rows, copy=False))
+            _look_at(X, rows)
             raise
     # One sum says whether all are finite, unless it overflows; then a look at X says it.
     if not math.isfinite(torch.from_numpy(out).sum()):
+        _look_at(X, rows)
+
+
+def _look_at(X: LoRACollection, rows: slice) -> None:
+    """Raise if numbers of these adapters are not valid."""
+    if not X._store.is_checked:
         check_numbers(X, rows, X.read(rows, copy=False))
 
 

@@ -308,6 +308,10 @@ def test_splits_are_views_with_their_ids(X, twin, y):
         np.testing.assert_array_equal(part.read(), twin.read(places))
 
 
+def whole(store, rows, *, copy=True):
+    raise AssertionError("nothing has to be read whole")
+
+
 @pytest.mark.parametrize(
     "transformer",
     [
@@ -322,14 +326,20 @@ def test_one_large_adapter_is_never_whole_in_memory(X, twin, transformer, monkey
     """It is read module by module, of which it may lack any."""
     transformer.fit(twin)
     expected = np.asarray(transformer.transform(twin))
-
-    def whole(store, rows, *, copy=True):
-        raise AssertionError("nothing has to be read whole")
-
     monkeypatch.setattr(AdapterStore, "read", whole)
     for row in range(N_ADAPTERS):
         found = np.asarray(transformer.transform(X[[row]]))
         np.testing.assert_allclose(found[0], expected[row], rtol=1e-5, atol=1e-6)
+
+
+def test_results_that_overflow_are_no_reason_to_read_again(tmp_path, monkeypatch):
+    tensors = {
+        f"x.lora_{side}.weight": np.full((1, 1), 1e30, np.float32) for side in ("down", "up")
+    }
+    (tmp_path / "huge.safetensors").write_bytes(save(tensors))
+    X = read_adapters(tmp_path)
+    monkeypatch.setattr(AdapterStore, "read", whole)
+    assert np.isinf(DenseProduct(device="cpu").fit_transform(X)).all()
 
 
 def test_modules_and_side_features_one_by_one(X, twin):
