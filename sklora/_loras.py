@@ -314,7 +314,7 @@ class LoRACollection:
         rows : slice, array-like of int or bool, or None, default=None
             None for all.
         copy : bool, default=True
-            False gives a view of weights that lie in memory just so; it is not to be written to.
+            False gives a view of weights that lie in memory just so, not to be written to.
 
         Returns
         -------
@@ -326,8 +326,7 @@ class LoRACollection:
         IndexError
             When there are no such rows.
         """
-        if rows is None:
-            rows = slice(None)
+        rows = slice(None) if rows is None else rows
         if self._index is not None or not isinstance(rows, slice):
             rows = as_slice(self._positions(rows))
         flat = self._store.read(rows, copy=copy)
@@ -474,8 +473,7 @@ class LoRACollection:
                     f"booleans, got an array of shape {key.shape} and dtype {key.dtype}."
                 )
         index = np.arange(len(self)) if self._index is None else self._index
-        positions: NDArray[np.intp] = index[key]
-        return positions
+        return index[key]  # type: ignore[no-any-return]
 
     def _adapter(self, position: int) -> LoRAAdapter:
         if not -len(self) <= position < len(self):
@@ -497,6 +495,6 @@ class LoRACollection:
         if not isinstance(rows, slice) and not isinstance(columns, (slice, Integral)):
             raise IndexError("pick adapters first and columns then: X[rows][:, columns].")
         picked = self[rows]
-        # Copies, so that none of them is a view that holds on to its block.
+        # Copied: no view that holds on to its block.
         parts = [flat[:, columns].copy() for _, flat in picked.iter_blocks()]
         return np.concatenate(parts) if parts else picked.read()[:, columns]
