@@ -119,11 +119,14 @@ def leading_directions(compressed: Tensor, k: int, *, noise: Tensor | float = 0.
             "use fewer directions or more updates."
         )
     noise = torch.as_tensor(noise, dtype=compressed.dtype, device=compressed.device)
-    values, basis = _leading_by_gram(compressed, k)
     # What the square of the matrix loses of its small values is below the noise of float32 factors.
-    if (noise < 4 * torch.finfo(values.dtype).eps ** 0.5 * values[..., 0]).any():
+    if (
+        noise < 4 * torch.finfo(noise.dtype).eps ** 0.5 * torch.linalg.matrix_norm(compressed)
+    ).any():
         _, values, vectors = torch.linalg.svd(compressed, full_matrices=False)
         values, basis = values[..., :k], vectors[..., :k, :].mT
+    else:
+        values, basis = _leading_by_gram(compressed, k)
     basis = basis * column_signs(basis)
     is_signal = values > noise[..., None]
     return torch.where(is_signal[..., None, :], basis, torch.zeros_like(basis))

@@ -88,7 +88,7 @@ class Featurizer(TransformerMixin, BaseEstimator, ABC):
         ValueError
             When a parameter or X is not valid. The estimator is then as it was before.
         """
-        return self._fit_then(X, self._transform)
+        return self._fit_then(X, self._transform_training)
 
     def transform(self, X: LoRACollection | ArrayLike) -> Any:
         """Turn adapters into an array.
@@ -142,6 +142,10 @@ class Featurizer(TransformerMixin, BaseEstimator, ABC):
     @abstractmethod
     def _transform(self, X: LoRACollection) -> NDArray[Any]:
         """The array that validated adapters give."""
+
+    def _transform_training(self, X: LoRACollection) -> NDArray[Any]:
+        """The same for the adapters that `_fit` has just learned from, which may take less work."""
+        return self._transform(X)
 
     @abstractmethod
     def _column_names(self) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
@@ -148,28 +148,6 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
         self.n_jobs = n_jobs
         self.layout = layout
 
-    def fit_transform(self, X: LoRACollection | ArrayLike, y: Any = None) -> Any:
-        """Fit to adapters, and give their features.
-
-        Parameters
-        ----------
-        X : LoRACollection or array-like of shape (n_adapters, width)
-        y : None
-            Ignored.
-
-        Returns
-        -------
-        ndarray of shape (n_adapters, n_features_out)
-            What `transform` gives; with ``"gram"``, no inner product is computed twice.
-
-        Raises
-        ------
-        ValueError
-            When a parameter or X is not valid. The estimator is then as it was before.
-        """
-        of_gram = self.method == "gram"
-        return self._fit_then(X, self._training_features if of_gram else self._transform)
-
     @property
     def _checks_results(self) -> bool:  # type: ignore[override]
         return self.method != "gram"
@@ -213,7 +191,9 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
         np.divide(coordinates, lengths, out=coordinates, where=lengths > 0)
         return self._with_side(coordinates, X)
 
-    def _training_features(self, X: LoRACollection) -> NDArray[Any]:
+    def _transform_training(self, X: LoRACollection) -> NDArray[Any]:
+        if self.method != "gram":
+            return self._transform(X)
         return self._with_side(self.eigenvectors_ * np.sqrt(self.eigenvalues_), X)
 
     def _with_side(self, coordinates: NDArray[np.float64], X: LoRACollection) -> NDArray[Any]:

@@ -102,27 +102,6 @@ class UpdateKernel(KeepsTraining, Featurizer):
         self.device = device
         self.layout = layout
 
-    def fit_transform(self, X: LoRACollection | ArrayLike, y: Any = None) -> Any:
-        """Fit to adapters, and give the kernel between them: half the work of `transform`.
-
-        Parameters
-        ----------
-        X : LoRACollection or array-like of shape (n_adapters, width)
-        y : None
-            Ignored.
-
-        Returns
-        -------
-        ndarray of shape (n_adapters, n_adapters)
-            Of the dtype of X, or the data frame that `set_output` asks for.
-
-        Raises
-        ------
-        ValueError
-            When a parameter or X is not valid. The estimator is then as it was before.
-        """
-        return self._fit_then(X, self._training_kernel)
-
     def _fit(self, X: LoRACollection) -> None:
         self._training = X
         self._norms = squared_norms(X, device=resolve_device(self.device))
@@ -135,7 +114,7 @@ class UpdateKernel(KeepsTraining, Featurizer):
         norms = squared_norms(X, device=device)
         return self._kernel(products, norms, self._norms).astype(X.dtype, copy=False)
 
-    def _training_kernel(self, X: LoRACollection) -> NDArray[Any]:
+    def _transform_training(self, X: LoRACollection) -> NDArray[Any]:
         products = inner_products(X, device=resolve_device(self.device))
         norms = products.diagonal().copy()
         return self._kernel(products, norms, norms).astype(X.dtype, copy=False)
