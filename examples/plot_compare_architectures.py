@@ -12,7 +12,6 @@ no fold is tested on a set that it was trained on.
 
 import argparse
 
-import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.metrics import make_scorer
 from sklearn.model_selection import KFold, cross_validate
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 
 from sklora import ARCHITECTURES, make_architecture
 from sklora.datasets import load_digits_loras
+from sklora.inspection import ArchitectureComparisonDisplay
 
 
 def label_accuracy(y_true, y_predicted):
@@ -50,7 +50,7 @@ args = parser.parse_args()
 
 zoo = load_digits_loras()
 folds = KFold(args.folds, shuffle=True, random_state=args.seed)
-results = {}
+results = {target: {} for target in args.targets}
 print(zoo.data)
 print(f"{'target':10}{'architecture':14}{'score':>8}{'spread':>9}{'fit time':>11}")
 runs = [(target, name) for target in args.targets for name in ARCHITECTURES]
@@ -61,39 +61,19 @@ for target, name in tqdm(runs, disable=None, leave=False):
         model, zoo.data, zoo[target], scoring=scoring, cv=folds, n_jobs=args.jobs
     )
     scores, seconds = result["test_score"], result["fit_time"].mean()
-    results[target, name] = scores
+    results[target][name] = result
     tqdm.write(
         f"{target:10}{name:14}{scores.mean():8.3f}{'±':>4}{scores.std(ddof=1):.3f}{seconds:9.1f} s"
     )
 
 # %%
-# The chart: the bar is the mean over the folds, each dot one fold.
+# The chart: a diamond is the mean over the folds with the standard deviation, a ring one fold.
 
-figure, axes = plt.subplots(
-    1,
-    len(args.targets),
-    figsize=(1 + 4 * len(args.targets), 4),
-    squeeze=False,
-    layout="constrained",
+display = ArchitectureComparisonDisplay.from_cv_results(
+    results,
+    score_name={target: TARGETS[target][2] for target in args.targets},
+    baseline={target: TARGETS[target][3] for target in args.targets if TARGETS[target][3]},
 )
-for axis, target in zip(axes[0], args.targets, strict=True):
-    _, _, label, chance = TARGETS[target]
-    scores = np.array([results[target, name] for name in ARCHITECTURES])
-    means = scores.mean(axis=1)
-    axis.bar(ARCHITECTURES, means, color="0.8", edgecolor="0.3")
-    positions = np.repeat(np.arange(len(ARCHITECTURES)), args.folds)
-    axis.plot(positions, scores.ravel(), "o", color="tab:blue", markersize=4, alpha=0.8)
-    for position, mean in enumerate(means):
-        axis.annotate(
-            f"{mean:.2f}", (position, max(scores[position].max(), 0)), (0, 4),
-            textcoords="offset points", ha="center",
-        )  # fmt: skip
-    if chance is not None:
-        axis.axhline(chance, color="0.3", linewidth=1, linestyle="--")
-        axis.text(1.01, chance, "chance", va="center", transform=axis.get_yaxis_transform())
-    axis.set(title=target, ylabel=label)
-    axis.margins(y=0.12)
-    axis.spines[["top", "right"]].set_visible(False)
-figure.suptitle(f"{len(zoo.data)} LoRAs, {args.folds}-fold cross-validation")
-figure.savefig(args.output, dpi=150)
+display.figure_.suptitle(f"{len(zoo.data)} LoRAs, {args.folds}-fold cross-validation")
+display.figure_.savefig(args.output, dpi=150)
 print(f"Chart saved to {args.output}")

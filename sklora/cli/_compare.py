@@ -6,19 +6,15 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
+from sklora._files import replacing
 from sklora.architectures import ARCHITECTURES
 from sklora.cli._fit import check_output
 from sklora.cli._output import FAILED, OK, CommandError, few, printable, result, say, table
 from sklora.cli._reading import check_device
 from sklora.cli._scoring import Evaluation, baseline, evaluate, make_folds, metric, score_rows
 from sklora.cli._zoo import LabelledZoo, labelled_zoo
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _NO_MATPLOTLIB = "no chart is drawn, for which matplotlib is missing: pip install 'sklora[plot]'"
 
@@ -52,10 +48,13 @@ def _can_draw(path: str) -> bool:
         return False
     check_output(path)
     known = FigureCanvasBase.get_supported_filetypes()
-    ending = os.path.splitext(path)[1].removeprefix(".").lower()
-    if ending not in known:
+    if _ending(path) not in known:
         raise CommandError(f"{path}: a chart's name ends in one of {', '.join(sorted(known))}.")
     return True
+
+
+def _ending(path: str) -> str:
+    return os.path.splitext(path)[1].removeprefix(".").lower()
 
 
 def _summary(
@@ -83,7 +82,7 @@ def _summary(
 
 
 def draw(zoo: LabelledZoo, evaluations: Sequence[Evaluation], path: str) -> None:
-    """Save a chart: a bar is the mean over the folds, a dot is one fold.
+    """Save a chart of the scores.
 
     Parameters
     ----------
@@ -94,35 +93,19 @@ def draw(zoo: LabelledZoo, evaluations: Sequence[Evaluation], path: str) -> None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5, 4), layout="constrained")
+    from sklora.inspection import ArchitectureComparisonDisplay
+
+    task = few(map(printable, zoo.targets.names), len(zoo.targets.names))
+    figure = Figure(figsize=(6.5, 1.6 + 0.4 * len(evaluations)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    _draw_scores(axes, evaluations)
-    constant = baseline(zoo)
-    axes.axhline(constant, color="0.3", linewidth=1, linestyle="--")
-    axes.text(1.01, constant, "constant", va="center", transform=axes.get_yaxis_transform())
-    names = few(map(printable, zoo.targets.names), len(zoo.targets.names))
-    axes.set_ylabel(metric(zoo)[0])
-    axes.set_title(names, parse_math=False)
-    axes.margins(y=0.12)
-    axes.spines[["top", "right"]].set_visible(False)
+    ArchitectureComparisonDisplay(
+        scores={task: {one.architecture: one.scores for one in evaluations}},
+        fit_times={task: {one.architecture: one.fit_seconds for one in evaluations}},
+        score_name=metric(zoo)[0],
+        baseline={task: baseline(zoo)},
+    ).plot(figure.subplots())
     n_folds = len(evaluations[0].scores)
     kind = "folds by group" if zoo.groups is not None else "folds"
     figure.suptitle(f"{len(zoo.loras)} adapters, {n_folds} {kind}")
-    figure.savefig(path, dpi=150)
-
-
-def _draw_scores(axes: Axes, evaluations: Sequence[Evaluation]) -> None:
-    names = [one.architecture for one in evaluations]
-    scores = np.array([one.scores for one in evaluations])
-    axes.bar(names, scores.mean(axis=1), color="0.8", edgecolor="0.3")
-    positions = np.repeat(np.arange(len(names)), scores.shape[1])
-    axes.plot(positions, scores.ravel(), "o", color="tab:blue", markersize=4, alpha=0.8)
-    for position, one in enumerate(evaluations):
-        axes.annotate(
-            f"{one.mean:.2f}".replace("-", "−"),
-            (position, max(one.scores.max(), 0)),
-            (0, 4),
-            textcoords="offset points",
-            ha="center",
-        )
+    with replacing(os.path.realpath(path)) as file:
+        figure.savefig(file.name, format=_ending(path), dpi=150)

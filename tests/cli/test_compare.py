@@ -3,6 +3,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from sklora import ARCHITECTURES
 from sklora.cli import _scoring
@@ -46,6 +47,23 @@ def test_table_and_chart(compare, few_epochs, tmp_path):
     assert all(line[2].startswith("±") for line in lines[1:6])
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
     assert err.endswith("chart.png holds the chart\n")
+
+
+def test_chart_shows_every_fold(compare, quick, monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    _, out, _ = compare("--json")
+    [axes] = figures[0].axes
+    results = json.loads(out)["results"]
+    [folds] = [
+        line for line in axes.lines if line.get_linestyle() == "None" and len(line.get_xdata()) == 8
+    ]
+    assert folds.get_xdata().tolist() == [score for one in results for score in one["scores"]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        one["architecture"] for one in results
+    ]
+    assert axes.get_title() == "style"
+    assert "constant" in [text.get_text() for text in axes.texts]
 
 
 def test_json(compare, quick, tmp_path):

@@ -1,0 +1,218 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from sklearn.dummy import DummyClassifier, DummyRegressor
+from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import Ridge
+from sklearn.metrics import accuracy_score
+from sklearn.model_selection import GridSearchCV, cross_validate
+from sklearn.pipeline import Pipeline, make_pipeline
+
+from sklora import ARCHITECTURES, SVDSpectrum, architecture_grid, make_architecture
+from sklora.inspection import ArchitectureComparisonDisplay
+from sklora.inspection._architectures import architecture_name
+
+
+@pytest.fixture
+def zoo(rng, random_loras):
+    return random_loras(rng, 24), rng.normal(size=24)
+
+
+@pytest.fixture
+def search(zoo):
+    """Over two settings of every architecture, trained for an epoch or two."""
+    grid = architecture_grid("regression", random_state=0)
+    for entry in grid[:-1]:
+        entry["model__max_epochs"] = [1, 2]
+    return GridSearchCV(make_architecture("svd", "regression"), grid, cv=3).fit(*zoo)
+
+
+def rows(axes):
+    return [label.get_text() for label in axes.get_yticklabels()]
+
+
+def numbers(axes):
+    axes.figure.draw_without_rendering()
+    [secondary] = axes.child_axes
+    return [label.get_text() for label in secondary.get_yticklabels()]
+
+
+class TestFromEstimator:
+    def test_best_candidate_of_each(self, search):
+        display = ArchitectureComparisonDisplay.from_estimator(search)
+        scores, times = display.scores["regression"], display.fit_times["regression"]
+        assert list(scores) == [*ARCHITECTURES, "dense (kernel)"]
+        results = search.cv_results_
+        for place, name in enumerate(ARCHITECTURES):
+            two = [2 * place, 2 * place + 1]
+            best = max(two, key=lambda n: results["mean_test_score"][n])
+            expected = [results[f"split{fold}_test_score"][best] for fold in range(3)]
+            np.testing.assert_array_equal(scores[name], expected)
+            assert times[name] == results["mean_fit_time"][best]
+        best = results["mean_test_score"][10:].max()
+        assert scores["dense (kernel)"].mean() == pytest.approx(best)
+        assert display.ax_.get_xlabel() == "R2"
+        assert display.ax_.get_title() == "regression"
+
+    def test_is_drawn(self, search, overlapping):
+        display = ArchitectureComparisonDisplay.from_estimator(search)
+        assert rows(display.ax_) == [*ARCHITECTURES, "dense (kernel)"]
+        assert overlapping(display.figure_) == []
+
+    def test_one_architecture(self, zoo):
+        model = make_architecture("mlp", "regression").set_params(model__max_epochs=1)
+        search = GridSearchCV(model, {"model__lr": [1e-3, 1e-2]}, cv=2).fit(*zoo)
+        display = ArchitectureComparisonDisplay.from_estimator(search, score_name="share")
+        assert rows(display.ax_) == ["mlp"]
+        assert display.ax_.get_xlabel() == "share"
+
+    @pytest.mark.parametrize(
+        ("scoring", "refit", "name"),
+        [
+            ("neg_mean_squared_error", True, "neg mean squared error"),
+            (["r2", "neg_mean_squared_error"], "r2", "R2"),
+            (lambda model, X, y: 1.0, True, "score"),
+        ],
+    )
+    def test_score_name(self, zoo, scoring, refit, name):
+        model = make_pipeline(SVDSpectrum(), Ridge())
+        search = GridSearchCV(model, {"ridge__alpha": [1]}, scoring=scoring, refit=refit, cv=2)
+        display = ArchitectureComparisonDisplay.from_estimator(search.fit(*zoo))
+        assert display.ax_.get_xlabel() == name
+        assert rows(display.ax_) == ["SVDSpectrum + Ridge"]
+
+    def test_classification(self, zoo):
+        search = GridSearchCV(DummyClassifier(), {"strategy": ["prior"]}, cv=2)
+        display = ArchitectureComparisonDisplay.from_estimator(
+            search.fit(zoo[0], np.arange(24) % 2)
+        )
+        assert display.ax_.get_xlabel() == "accuracy"
+        assert list(display.scores) == ["classification"]
+        assert rows(display.ax_) == ["DummyClassifier"]
+
+    @pytest.mark.filterwarnings("ignore::sklearn.exceptions.FitFailedWarning", "ignore:One or more")
+    def test_failed_candidates_are_left_out(self, zoo):
+        model = Pipeline([("features", SVDSpectrum()), ("model", Ridge())])
+        grid = [{"model": [Ridge(alpha=-1.0)]}, {"model": [DummyRegressor()]}]
+        search = GridSearchCV(model, grid, cv=2)
+        search.fit(*zoo)
+        display = ArchitectureComparisonDisplay.from_estimator(search)
+        assert rows(display.ax_) == ["SVDSpectrum + DummyRegressor"]
+        search.cv_results_["mean_test_score"][:] = np.nan
+        with pytest.raises(ValueError, match="no candidate"):
+            ArchitectureComparisonDisplay.from_estimator(search)
+
+    def test_refused(self, zoo):
+        search = GridSearchCV(
+            DummyRegressor(), {}, scoring=["r2", "neg_max_error"], refit=False, cv=2
+        )
+        with pytest.raises(NotFittedError):
+            ArchitectureComparisonDisplay.from_estimator(search)
+        with pytest.raises(ValueError, match="set refit to the name of one"):
+            ArchitectureComparisonDisplay.from_estimator(search.fit(*zoo))
+
+
+class TestFromCVResults:
+    @pytest.fixture
+    def results(self, zoo):
+        return {
+            name: cross_validate(make_pipeline(SVDSpectrum(), model), *zoo, cv=3)
+            for name, model in {"ridge": Ridge(), "mean": DummyRegressor()}.items()
+        }
+
+    def test_values(self, results):
+        display = ArchitectureComparisonDisplay.from_cv_results({"loss": results}, score_name="R2")
+        for name in ("ridge", "mean"):
+            np.testing.assert_array_equal(display.scores["loss"][name], results[name]["test_score"])
+            assert display.fit_times["loss"][name] == results[name]["fit_time"].mean()
+        [bars] = display.errorbars_
+        means = [results[name]["test_score"].mean() for name in ("ridge", "mean")]
+        np.testing.assert_allclose(bars[0].get_xdata(), means)
+        spreads = [np.ptp(segment[:, 0]) / 2 for segment in bars[2][0].get_segments()]
+        np.testing.assert_allclose(
+            spreads, [results[name]["test_score"].std(ddof=1) for name in ("ridge", "mean")]
+        )
+        [folds] = display.folds_
+        assert len(folds.get_xdata()) == 6
+
+    def test_tasks(self, results):
+        display = ArchitectureComparisonDisplay.from_cv_results(
+            {"loss": results, "$size_": results},
+            score_name={"loss": "R2", "$size_": "error"},
+            baseline={"loss": 0.0},
+        )
+        assert [axes.get_title() for axes in display.axes_] == ["loss", "$size_"]
+        assert [axes.get_xlabel() for axes in display.axes_] == ["R2", "error"]
+        assert [[text.get_text() for text in axes.texts] for axes in display.axes_] == [
+            ["constant"],
+            [],
+        ]
+        display.figure_.draw_without_rendering()
+
+    def test_axes(self, results):
+        _, axes = plt.subplots(1, 2)
+        both = {"a": results, "b": results}
+        display = ArchitectureComparisonDisplay.from_cv_results(both, ax=axes)
+        assert list(display.axes_) == list(axes)
+        with pytest.raises(ValueError, match=r"2 tasks, 'a', 'b', but 1 axes"):
+            display.plot(axes[0])
+        with pytest.raises(ValueError, match="1 tasks"):
+            ArchitectureComparisonDisplay.from_cv_results({"a": results}, ax=axes)
+
+    def test_styles(self, results):
+        display = ArchitectureComparisonDisplay.from_cv_results(
+            {"loss": results}, errorbar_kw={"capsize": 9}, fold_kw={"marker": "x"}
+        )
+        assert display.folds_[0].get_marker() == "x"
+        assert display.errorbars_[0][1][0].get_markersize() == 18
+
+    def test_refused(self, results):
+        with pytest.raises(ValueError, match="'ridge' for 'loss' has no 'test_score'"):
+            ArchitectureComparisonDisplay.from_cv_results({"loss": {"ridge": {"test_r2": [1]}}})
+        for nothing in ({}, {"loss": {}}):
+            with pytest.raises(ValueError, match="no scores"):
+                ArchitectureComparisonDisplay.from_cv_results(nothing)
+
+
+def test_numbers_beside_the_rows():
+    display = ArchitectureComparisonDisplay(
+        scores={"t": {"a": np.array([-0.5, -0.7]), "b": np.array([0.5])}},
+        fit_times={"t": {"a": 0.123, "b": 12.3}},
+    ).plot()
+    assert numbers(display.ax_) == ["−0.600 ± 0.141  0.12 s", " 0.500            12 s"]
+
+
+class TestFromPredictions:
+    def test_values(self):
+        display = ArchitectureComparisonDisplay.from_predictions(
+            [0, 1, 1, 1], {"a": [0, 1, 1, 0], "b": [1, 1, 1, 1]}, metric=accuracy_score
+        )
+        assert {name: float(*s) for name, s in display.scores["predictions"].items()} == {
+            "a": 0.75,
+            "b": 0.75,
+        }
+        assert display.ax_.get_xlabel() == "accuracy score"
+        assert numbers(display.ax_) == ["0.750", "0.750"]
+
+    def test_lengths(self):
+        with pytest.raises(ValueError, match="inconsistent"):
+            ArchitectureComparisonDisplay.from_predictions(
+                [0], {"a": [0, 1]}, metric=accuracy_score
+            )
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_names_of_the_grid(task):
+    grid = architecture_grid(task)
+    estimator = make_architecture("svd", task)
+    names = [architecture_name(estimator, {k: v for k, [v, *_] in e.items()}) for e in grid]
+    assert names == [*ARCHITECTURES, "dense (kernel)"]
+
+
+def test_name_of_other_steps():
+    model = make_architecture("mlp", "regression")
+    assert architecture_name(model, {"features": Pipeline([("s", SVDSpectrum())])}) == "svd"
+    two = make_pipeline(SVDSpectrum(), Ridge())
+    assert architecture_name(model, {"features": two}) == "SVDSpectrum + Ridge + MLPNetRegressor"
+    gl_net = make_architecture("gl-net", "regression")
+    assert architecture_name(gl_net, {"features": None}) == "gl-net"

@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+from sklearn.linear_model import RidgeCV
+from sklearn.pipeline import make_pipeline
+
+from sklora import SVDSpectrum
+from sklora.inspection import ModuleImportanceDisplay, module_importance
+
+
+def labels(display):
+    return [label.get_text() for label in display.ax_.get_yticklabels()]
+
+
+def test_from_estimator(rng, random_loras):
+    X, y = random_loras(rng, 30), rng.normal(size=30)
+    model = make_pipeline(SVDSpectrum(), RidgeCV()).fit(X, y)
+    options = {"n_repeats": 3, "random_state": 0, "scoring": "neg_mean_absolute_error"}
+    display = ModuleImportanceDisplay.from_estimator(
+        model, X, y, by="module", bar_kw={"height": 0.5}, **options
+    )
+    expected = module_importance(model, X, y, **options)
+    np.testing.assert_array_equal(display.importances, expected.importances)
+    assert display.names == expected.names
+    widths = [bar.get_width() for bar in display.bars_]
+    np.testing.assert_allclose(widths, expected.importances_mean)
+    assert {bar.get_height() for bar in display.bars_} == {0.5}
+    assert labels(display) == ["m0", "m1", "m2"]
+
+
+def test_error_bars_are_standard_deviations(rng):
+    importances = rng.normal(size=(4, 6))
+    display = ModuleImportanceDisplay(importances=importances, names=list("abcd")).plot()
+    segments = display.bars_.errorbar[2][0].get_segments()
+    spreads = [np.ptp(segment[:, 0]) / 2 for segment in segments]
+    np.testing.assert_allclose(spreads, importances.std(axis=1))
+
+
+@pytest.mark.parametrize("n_modules", [1, 12, 40, 700])
+def test_the_most_important_modules_have_labels_that_fit(n_modules, rng, overlapping):
+    names = [f"model.layers.{n // 7}.mlp.part_{n % 7}" for n in range(n_modules)]
+    importances = rng.normal(size=(n_modules, 2))
+    display = ModuleImportanceDisplay(importances=importances, names=names).plot()
+    assert overlapping(display.figure_) == []
+    assert names[importances.mean(axis=1).argmax()].endswith(
+        tuple(label for label in labels(display))
+    )
+    assert len(labels(display)) >= min(n_modules, 15)
+
+
+def test_every_label_is_at_its_bar(rng):
+    names = [f"part_{n}" for n in range(300)]
+    display = ModuleImportanceDisplay(importances=rng.normal(size=(300, 2)), names=names).plot()
+    assert labels(display) == [f"part_{place}" for place in display.ax_.get_yticks()]
+
+
+def test_refused():
+    with pytest.raises(ValueError, match="need 2 names, got 1"):
+        ModuleImportanceDisplay(importances=np.ones((2, 3)), names=["a"]).plot()

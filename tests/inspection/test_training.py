@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+
+from sklora import GLNetRegressor, MLPNetRegressor, SVDSpectrum
+from sklora.inspection import TrainingCurveDisplay
+
+
+@pytest.fixture
+def zoo(rng, random_loras):
+    return random_loras(rng, 40), rng.normal(size=40)
+
+
+class TestFromEstimator:
+    def test_history(self, zoo):
+        net = GLNetRegressor(max_epochs=6, random_state=0).fit(*zoo)
+        display = TrainingCurveDisplay.from_estimator(net, line_kw={"linewidth": 3})
+        for line, key in zip(display.lines_, ("train_loss", "valid_loss"), strict=True):
+            np.testing.assert_array_equal(line.get_ydata(), [row[key] for row in net.history_])
+            np.testing.assert_array_equal(line.get_xdata(), range(1, net.n_iter_ + 1))
+            assert line.get_linewidth() == 3
+        assert display.lines_[0].get_linestyle() != display.lines_[1].get_linestyle()
+
+    def test_pipeline_and_search(self, zoo):
+        model = make_pipeline(SVDSpectrum(), MLPNetRegressor(max_epochs=3, random_state=0))
+        search = GridSearchCV(model, {"mlpnetregressor__lr": [1e-3]}, cv=2).fit(*zoo)
+        expected = [row["train_loss"] for row in search.best_estimator_[-1].history_]
+        for estimator in (search, search.best_estimator_):
+            display = TrainingCurveDisplay.from_estimator(estimator)
+            np.testing.assert_array_equal(display.train_losses, expected)
+
+    def test_without_validation(self, zoo):
+        net = MLPNetRegressor(max_epochs=3, early_stopping=False, random_state=0).fit(*zoo)
+        display = TrainingCurveDisplay.from_estimator(net)
+        assert display.valid_losses is display.best_epoch_ is display.best_ is None
+        assert len(display.lines_) == 1
+
+    def test_epochs_of_partial_fit_have_no_validation(self, zoo):
+        net = MLPNetRegressor(max_epochs=3, random_state=0).fit(*zoo).partial_fit(*zoo)
+        display = TrainingCurveDisplay.from_estimator(net)
+        assert np.isnan(display.valid_losses).tolist() == [False] * 3 + [True]
+        assert display.best_epoch_ <= 3
+
+    def test_refused(self, zoo):
+        with pytest.raises(NotFittedError):
+            TrainingCurveDisplay.from_estimator(MLPNetRegressor())
+        with pytest.raises(NotFittedError):
+            TrainingCurveDisplay.from_estimator(make_pipeline(SVDSpectrum(), MLPNetRegressor()))
+        for model in (Ridge(), make_pipeline(SVDSpectrum(), Ridge())):
+            with pytest.raises(ValueError, match="Ridge has no history"):
+                TrainingCurveDisplay.from_estimator(model.fit(zoo[0].read(), zoo[1]))
+
+
+def test_best_epoch():
+    display = TrainingCurveDisplay(train_losses=[3, 2, 1, 0], valid_losses=[4, 2.5, np.nan, 3])
+    display.plot()
+    assert display.best_epoch_ == 2
+    assert (*display.best_.get_xdata(), *display.best_.get_ydata()) == (2, 2.5)
+    assert "epoch 2, loss 2.5" in display.best_.get_label()
+    assert display.best_.get_label() in [t.get_text() for t in display.ax_.get_legend().get_texts()]
+
+
+def test_one_epoch():
+    display = TrainingCurveDisplay(train_losses=[1.0]).plot()
+    display.figure_.draw_without_rendering()
+    assert display.best_epoch_ is None

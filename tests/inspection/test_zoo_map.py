@@ -1,0 +1,149 @@
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from scipy.spatial.distance import pdist
+from sklearn.decomposition import PCA, KernelPCA
+from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import Ridge
+from sklearn.pipeline import make_pipeline
+
+from sklora import LoRACollection, SVDSpectrum, UpdateKernel
+from sklora.inspection import ZooMapDisplay
+from sklora.inspection._plotting import MARKERS, PALETTE
+from sklora.testing import apply_gauge
+
+
+def points(n_points):
+    return np.random.default_rng(0).normal(size=(n_points, 2))
+
+
+def legend(display):
+    return [text.get_text() for text in display.legend_.get_texts()]
+
+
+class TestFromLoras:
+    def test_principal_components_of_normalised_updates(self, rng, random_loras):
+        X = random_loras(rng, 20)
+        updates = np.array([np.concatenate([(U @ V.T).ravel() for U, V in x.values()]) for x in X])
+        updates /= np.linalg.norm(updates, axis=1, keepdims=True)
+        pca = PCA(2).fit(updates)
+        display = ZooMapDisplay.from_loras(X)
+        np.testing.assert_allclose(np.abs(display.points), np.abs(pca.transform(updates)))
+        np.testing.assert_allclose(display.shares, pca.explained_variance_ratio_)
+        assert f"{display.shares[0]:.0%}" in display.ax_.get_xlabel()
+        assert f"{display.shares[1]:.0%}" in display.ax_.get_ylabel()
+
+    @pytest.mark.parametrize(
+        ("dtype", "condition", "atol"), [(np.float64, 1e4, 1e-6), (np.float32, 1e3, 1e-3)]
+    )
+    def test_gauge_does_not_show(self, rng, random_loras, dtype, condition, atol):
+        X = random_loras(rng, 20, dtype=dtype)
+        same = apply_gauge(X, condition=condition, random_state=0)
+        one, other = (ZooMapDisplay.from_loras(zoo).points for zoo in (X, same))
+        np.testing.assert_allclose(pdist(one), pdist(other), atol=atol)
+
+    def test_families_lie_together(self, rng, random_loras):
+        families = np.repeat([0, 1, 2], 6)
+        flat = random_loras(rng, 3).read(families)
+        flat += 0.05 * rng.normal(size=flat.shape)
+        display = ZooMapDisplay.from_loras(
+            LoRACollection.from_array(flat, random_loras(rng, 1).layout), families
+        )
+        centres = np.array([display.points[families == n].mean(axis=0) for n in range(3)])
+        within = np.linalg.norm(display.points - centres[families], axis=1).max()
+        assert within < pdist(centres).min() / 5
+
+    def test_one_direction(self):
+        X = LoRACollection.from_factors(
+            [{"q": (sign * np.ones((2, 1)), np.ones((2, 1)))} for sign in (1, -1, 2)]
+        )
+        display = ZooMapDisplay.from_loras(X)
+        np.testing.assert_allclose(display.shares, [1, 0], atol=1e-12)
+        np.testing.assert_allclose(display.points[0], display.points[2], atol=1e-6)
+
+    def test_equal_adapters(self):
+        X = LoRACollection.from_factors([{"q": (np.ones((2, 1)), np.ones((2, 1)))}] * 4)
+        display = ZooMapDisplay.from_loras(X)
+        np.testing.assert_allclose(display.points, 0, atol=1e-6)
+        display.figure_.draw_without_rendering()
+
+    def test_refused(self, rng, random_loras):
+        X = random_loras(rng, 4)
+        with pytest.raises(ValueError, match="inconsistent"):
+            ZooMapDisplay.from_loras(X, [1, 2])
+        with pytest.raises(ValueError, match="2 adapters make no map"):
+            ZooMapDisplay.from_loras(X[:2])
+
+
+class TestFromEstimator:
+    def test_new_adapters_on_the_map_of_a_zoo(self, rng, random_loras):
+        X, new = random_loras(rng, 12), random_loras(rng, 5)
+        model = make_pipeline(UpdateKernel("cosine"), KernelPCA(3, kernel="precomputed")).fit(X)
+        display = ZooMapDisplay.from_estimator(model, new, list("aabbb"), label_name="kind")
+        np.testing.assert_allclose(display.points, model.transform(new)[:, :2])
+        assert display.shares is None
+        assert display.ax_.get_xlabel() == "component 1"
+        assert display.legend_.get_title().get_text() == "kind"
+
+    def test_refused(self, rng, random_loras):
+        X = random_loras(rng, 4, shapes=[(3, 3)], rank=1)
+        with pytest.raises(NotFittedError):
+            ZooMapDisplay.from_estimator(SVDSpectrum(), X)
+        with pytest.raises(ValueError, match=r"shape \(4, 1\); a map needs two"):
+            ZooMapDisplay.from_estimator(SVDSpectrum().fit(X), X)
+        with pytest.raises(AttributeError, match="transform"):
+            ZooMapDisplay.from_estimator(Ridge().fit(X.read(), np.arange(4)), X)
+
+
+class TestLabels:
+    def test_categories_have_colours_and_markers(self):
+        labels = np.array(["dog", "cat", "dog", "$x_", "cat", "dog"])
+        display = ZooMapDisplay(points=points(6), labels=labels).plot()
+        assert legend(display) == ["$x_ (1)", "cat (2)", "dog (3)"]
+        colors = [to_hex(scatter.get_facecolor()[0]) for scatter in display.scatters_]
+        assert colors == [color.lower() for color in PALETTE[:3]]
+        shapes = {str(scatter.get_paths()[0].vertices) for scatter in display.scatters_}
+        assert len(shapes) == 3
+        np.testing.assert_allclose(display.scatters_[2].get_offsets(), points(6)[labels == "dog"])
+        assert display.colorbar_ is None
+        display.figure_.draw_without_rendering()
+
+    @pytest.mark.parametrize("labels", [[0, 1, 1], [True, False, True], ["a", "b", "b"]])
+    def test_few_values_are_categories(self, labels):
+        display = ZooMapDisplay(points=points(3), labels=labels).plot()
+        assert len(display.scatters_) == 2
+        assert display.legend_ is not None
+
+    @pytest.mark.parametrize("labels", [np.arange(20), np.linspace(0, 1, 20), [0.0, 1.0] * 10])
+    def test_numbers_have_a_colour_bar(self, labels):
+        display = ZooMapDisplay(points=points(20), labels=labels, label_name="$n_").plot()
+        np.testing.assert_array_equal(display.scatters_[0].get_array(), labels)
+        assert display.colorbar_.ax.get_ylabel() == "$n_"
+        assert display.legend_ is None
+        display.figure_.draw_without_rendering()
+
+    def test_unknown_numbers_are_shown_without_a_colour(self):
+        labels = np.array([1.0, np.nan, 2.0])
+        display = ZooMapDisplay(points=points(3), labels=labels).plot()
+        known, unknown = display.scatters_
+        np.testing.assert_array_equal(known.get_array(), [1, 2])
+        np.testing.assert_allclose(unknown.get_offsets(), points(3)[1:2])
+
+    def test_the_rarest_of_many_categories_are_others(self):
+        labels = [letter for n, letter in enumerate("abcdefghij") for _ in range(n + 1)]
+        display = ZooMapDisplay(points=points(55), labels=labels).plot()
+        assert legend(display) == [f"{c} ({n})" for n, c in enumerate("defghij", 4)] + [
+            "others (6)"
+        ]
+        assert len(display.scatters_) == len(MARKERS)
+
+    def test_none(self):
+        display = ZooMapDisplay(points=points(4)).plot(scatter_kw={"s": 3})
+        assert display.scatters_[0].get_sizes() == [3]
+        assert display.legend_ is display.colorbar_ is None
+
+    def test_refused(self):
+        with pytest.raises(ValueError, match=r"points of shape \(3, 3\)"):
+            ZooMapDisplay(points=np.eye(3)).plot()
+        with pytest.raises(ValueError, match="inconsistent"):
+            ZooMapDisplay(points=np.eye(2), labels=[1]).plot()
