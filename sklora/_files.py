@@ -1,9 +1,10 @@
-"""Writing a file whole or not at all."""
+"""Writing files and folders whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
@@ -28,8 +29,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     OSError
         When the file cannot be written.
     """
-    # Beside the final place, because a file is renamed within one disk alone.
-    temporary = f"{os.fspath(path)}.{secrets.token_hex(8)}.tmp"
+    temporary = unfinished(path)
     file = open(temporary, "xb")  # noqa: SIM115 (closed below, before it is renamed)
     try:
         with file:
@@ -41,3 +41,45 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with suppress(OSError):
             os.remove(temporary)
         raise
+
+
+@contextmanager
+def complete_folder(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Give a folder to write into; a new one gets its name when all is written.
+
+    Parameters
+    ----------
+    path : str or path-like
+        A folder, or where one is to be.
+
+    Yields
+    ------
+    str
+        Where to write: `path` itself if it is there already.
+
+    Raises
+    ------
+    OSError
+        When the folder cannot be made.
+    """
+    if os.path.isdir(path):
+        yield os.fspath(path)
+        return
+    temporary = unfinished(path)
+    os.makedirs(temporary)
+    try:
+        yield temporary
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def unfinished(path: str | os.PathLike[str]) -> str:
+    """Give the name of something until it is complete.
+
+    Beside the final place, because renaming works within one disk alone; hidden, so that what a
+    killed process leaves is never taken for an adapter of its folder.
+    """
+    folder, name = os.path.split(os.path.normpath(path))
+    return os.path.join(folder, f".{name}.{secrets.token_hex(8)}.tmp")

@@ -20,6 +20,8 @@ CONFIG = "adapter_config.json"
 _MAX_CONFIG = 2**20
 # What cannot be looked into is taken for what its name says.
 _SUFFIXES = (".safetensors", ".npz", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
+# Names of tensor files alone: what does not look like one is damaged, which is to be said.
+_NOTHING_ELSE = (".safetensors", ".gguf")
 
 
 class Found(NamedTuple):
@@ -216,6 +218,8 @@ def _kind(path: str, root: str) -> str | None:
     with file:
         try:
             kind = sniff(file.read(HEAD_BYTES))
+            if kind is None and path.endswith(_NOTHING_ELSE):
+                return by_name
             return _kind_of_zip(ZipArchive(file, size)) if kind == "zip" else kind
         except (OSError, Refusal):
             return by_name

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from safetensors.numpy import save
 
-from sklora._files import replacing
+from sklora._files import complete_folder, replacing
 from sklora.collection import LoRAAdapter, LoRACollection
 from sklora.io._adapter import OpenAdapter, opened
 from sklora.io._errors import AdapterError, shown
@@ -108,10 +108,10 @@ def _write(path: str, tensors: Mapping[str, NDArray[Any]], config: Mapping[str, 
         metadata={"format": "pt"},
     )
     text = json.dumps(config, indent=2).encode()
-    os.makedirs(path, exist_ok=True)
     with (
-        replacing(os.path.join(path, CONFIG)) as config_file,
-        replacing(os.path.join(path, WEIGHTS)) as weights_file,
+        complete_folder(path) as folder,
+        replacing(os.path.join(folder, CONFIG)) as config_file,
+        replacing(os.path.join(folder, WEIGHTS)) as weights_file,
     ):
         config_file.write(text)
         weights_file.write(weights)

@@ -124,6 +124,14 @@ def test_damaged_files_are_found_so_that_they_are_refused_by_name(tree, content)
     assert found("zoo") == ["zoo/a.safetensors", "zoo/b"]
 
 
+@pytest.mark.parametrize("content", [b"", b"not found", b"no tensors at all"])
+def test_names_of_tensor_files_alone_are_found_whatever_is_in_them(tree, content):
+    tree("zoo/a.safetensors")
+    for name in ("b.safetensors", "c.gguf", "d.bin", "README.md"):
+        Path("zoo", name).write_bytes(content)
+    assert found("zoo") == ["zoo/a.safetensors", "zoo/b.safetensors", "zoo/c.gguf"]
+
+
 def test_a_model_that_skops_stored_is_no_adapter(tree):
     tree("zoo/a.safetensors")
     with zipfile.ZipFile("zoo/model.skops", "w") as archive:

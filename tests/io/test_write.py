@@ -144,7 +144,21 @@ class TestOverwriting:
         assert config_of("a")["rank_pattern"] == {}
         assert Path("a/README.md").read_text() == "mine"
 
-    @pytest.mark.parametrize("failing", ["fsync", "replace", "makedirs"])
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+    def test_a_new_folder_is_complete_or_not_there(self, factors, monkeypatch, error):
+        rename = os.replace
+
+        def fail(source, target):
+            if target.endswith("adapter_config.json"):
+                raise error
+            rename(source, target)
+
+        monkeypatch.setattr(os, "replace", fail)
+        with pytest.raises(error):
+            write_adapter("new/a", factors())
+        assert list(Path("new").iterdir()) == []
+
+    @pytest.mark.parametrize("failing", ["fsync", "replace"])
     @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
     def test_is_complete_or_not_at_all(self, factors, monkeypatch, failing, error):
         adapter = factors(rank=2)
