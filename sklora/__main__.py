@@ -14,6 +14,7 @@ import torch
 
 from sklora.cli._output import FAILED, CommandError, say
 from sklora.cli._parser import build_parser
+from sklora.estimators import TrainingInterruptedWarning
 
 # What a shell reports of a command that a signal ended: 128 and its number.
 _INTERRUPTED, _BROKEN_PIPE = 130, 141
@@ -52,8 +53,12 @@ def _run(args: argparse.Namespace) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _say_warning
+            # What was trained for too short a time is neither stored nor compared.
+            warnings.simplefilter("error", TrainingInterruptedWarning)
             code: int = import_module(f"sklora.cli._{args.command}").run(args)
             return code
+    except TrainingInterruptedWarning:
+        raise KeyboardInterrupt from None
     except CommandError as error:
         say(f"error: {error}")
         return error.code

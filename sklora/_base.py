@@ -1,10 +1,13 @@
-"""What every part shares: a fit that fails without a trace, choices of an option and a device."""
+"""What every part shares: fits that fail without a trace, versions in files, options, a device."""
 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+import sklora
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +63,73 @@ def atomic_fit(
             raise
 
     return wrapper
+
+
+class VersionWarning(UserWarning):
+    """A model was stored by another minor version of sklora than the one that loads it.
+
+    Examples
+    --------
+    Refuse such a model:
+
+    >>> import pickle, warnings
+    >>> from sklora import SVDSpectrum
+    >>> from sklora.deployment import VersionWarning
+    >>> stored = pickle.dumps(SVDSpectrum())
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", VersionWarning)
+    ...     pickle.loads(stored)
+    SVDSpectrum()
+    """
+
+
+class VersionedState:
+    """Puts sklora's version into whatever stores an estimator: joblib, pickle and skops.
+
+    Scikit-learn does the same for its own estimators, and for no others. The version is part of the
+    state, not an attribute. This class goes to the left of `BaseEstimator`.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = {**super().__getstate__()}  # type: ignore[dict-item]
+        state["_sklora_version"] = sklora.__version__
+        if "_metadata_request" in state:
+            # It refers back to the estimator, a circle that skops cannot store.
+            state["_metadata_request"] = state["_metadata_request"]._serialize()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = state.copy()
+        version = state.pop("_sklora_version", "unknown")
+        warn_of_version(f"{type(self).__name__}{_fitted_on(state.get('layout_'))}", version)
+        requests = state.pop("_metadata_request", {})
+        super().__setstate__(state)  # type: ignore[misc]
+        if requests:
+            routing = self.get_metadata_routing()  # type: ignore[attr-defined]
+            for method, by_name in requests.items():
+                for name, alias in by_name.items():
+                    getattr(routing, method).add_request(param=name, alias=alias)
+            self._metadata_request = routing
+
+
+def warn_of_version(what: str, version: object) -> None:
+    """Warn when a version of sklora that stored something has another minor version than this."""
+    if str(version).split(".")[:2] != sklora.__version__.split(".")[:2]:
+        warnings.warn(
+            f"{what} was stored by sklora {version!r:.40}, and this is {sklora.__version__}; "
+            "if predictions differ, fit again.",
+            VersionWarning,
+            stacklevel=3,
+        )
+
+
+def _fitted_on(layout: Any) -> str:
+    if layout is None:
+        return ""
+    if layout.has_plain_rows:
+        return f", fitted on rows of {layout.width} columns,"
+    base_model = "" if layout.base_model is None else f"base model {layout.base_model!r}, "
+    return f", fitted on {base_model}{layout.n_modules} modules,"
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -34,6 +34,20 @@ class LoRAAdapter(Mapping[str, Factors]):
         What the adapter is called.
     side : dict of str to ndarray
         Its side features.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklora import LoRACollection
+    >>> X = LoRACollection.from_factors(
+    ...     [{"q_proj": (np.ones((8, 2)), np.ones((6, 2)))}], ids=["cat"]
+    ... )
+    >>> adapter = X[0]
+    >>> adapter.id, list(adapter)
+    ('cat', ['q_proj'])
+    >>> U, V = adapter["q_proj"]
+    >>> U.shape, V.shape
+    ((8, 2), (6, 2))
     """
 
     def __init__(

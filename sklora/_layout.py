@@ -16,6 +16,7 @@ from sklora._modules import (
     checked_modules,
     checked_side,
     raise_first_difference,
+    side_names,
 )
 
 Factors = tuple[NDArray[Any], NDArray[Any]]
@@ -414,6 +415,28 @@ class LoRALayout:
         """
         if self is not other:
             raise_first_difference(self, other)
+
+    def feature_names(self) -> list[str]:
+        """Name all columns of a flat row, as for a data frame.
+
+        Returns
+        -------
+        list of str
+            ``q:U0,1`` is row 0 and column 1 of ``U`` of the module ``q``. Side features are last.
+
+        Examples
+        --------
+        >>> from sklora import LoRALayout
+        >>> LoRALayout([("q", 2, 1, 1)], side=[("scale", 1)]).feature_names()
+        ['q:U0,0', 'q:U1,0', 'q:V0,0', 'scale']
+        """
+        return [
+            f"{module.name}:{factor}{row},{column}"
+            for module in self.modules
+            for factor, size in (("U", module.n), ("V", 0 if self.has_plain_rows else module.m))
+            for row in range(size)
+            for column in range(module.rank)
+        ] + side_names(self.side)
 
     def column_name(self, column: int) -> str:
         """Say what a column belongs to: ``module 'q'`` or ``side feature 'scale'``."""

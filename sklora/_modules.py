@@ -31,6 +31,12 @@ class LoRAModule(NamedTuple):
         Columns of the update: the input side.
     rank : int
         The largest rank that the flat columns have room for.
+
+    Examples
+    --------
+    >>> from sklora import LoRALayout
+    >>> LoRALayout([("q_proj", 8, 6, 2)]).modules
+    (LoRAModule(name='q_proj', n=8, m=6, rank=2),)
     """
 
     name: str
@@ -51,6 +57,13 @@ class ModuleGroup:
         The largest among its modules.
     index : tuple of int
         Where its modules stand in ``layout.modules``.
+
+    Examples
+    --------
+    >>> from sklora import LoRALayout
+    >>> layout = LoRALayout([("0.up", 8, 6, 2), ("0.down", 6, 8, 2), ("1.up", 8, 6, 4)])
+    >>> layout.groups
+    (ModuleGroup(n=8, m=6, rank=4, index=(0, 2)), ModuleGroup(n=6, m=8, rank=2, index=(1,)))
     """
 
     n: int
@@ -163,3 +176,10 @@ def _check_names(what: str, names: Sequence[Any]) -> None:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{what} {twice!r} is named twice; names must be unique.")
+
+
+def side_names(side: Iterable[tuple[str, int]]) -> list[str]:
+    """Name the columns of side features: by the feature's own name if it has one column."""
+    return [
+        name if size == 1 else f"{name}:{column}" for name, size in side for column in range(size)
+    ]

@@ -31,6 +31,29 @@ class Store(Protocol):
     is_checked : bool
         Whether `read` itself refuses NaN, infinity and numbers beyond the ranks, so that nobody
         has to read everything once more to look for them.
+
+    Examples
+    --------
+    A source of your own: rank-1 updates that are made when they are asked for.
+
+    >>> import numpy as np
+    >>> from sklora import LoRACollection, LoRALayout, SVDSpectrum
+    >>> class Ones:
+    ...     layout = LoRALayout([("q_proj", 8, 2, 1)])
+    ...     dtype, is_checked = np.dtype(np.float64), True
+    ...
+    ...     def __init__(self, ids):
+    ...         self.ids = np.asarray(ids)
+    ...         self.ranks = np.ones((len(ids), 1), np.intp)
+    ...
+    ...     def read(self, rows, *, copy=True):
+    ...         return np.ones((len(self.ids), 10))[rows]
+    ...
+    ...     def subset(self, rows):
+    ...         return Ones(self.ids[rows])
+    >>> SVDSpectrum().fit_transform(LoRACollection(Ones(["cat", "dog"])))
+    array([[4.],
+           [4.]])
     """
 
     @property

@@ -51,7 +51,7 @@ def make_architecture(
     memory : str, joblib.Memory or None, default=None
         Where the Pipeline caches its fitted features.
     verbose : int, default=0
-        Verbosity of the model's training.
+        Of both steps: with 1 or more there are progress bars, where standard error is a terminal.
 
     Returns
     -------
@@ -71,7 +71,9 @@ def make_architecture(
     """
     check_option("task", task, _MODELS)
     steps = _steps(architecture, task, device, random_state)
-    steps["model"].set_params(verbose=verbose)
+    for step in steps.values():
+        if step != "passthrough":
+            step.set_params(verbose=verbose)
     return Pipeline(list(steps.items()), memory=memory)
 
 

@@ -61,7 +61,8 @@ def random_gauge(
 
     Returns
     -------
-    ndarray of shape (*size, rank, rank)
+    ndarray of shape (..., rank, rank)
+        As many as `size` says.
 
     Raises
     ------

@@ -80,6 +80,25 @@ class TestDescription:
         with pytest.raises(IndexError, match="column 22 of 22"):
             LAYOUT.column_name(22)
 
+    @given(st.one_of(layouts, plain_layouts))
+    def test_every_column_has_a_name_of_its_own(self, layout):
+        names = layout.feature_names()
+        assert len(names) == len(set(names)) == layout.width
+
+    def test_names_of_columns_say_where_an_entry_stands(self):
+        row = dict(zip(LAYOUT.feature_names(), numbered_rows(LAYOUT, 1)[0], strict=True))
+        for group, (U, V) in zip(
+            LAYOUT.groups, LAYOUT.unpack(numbered_rows(LAYOUT, 1)), strict=True
+        ):
+            for place, module in enumerate(LAYOUT.names[position] for position in group.index):
+                for letter, factor in (("U", U[0, place]), ("V", V[0, place])):
+                    for (n, r), value in np.ndenumerate(factor):
+                        assert row.pop(f"{module}:{letter}{n},{r}", 0) == value
+        assert list(row) == ["scale:0", "scale:1"]
+
+    def test_names_of_plain_rows(self):
+        assert LoRALayout.rows(2).feature_names() == ["row:U0,0", "row:U1,0"]
+
     def test_plain_rows(self):
         layout = LoRALayout.rows(5)
         assert layout.has_plain_rows

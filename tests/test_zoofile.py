@@ -250,7 +250,7 @@ with sklearn.config_context(working_memory=1e-6):
         assert done.returncode == -signal.SIGKILL
         assert not path.exists()
         [left] = tmp_path.iterdir()
-        assert left.name.startswith("zoo.safetensors.")
+        assert left.name.startswith(".zoo.safetensors.")
         assert left.suffix == ".tmp"
 
     def test_onto_the_file_that_it_is_mapped_from(self, tmp_path, path):

@@ -20,6 +20,7 @@ from sklora.cli._scoring import (
     metric,
     new_model,
     score_rows,
+    set_both,
 )
 from sklora.cli._zoo import LabelledZoo, labelled_zoo, optional_parts
 
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     architecture = best or args.architecture
     say(f"training {architecture} on all adapters")
     model = new_model(architecture, zoo, args).fit(zoo.loras, zoo.targets.y)
+    set_both(model, verbose=0)  # whoever loads it may be no person
     card = ModelCard(
         task=zoo.targets.task,
         targets=zoo.targets.names,

@@ -6,7 +6,8 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from sklora.cli._output import FAILED, OK, progress, result, table, with_options
+from sklora._progress import track
+from sklora.cli._output import FAILED, OK, result, table, with_options
 from sklora.cli._reading import reading_options
 from sklora.io import AdapterReport
 from sklora.io._find import find_each
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     options = reading_options(args)
     reports = [
         scan_file(finding, options)
-        for finding in progress(list(find_each(args.paths)), "headers", "file")
+        for finding in track(list(find_each(args.paths)), "headers", "file")
     ]
     if args.json:
         entries = [report.to_dict() for report in reports]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TextIO, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import TextIO
 
-from tqdm import tqdm
-
-T = TypeVar("T")
+from sklora._progress import write
 
 OK, FAILED, USAGE = 0, 1, 2
 
@@ -67,15 +65,7 @@ def _write(stream: TextIO, text: str) -> None:
     # Names of files may hold what the stream's encoding has no place for.
     encoding = stream.encoding or "utf-8"
     encodable = text.encode(encoding, "backslashreplace").decode(encoding)
-    tqdm.write(encodable, file=stream, end="")
-
-
-def progress(items: Iterable[T], what: str, unit: str, total: int | None = None) -> Iterator[T]:
-    """Go through items with a progress bar on stderr, if that is a terminal."""
-    bar: Any = tqdm(
-        items, desc=what, unit=unit, total=total, file=sys.stderr, disable=None, leave=False
-    )
-    yield from bar
+    write(encodable, stream, end="")
 
 
 def table(rows: Sequence[Sequence[str]], align: str) -> None:

@@ -10,10 +10,12 @@ import numpy as np
 import sklearn
 from sklearn.pipeline import Pipeline
 
+from sklora._progress import track
 from sklora._saved import ModelCard, load_model
-from sklora.cli._output import FAILED, OK, CommandError, progress, say, with_options
+from sklora.cli._output import FAILED, OK, CommandError, say, with_options
 from sklora.cli._predictions import Prediction, csv_writer, end_json, json_writer
 from sklora.cli._reading import OneByOne, check_device, reading_options
+from sklora.cli._scoring import set_both
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.io import AdapterError
 from sklora.io._find import Found, find_each
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     findings = list(find_each(args.paths))
     write = json_writer(card) if args.json else csv_writer(card)
     n_errors = 0
-    for block in _predictions(model, reader, progress(findings, "predictions", "file")):
+    for block in _predictions(model, reader, track(findings, "predictions", "file")):
         for one in block:
             if one.error is not None:
                 say(f"{one.path}: {one.error}")
@@ -55,9 +57,7 @@ def _load(path: str, device: str) -> tuple[Pipeline, ModelCard]:
         raise CommandError(f"{path}: {error.strerror}.") from None
     except (ValueError, ModuleNotFoundError) as error:
         raise CommandError(str(error)) from None
-    for step in model.named_steps.values():
-        if step != "passthrough":
-            step.set_params(device=device)
+    set_both(model, device=device)
     return model, card
 
 

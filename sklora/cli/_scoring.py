@@ -13,8 +13,9 @@ from sklearn.metrics import make_scorer
 from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold, cross_validate
 from sklearn.pipeline import Pipeline
 
+from sklora._progress import track
 from sklora.architectures import make_architecture
-from sklora.cli._output import FAILED, CommandError, progress, say
+from sklora.cli._output import FAILED, CommandError, say
 from sklora.cli._zoo import LabelledZoo
 
 Folds = list[tuple[NDArray[np.intp], NDArray[np.intp]]]
@@ -122,7 +123,7 @@ def evaluate(
         When all fail.
     """
     evaluations = []
-    for name in progress(list(architectures), "cross-validation", "architecture"):
+    for name in track(list(architectures), "cross-validation", "architecture"):
         try:
             evaluations.append(_evaluate(name, zoo, folds, args))
         except (ValueError, MemoryError, RuntimeError) as error:  # torch has but the last
@@ -148,9 +149,18 @@ def _evaluate(
 
 
 def new_model(architecture: str, zoo: LabelledZoo, args: argparse.Namespace) -> Pipeline:
-    """Make an unfitted model, as the options say."""
+    """Make an unfitted model that shows its progress, as the options say."""
     task: Any = zoo.targets.task
-    return make_architecture(architecture, task, device=args.device, random_state=args.seed)
+    return make_architecture(
+        architecture, task, device=args.device, random_state=args.seed, verbose=1
+    )
+
+
+def set_both(model: Pipeline, **parameters: Any) -> None:
+    """Set parameters that features and model share."""
+    for step in model.named_steps.values():
+        if step != "passthrough":
+            step.set_params(**parameters)
 
 
 def score_rows(evaluations: Iterable[Evaluation], metric: str) -> list[tuple[str, ...]]:

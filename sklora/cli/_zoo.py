@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sklora._progress import track
 from sklora._stores import available_memory
 from sklora._zoofile import _FORMAT, _read_header
 from sklora.cli._labels import Labels, match, read_labels
-from sklora.cli._output import FAILED, CommandError, few, progress, say
+from sklora.cli._output import FAILED, CommandError, few, say
 from sklora.cli._reading import read_together, reading_options
 from sklora.cli._targets import Targets, make_targets
 from sklora.collection import LoRACollection
@@ -60,7 +61,7 @@ def labelled_zoo(args: argparse.Namespace) -> LabelledZoo:
     places = match(labels, names)
     _say_unlabelled(names, places)
     if packed is None:
-        chosen = progress([files[place] for place in places], "headers", "file")
+        chosen = track([files[place] for place in places], "headers", "file")
         loras = read_together(chosen, reading, any_base_model=args.allow_other_base_model)
     else:
         loras = packed[places]
@@ -149,7 +150,7 @@ def _in_memory(loras: LoRACollection) -> LoRACollection:
     if available is not None and 2 * loras.nbytes > available:
         return loras
     flat = np.empty(loras.shape, loras.dtype)
-    for row in progress(range(len(loras)), "weights", "file"):
+    for row in track(range(len(loras)), "weights", "file"):
         flat[row] = loras.read([row])[0]
     return LoRACollection.from_array(flat, loras.layout, ranks=loras.ranks, ids=loras.ids)
 

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from sklearn.utils import Bunch
 from torch import Tensor
 
+from sklora._files import replacing
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.datasets import _denoiser as denoiser
 from sklora.datasets._digits import make_bunch, train_zoo
@@ -107,4 +108,5 @@ def make_bundle(path: Path = PATH, *, verbose: int = 1) -> None:
         "presence": zoo.presence.astype(bool),
         "class_losses": zoo.class_losses,
     }
-    save_file(tensors, path, metadata={"modules": json.dumps(layout.modules)})
+    with replacing(path) as file:
+        file.write(save(tensors, metadata={"modules": json.dumps(layout.modules)}))

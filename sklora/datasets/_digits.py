@@ -14,8 +14,8 @@ from sklearn.datasets import load_digits
 from sklearn.utils import Bunch, check_random_state
 from sklearn.utils.validation import check_scalar
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from sklora._progress import progress
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.datasets import _denoiser as denoiser
 
@@ -132,14 +132,14 @@ def _batches(
 
 
 def _train_base(pools: _Pools, dim: int, depth: int, seed: int, verbose: int) -> denoiser.Weights:
-    with tqdm(total=N_BASE_STEPS, desc="Base network", disable=None if verbose else True) as bar:
+    with progress(N_BASE_STEPS, "base network", "step", verbose) as advance:
         return denoiser.train_base(
             pools.base,
             dim=dim,
             depth=depth,
             n_steps=N_BASE_STEPS,
             generator=torch.Generator().manual_seed(seed),
-            progress=bar.update,
+            progress=advance,
         )
 
 
@@ -165,7 +165,7 @@ def train_zoo(
     layout = LoRALayout([(name, n, m, rank) for name, (n, m) in shapes.items()])
     flat = np.empty((n_adapters, layout.width), dtype=np.float32)
     losses = np.empty((n_adapters, N_CLASSES), dtype=np.float32)
-    with tqdm(total=n_adapters, desc="Adapters", disable=None if verbose else True) as bar:
+    with progress(n_adapters, "adapters", "adapter", verbose) as advance:
         for rows in _chunks(hyper):
             generator = torch.Generator().manual_seed(int(rng.randint(2**31)))
             images, chances = _images_of_subset(presence[rows], pools, rng)
@@ -182,7 +182,7 @@ def train_zoo(
                 [t.flatten(1).numpy() for pair in kept.values() for t in pair], axis=1
             )
             losses[rows] = class_losses(base, kept, pools.held_out, seed)
-            bar.update(len(rows))
+            advance(len(rows))
     X = LoRACollection.from_array(flat, layout, ranks=np.full((n_adapters, len(shapes)), rank))
     return make_bunch(X, presence, losses, hyper if varied else {})
 

@@ -16,7 +16,8 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_consistent_length, check_is_fitted
 from torch import Tensor, nn
 
-from sklora._base import atomic_fit, resolve_device
+from sklora._base import VersionedState, atomic_fit, resolve_device
+from sklora._repr import DocumentedMixin
 from sklora.collection import LoRALayout, check_loras
 from sklora.estimators._training import (
     OPTIMIZERS,
@@ -33,7 +34,7 @@ from sklora.estimators._training import (
 )
 
 
-class BaseNetEstimator(BaseEstimator, metaclass=ABCMeta):
+class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass=ABCMeta):
     """Shell around one network.
 
     One subclass says which network, how flat rows enter it and what its training statistics are;
@@ -184,6 +185,12 @@ class BaseNetEstimator(BaseEstimator, metaclass=ABCMeta):
         ValueError
             When a parameter, `X`, `y` or `sample_weight` is not as it must be, or training
             diverges. The estimator stays as it was.
+
+        Warns
+        -----
+        TrainingInterruptedWarning
+            When Ctrl-C ends training once an epoch is complete: the estimator is fitted, with the
+            best weights so far. Before that, the interrupt goes on.
         """
         self._validate_params()
         resume = self.warm_start and hasattr(self, "weights_")
@@ -202,7 +209,6 @@ class BaseNetEstimator(BaseEstimator, metaclass=ABCMeta):
         classes: ArrayLike | None = None,
     ) -> None:
         """Train for one epoch at a constant learning rate, on all rows."""
-        self._validate_params()
         resume = hasattr(self, "weights_")
         history, state = self._train(
             X, y, sample_weight, resume=resume, classes=classes, one_epoch=True
@@ -264,7 +270,7 @@ class BaseNetEstimator(BaseEstimator, metaclass=ABCMeta):
         weights = _check_sample_weight(
             sample_weight, np.empty(len(loras)), dtype=np.float64, ensure_non_negative=True
         )
-        if not weights.any():
+        if not weights.any():  # scikit-learn 1.6 lets these pass
             raise ValueError("sample_weight is zero for every adapter; give some a weight.")
         if reset:
             self._learn_targets(y, weights, classes)
@@ -327,6 +333,13 @@ class BaseNetEstimator(BaseEstimator, metaclass=ABCMeta):
     def net_(self) -> nn.Module:
         """The fitted network, a new copy in float64 on `device`, ready to evaluate."""
         check_is_fitted(self, "weights_")
+        try:
+            return self._evaluated_net()
+        except ValueError as error:
+            # Scikit-learn's display of a fitted estimator reads every attribute that there is.
+            raise AttributeError(str(error)) from None
+
+    def _evaluated_net(self) -> nn.Module:
         return self._fitted_net().double().eval().to(resolve_device(self.device))
 
     def _fitted_net(self) -> nn.Module:
@@ -341,7 +354,7 @@ class BaseNetEstimator(BaseEstimator, metaclass=ABCMeta):
         """Give the network's outputs ``(N, n_outputs)``, in float64, block by block."""
         check_is_fitted(self, "weights_")
         loras = check_loras(self, X, reset=False, rank=self._accepted_rank)
-        net = self.net_
+        net = self._evaluated_net()
         device = next(net.buffers()).device
         forward = self._forward(net, loras.layout, torch.float64)
         outputs = np.empty((len(loras), self.n_outputs_))

@@ -66,7 +66,8 @@ device : str or torch.device, default=$device
 random_state : int, RandomState instance or None, default=$random_state
     Seed of weights, order, dropout and validation rows. Torch's global generators are untouched.
 verbose : int, default=$verbose
-    With 1 or more, a row for every epoch is printed.
+    With 1 there is a progress bar, where standard error is a terminal; with 2 or more, a row for
+    every epoch is printed too.
 layout : LoRALayout, default=$layout
     What the columns of a 2-D array mean. With None, each row of one is the update ``U V^T`` of a
     single module, ``U`` the row and ``V = 1``.
@@ -82,7 +83,7 @@ layout_ : LoRALayout
     Modules, shapes and largest ranks of the training adapters.
 n_features_in_ : int
     Width of a flat row.
-feature_names_in_ : ndarray of shape (n_features_in_,)
+feature_names_in_ : ndarray of shape (`n_features_in_`,)
     Column names, where `X` was a data frame with names that are strings.
 n_outputs_ : int
     Number of outputs of the network.

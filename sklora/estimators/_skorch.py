@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from skorch import NeuralNet, NeuralNetClassifier, NeuralNetRegressor
-from skorch.callbacks import EarlyStopping, LRScheduler
+from skorch.callbacks import Callback, LRScheduler
 from skorch.helper import predefined_split
 from torch import Tensor, nn
 
+from sklora._progress import Advance, write
 from sklora.estimators._training import (
     OPTIMIZERS,
     LoRADataset,
@@ -30,6 +32,72 @@ _SKORCH_NETS: dict[LossKind, type[NeuralNet]] = {
 }
 
 
+# A validation loss that falls by less than this share is no progress.
+_LEAST_PROGRESS = 1e-4
+
+
+class Kept(NamedTuple):
+    """The weights after an epoch."""
+
+    epoch: int
+    weights: dict[str, Tensor]
+
+
+class KeepBest(Callback):
+    """Keeps the weights of the best epoch so far, and ends training without progress.
+
+    Unlike skorch's `EarlyStopping`, it has weights to go back to after an interrupt without
+    validation rows too, and says why training ended.
+
+    Parameters
+    ----------
+    patience : int
+        Epochs without progress that end the training.
+    validates : bool
+        Whether there are validation rows. Without them the last epoch is the best.
+    advance : callable
+        Moves the progress bar.
+    """
+
+    def __init__(self, patience: int, validates: bool, advance: Advance) -> None:
+        self.patience = patience
+        self.validates = validates
+        self.advance = advance
+        self.best: Kept | None = None
+        self.stopped = False
+        self._bound = math.inf
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch whose weights are kept; 0 if there is none."""
+        return 0 if self.best is None else self.best.epoch
+
+    def is_complete(self, epoch: dict[str, Any]) -> bool:
+        """Whether an epoch of the history came to its end."""
+        return ("valid_loss" if self.validates else "train_loss") in epoch
+
+    def on_epoch_end(self, net: NeuralNet, **_: Any) -> None:
+        """Keep the weights if they are the best, or count one more epoch without progress."""
+        epoch = net.history[-1]
+        losses = {name: epoch[name] for name in ("train_loss", "valid_loss") if name in epoch}
+        self.advance(1, **losses)
+        if not self.validates or losses["valid_loss"] < self._bound:
+            weights = {name: value.clone() for name, value in net.module_.state_dict().items()}
+            # In one step, for an interrupt may come between any two.
+            self.best = Kept(epoch["epoch"], weights)
+            self._bound = (1 - _LEAST_PROGRESS) * losses.get("valid_loss", 0)
+        elif epoch["epoch"] - self.best_epoch == self.patience:
+            self.stopped = True
+            raise KeyboardInterrupt
+
+    def on_train_end(self, net: NeuralNet, **_: Any) -> None:
+        """Go back to the best weights, if the last are others."""
+        last = net.history[-1]
+        is_best = self.is_complete(last) and not self.validates
+        if self.best is not None and not is_best and last.get("epoch") != self.best.epoch:
+            net.module_.load_state_dict(self.best.weights)
+
+
 def compose(
     net: nn.Module,
     forward: Callable[[Tensor], Tensor],
@@ -37,6 +105,7 @@ def compose(
     settings: TrainingSettings,
     validation: TrainingData | None,
     device: torch.device,
+    keeper: KeepBest,
 ) -> NeuralNet:
     """Give a skorch net that trains `net`; see `sklora.estimators._training.train`."""
     optimizer, optimizer_options = OPTIMIZERS[settings.optimizer]
@@ -45,7 +114,10 @@ def compose(
         "optimizer__fused": device.type in ("cpu", "cuda"),
         **{f"optimizer__{name}": value for name, value in optimizer_options.items()},
     }
-    if not settings.verbose:
+    table = settings.verbose >= 2
+    if table:
+        options["callbacks__print_log__sink"] = write
+    else:
         # Without a reader, these would format a table row and score every epoch for nobody.
         options["callbacks__print_log"] = None
         if loss == "cross_entropy":
@@ -61,22 +133,18 @@ def compose(
         iterator_train__collate_fn=_as_it_is,
         iterator_valid__collate_fn=_as_it_is,
         train_split=None if validation is None else predefined_split(LoRADataset(validation)),
-        callbacks=_callbacks(settings, validation is not None),
+        callbacks=[*_callbacks(settings), ("keep_best", keeper)],  # last: it may end the epoch
         device=device,
-        verbose=settings.verbose,
+        verbose=table,
         **options,
     )
 
 
-def _callbacks(settings: TrainingSettings, stops_early: bool) -> list[Any]:
+def _callbacks(settings: TrainingSettings) -> list[Any]:
     callbacks = copy.deepcopy(list(settings.callbacks))
     if settings.decay:
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR
         callbacks.append(("lr_schedule", LRScheduler(cosine, T_max=settings.max_epochs)))
-    if stops_early:
-        # Last, because it ends the epoch for whatever follows it.
-        stopping = EarlyStopping(patience=settings.patience, load_best=True)
-        callbacks.append(("early_stopping", stopping))
     return callbacks
 
 

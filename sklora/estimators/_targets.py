@@ -64,6 +64,7 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
             As for `fit`; when `classes` is missing in the first call or changes later; and when
             `class_weight` is ``"balanced"``, which one part of the data cannot tell.
         """
+        self._validate_params()
         if isinstance(self.class_weight, str):
             raise ValueError(
                 f"class_weight={self.class_weight!r} cannot be found from part of the data. Give "
@@ -269,6 +270,7 @@ class NetRegressor(MultiOutputMixin, RegressorMixin, BaseNetEstimator):
         ValueError
             As for `fit`.
         """
+        self._validate_params()
         self._partial_fit(X, y, sample_weight)
         return self
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -13,8 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sklora._base import as_tensor
+from sklora._progress import progress
 from sklora.collection import LoRACollection
 from sklora.nets import GLNet, MLPNet
+
+_logger = logging.getLogger("sklora.estimators")
 
 LossKind = Literal["cross_entropy", "binary_cross_entropy", "squared_error"]
 History = list[dict[str, Any]]
@@ -28,6 +33,33 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 }
 # On fewer validation rows than this, early stopping would follow noise.
 _MIN_VALIDATION_ROWS = 10
+
+
+class TrainingInterruptedWarning(UserWarning):
+    """Training was interrupted, and `fit` keeps the best weights so far.
+
+    It is no `ConvergenceWarning`, which many ignore. Make it an error where a short training must
+    not pass for a whole one; the estimator is then as it was before `fit`.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> import numpy as np
+    >>> from skorch.callbacks import Callback
+    >>> from sklora import MLPNetClassifier
+    >>> from sklora.estimators import TrainingInterruptedWarning
+    >>> class CtrlC(Callback):
+    ...     def on_batch_end(self, net, **kwargs):
+    ...         if len(net.history) == 3:
+    ...             raise KeyboardInterrupt
+    >>> X, y = np.random.default_rng(0).normal(size=(20, 4)), np.arange(20) % 2
+    >>> model = MLPNetClassifier(max_epochs=5, callbacks=[CtrlC()])
+    >>> with warnings.catch_warnings(record=True, action="always") as seen:
+    ...     model.fit(X, y).n_iter_
+    2
+    >>> seen[0].category.__name__
+    'TrainingInterruptedWarning'
+    """
 
 
 class TrainingData(NamedTuple):
@@ -177,7 +209,7 @@ def train(
     Returns
     -------
     history : list of dict
-        One for every epoch, without its batches.
+        One for every complete epoch, without its batches.
     optimizer_state : dict of ndarray
         The optimizer's moments, named ``"{parameter}/{moment}"``.
 
@@ -185,20 +217,42 @@ def train(
     ------
     ValueError
         When the weights end up infinite or NaN.
+    KeyboardInterrupt
+        When training is interrupted before there are weights to keep.
+
+    Warns
+    -----
+    TrainingInterruptedWarning
+        When it is interrupted later. The weights are those of the best epoch where there are
+        validation rows, else those of the last complete one.
     """
     # Prediction needs no skorch, and importing it takes a tenth of sklora's time.
-    from sklora.estimators._skorch import compose
+    from sklora.estimators._skorch import KeepBest, compose
 
-    skorch_net = compose(net, forward, loss, settings, validation, device)
-    skorch_net.initialize()
-    if optimizer_state is not None:
-        _restore_optimizer(skorch_net.optimizer_, optimizer_state)
-    skorch_net.partial_fit(LoRADataset(training))
-    if "train_loss" not in skorch_net.history[-1]:
-        # skorch ends training quietly on Ctrl-C, which in a search would pass a spoilt fit on.
-        raise KeyboardInterrupt
+    with progress(settings.max_epochs, "training", "epoch", settings.verbose) as advance:
+        keeper = KeepBest(settings.patience, validation is not None, advance)
+        skorch_net = compose(net, forward, loss, settings, validation, device, keeper)
+        skorch_net.initialize()
+        if optimizer_state is not None:
+            _restore_optimizer(skorch_net.optimizer_, optimizer_state)
+        skorch_net.partial_fit(LoRADataset(training))
+    epochs = [row for row in skorch_net.history if keeper.is_complete(row)]
+    cut_short = len(epochs) < len(skorch_net.history)
+    if cut_short and keeper.best is None:
+        raise KeyboardInterrupt  # which skorch takes for the end of training
     _check_finite(net, settings.lr)
-    history = [{k: v for k, v in row.items() if k != "batches"} for row in skorch_net.history]
+    n_epochs = len(epochs)
+    if keeper.stopped:
+        _logger.info("stopped early after epoch %d, best epoch %d", n_epochs, keeper.best_epoch)
+    elif cut_short or (n_epochs < settings.max_epochs and not settings.callbacks):
+        # Users' callbacks end training by an interrupt, too, but after an epoch.
+        message = (
+            f"Training was interrupted after {n_epochs} of {settings.max_epochs} epochs; the "
+            "estimator has the best weights so far."
+        )
+        warnings.warn(message, TrainingInterruptedWarning, stacklevel=5)
+    _logger.info("trained %d epochs on %s, %d adapters", n_epochs, device, len(training.loras))
+    history = [{k: v for k, v in row.items() if k != "batches"} for row in epochs]
     return history, _optimizer_state(skorch_net.optimizer_)
 
 

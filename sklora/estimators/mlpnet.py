@@ -71,7 +71,7 @@ class MLPNetClassifier(NetClassifier, _MLPNetEstimator):
     """Classifier: a multilayer perceptron on standardised flat rows and their norm.
 
     On raw factors this is the paper's ``mlp`` baseline: it is not invariant to the gauge, and takes
-    no rank above the fitted one. Behind a featurizer such as :class:`~sklora.transform.SVDSpectrum`
+    no rank above the fitted one. Behind a featurizer such as :class:`~sklora.SVDSpectrum`
     it is the head of the other architectures.
 
     Parameters
@@ -158,7 +158,7 @@ class MLPNetRegressor(NetRegressor, _MLPNetEstimator):
     """Regressor: a multilayer perceptron on standardised flat rows and their norm.
 
     On raw factors this is the paper's ``mlp`` baseline: it is not invariant to the gauge, and takes
-    no rank above the fitted one. Behind a featurizer such as :class:`~sklora.transform.SVDSpectrum`
+    no rank above the fitted one. Behind a featurizer such as :class:`~sklora.SVDSpectrum`
     it is the head of the other architectures.
 
     Parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 
 from sklora._base import check_option
+from sklora._progress import track
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.io._adapter import OpenAdapter, opened
 from sklora.io._errors import AdapterError, shown
@@ -19,6 +21,8 @@ from sklora.io._find import Found, Paths, find_each
 from sklora.io._plan import ReadOptions
 from sklora.io._store import AdapterFile, AdapterStore, located
 from sklora.io.formats.custom import check_keys
+
+_logger = logging.getLogger("sklora.io")
 
 
 class SkippedAdapterWarning(UserWarning):
@@ -31,6 +35,18 @@ class SkippedAdapterWarning(UserWarning):
     Attributes
     ----------
     errors : tuple of AdapterError
+
+    Examples
+    --------
+    >>> import tempfile, warnings
+    >>> import numpy as np
+    >>> from sklora.io import read_adapters, write_adapter
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_adapter(folder, {"q_proj": (np.ones((8, 2)), np.ones((6, 2)))})
+    ...     with warnings.catch_warnings(record=True, action="always") as seen:
+    ...         X = read_adapters([folder, "nowhere.safetensors"], on_error="skip")
+    >>> len(X), [error.path for error in seen[0].message.errors]
+    (1, ['nowhere.safetensors'])
     """
 
     def __init__(self, errors: Sequence[AdapterError]) -> None:
@@ -67,6 +83,7 @@ def read_adapters(
     scale: float | None = None,
     lokr: Literal["exact", "kronecker"] = "exact",
     allow_torch_zip: bool = False,
+    verbose: int = 0,
 ) -> LoRACollection:
     r"""Read LoRA adapters from files, as a collection that is backed by them.
 
@@ -111,6 +128,8 @@ def read_adapters(
     allow_torch_zip : bool, default=False
         Whether PyTorch's ``.bin``, ``.pt`` and ``.ckpt`` are read, tensors alone; no code in them
         is run.
+    verbose : int, default=0
+        With 1 or more there is a progress bar, where standard error is a terminal.
 
     Returns
     -------
@@ -161,7 +180,7 @@ def read_adapters(
     skip = on_error == "skip"
     reader = Reader(layout, options, on_missing, on_extra, on_base_model, read_numbers=skip)
     skipped: list[AdapterError] = []
-    for found in find_each(paths):
+    for found in track(list(find_each(paths)), "headers", "file", verbose):
         try:
             if isinstance(found, AdapterError):
                 raise found
@@ -172,9 +191,13 @@ def read_adapters(
             skipped.append(error)
     if skip:
         skipped += reader.drop_incomplete()
+    for one in skipped:
+        _logger.warning("left out %s", one)
     if skipped:
         warnings.warn(SkippedAdapterWarning(skipped), stacklevel=2)
-    return LoRACollection(reader.store())
+    loras = LoRACollection(reader.store())
+    _logger.debug("read the headers of %d files, %d left out", len(loras), len(skipped))
+    return loras
 
 
 def read_options(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+from sklora._progress import track
 from sklora.io._adapter import OpenAdapter, opened
 from sklora.io._errors import AdapterError
 from sklora.io._find import Found, Paths, find_each
@@ -28,6 +29,18 @@ class ScannedModule(NamedTuple):
         Of its factors ``U (n, rank)`` and ``V (m, rank)``.
     scale : float
         The factor s of the update ``s B A``.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from sklora.io import scan_adapters, write_adapter
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_adapter(folder, {"q_proj": (np.ones((8, 2)), np.ones((6, 2)))})
+    ...     [report] = scan_adapters(folder)
+    >>> [module] = report.modules
+    >>> module.name, module.method, module.n, module.m, module.rank, module.scale
+    ('q_proj', 'lora', 8, 6, 2, 1.0)
     """
 
     name: str
@@ -63,6 +76,15 @@ class AdapterReport:
         Side features, and how many numbers they are.
     left_out : tuple of (str, str)
         Tensors that are not read, and why.
+
+    Examples
+    --------
+    >>> from sklora.io import scan_adapters
+    >>> [report] = scan_adapters("nowhere.safetensors")
+    >>> report.error
+    'it cannot be opened: No such file or directory.'
+    >>> report.modules
+    ()
     """
 
     path: str
@@ -104,6 +126,7 @@ def scan_adapters(
     scale: float | None = None,
     lokr: Literal["exact", "kronecker"] = "exact",
     allow_torch_zip: bool = False,
+    verbose: int = 0,
 ) -> list[AdapterReport]:
     """Report what adapter files hold, from their headers.
 
@@ -111,7 +134,7 @@ def scan_adapters(
     ----------
     paths : str, path-like, or iterable of them
         As for `read_adapters`.
-    names, keys, scale, lokr, allow_torch_zip
+    names, keys, scale, lokr, allow_torch_zip, verbose
         As for `read_adapters`.
 
     Returns
@@ -141,7 +164,8 @@ def scan_adapters(
     ('peft', (2,), (1.0,), ('F64',))
     """
     options = read_options(names, keys, scale, lokr, allow_torch_zip)
-    return [scan_file(found, options) for found in find_each(paths)]
+    files = list(find_each(paths))
+    return [scan_file(found, options) for found in track(files, "headers", "file", verbose)]
 
 
 def scan_file(found: Found | AdapterError, options: ReadOptions) -> AdapterReport:

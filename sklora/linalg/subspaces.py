@@ -22,6 +22,14 @@ class CompressedUpdates(NamedTuple):
         ``right^T right`` is the sum of ``dW_i^T dW_i``; q is at most m.
     noise : float64 Tensor of shape (...)
         Singular values no larger than this are the rounding of the factors, not signal.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sklora.linalg import compress_updates
+    >>> compressed = compress_updates(torch.randn(5, 8, 2), torch.randn(5, 6, 2))
+    >>> compressed.left.shape, compressed.right.shape
+    (torch.Size([8, 8]), torch.Size([6, 6]))
     """
 
     left: Tensor
@@ -34,8 +42,8 @@ def compress_updates(
 ) -> CompressedUpdates:
     r"""Two small matrices with the singular vectors of all N updates at once.
 
-    With :math:`V_i = Q_i R_i`, the stack :math:`[U_1 V_1^\top, \dots, U_N V_N^\top]` (n x N m) has
-    the left singular vectors and singular values of :math:`[U_1 R_1^\top, \dots, U_N R_N^\top]`
+    With :math:`V_i = Q_i R_i`, the stack :math:`[U_1 V_1^\top, \ldots, U_N V_N^\top]` (n x N m) has
+    the left singular vectors and singular values of :math:`[U_1 R_1^\top, \ldots, U_N R_N^\top]`
     (n x N r), of which a second QR keeps the triangle when it has more columns than rows. No
     update is formed, and everything runs in float64; see :func:`spectrum` for the triangles.
 
@@ -136,7 +144,7 @@ def leading_subspaces(U: Tensor, V: Tensor, k: int) -> tuple[Tensor, Tensor]:
     r"""Leading left and right singular subspaces of N updates: the factors of a truncated HOSVD.
 
     The left basis spans the k leading left singular vectors of
-    :math:`[U_1 V_1^\top, \dots, U_N V_N^\top]`, the right basis those of the stack of transposes
+    :math:`[U_1 V_1^\top, \ldots, U_N V_N^\top]`, the right basis those of the stack of transposes
     [1]_. They depend on the updates alone, so they are invariant to GL(r) where a basis fitted on
     the raw factors is not.
 

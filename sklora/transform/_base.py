@@ -13,17 +13,22 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import Tags
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 from torch import Tensor
 
-from sklora._base import atomic_fit, resolve_device
+from sklora._base import VersionedState, atomic_fit, resolve_device
+from sklora._modules import side_names
+from sklora._repr import DocumentedMixin
 from sklora.collection import LoRACollection, LoRALayout, check_loras
 from sklora.transform._blocks import Block, BlockFunction, factor_views, map_blocks
 
 T = TypeVar("T")
 
+# Of the featurizers that work through `map_blocks`.
+_IN_BLOCKS: dict[str, list[Any]] = {"n_jobs": [None, Integral]}
 
-class Featurizer(TransformerMixin, BaseEstimator, ABC):
+
+class Featurizer(DocumentedMixin, VersionedState, TransformerMixin, BaseEstimator, ABC):
     """Parameters, validation and the way through the blocks: what is the same for all.
 
     A subclass learns in ``_fit``, and names and computes its columns in ``_column_names`` and
@@ -36,12 +41,13 @@ class Featurizer(TransformerMixin, BaseEstimator, ABC):
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "device": [str, torch.device],
-        "n_jobs": [None, Integral],
+        "verbose": ["verbose"],
         "layout": [None, LoRALayout],
     }
 
     device: str | torch.device
     n_jobs: int | None
+    verbose: int
     layout: LoRALayout | None
     layout_: LoRALayout
     n_features_in_: int
@@ -115,14 +121,21 @@ class Featurizer(TransformerMixin, BaseEstimator, ABC):
 
         Parameters
         ----------
-        input_features : None
-            Ignored: the names come from the layout.
+        input_features : array-like of shape (`n_features_in_`,), of str, or None, default=None
+            Checked, and not used: the names come from the layout.
 
         Returns
         -------
         ndarray of shape (n_features_out,), of str
+
+        Raises
+        ------
+        ValueError
+            When there are not `n_features_in_` input features, or they are not those that `fit`
+            saw as the names of a data frame.
         """
         check_is_fitted(self)
+        _check_feature_names_in(self, input_features, generate_names=False)
         return np.array(self._column_names(), dtype=object)
 
     def __sklearn_tags__(self) -> Tags:
@@ -169,7 +182,15 @@ class Featurizer(TransformerMixin, BaseEstimator, ABC):
         return transform(self._learn(X, numbers=not self._checks_results))
 
     def _map(self, function: BlockFunction, X: LoRACollection, n_columns: int) -> NDArray[Any]:
-        return map_blocks(function, X, n_columns, device=self.device, n_jobs=self.n_jobs)
+        return map_blocks(
+            function,
+            X,
+            n_columns,
+            device=self.device,
+            n_jobs=self.n_jobs,
+            what=type(self).__name__,
+            verbose=self.verbose,
+        )
 
 
 class WeightsToFeatures(Featurizer):
@@ -178,6 +199,11 @@ class WeightsToFeatures(Featurizer):
     A subclass says what the columns of a module are in ``_feature_names`` and
     ``_module_features``.
     """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **Featurizer._parameter_constraints,
+        **_IN_BLOCKS,
+    }
 
     @abstractmethod
     def _feature_names(self, position: int) -> Sequence[str]:
@@ -196,7 +222,7 @@ class WeightsToFeatures(Featurizer):
             for position, name in enumerate(self.layout_.names)
             for feature in self._feature_names(position)
         ]
-        return names + _side_names(self.layout_)
+        return names + side_names(self.layout_.side)
 
     def _transform(self, X: LoRACollection) -> NDArray[Any]:
         counts = self._feature_counts()
@@ -274,6 +300,11 @@ class WeightsToWeights(_CollectionsStay, Featurizer):
     writes it in ``_move``.
     """
 
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **Featurizer._parameter_constraints,
+        **_IN_BLOCKS,
+    }
+
     @abstractmethod
     def _output_layout(self, layout: LoRALayout) -> LoRALayout:
         """Layout of the result for adapters of this layout."""
@@ -293,15 +324,7 @@ class WeightsToWeights(_CollectionsStay, Featurizer):
         """Write new factors of the module at this position, whose true ranks are (B,)."""
 
     def _column_names(self) -> list[str]:
-        layout = self._output_layout(self.layout_)
-        names = [
-            f"{module.name}:{factor}{row},{column}"
-            for module in layout.modules
-            for factor, size in (("U", module.n), ("V", 0 if layout.has_plain_rows else module.m))
-            for row in range(size)
-            for column in range(module.rank)
-        ]
-        return names + _side_names(layout)
+        return self._output_layout(self.layout_).feature_names()
 
     def _transform(self, X: LoRACollection) -> NDArray[Any]:
         return np.asarray(self._moved(X))
@@ -324,12 +347,3 @@ class WeightsToWeights(_CollectionsStay, Featurizer):
                 new[0].mul_(new[1])
         target.copy_(moved)
         out[:, layout.side_slice] = block.side
-
-
-def _side_names(layout: LoRALayout) -> list[str]:
-    """Names of the columns of side features: the feature's own if it has one column."""
-    return [
-        name if size == 1 else f"{name}:{column}"
-        for name, size in layout.side
-        for column in range(size)
-    ]

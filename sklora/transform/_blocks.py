@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -17,8 +18,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sklora._base import as_tensor, resolve_device
+from sklora._progress import progress
 from sklora._stores import ArrayStore, StreamingStore, as_slice
 from sklora.collection import LoRACollection, LoRALayout, check_numbers
+
+_logger = logging.getLogger("sklora.transform")
 
 # Float64 copies of the largest module's factors, and what a QR decomposition makes of them.
 _BYTES_PER_MODULE_WEIGHT = 8 * 3
@@ -159,6 +163,8 @@ def map_blocks(
     *,
     device: str | torch.device,
     n_jobs: int | None,
+    what: str = "adapters",
+    verbose: int = 0,
 ) -> NDArray[Any]:
     """Fill an array, one row per adapter, block by block.
 
@@ -177,6 +183,11 @@ def map_blocks(
         Blocks at once, by joblib: in threads, as torch computes outside Python's lock, unless the
         backend that joblib is configured for is another. Other processes and machines get the
         collection of their block, which of a file is its path, and return its rows.
+    what : str, default="adapters"
+        Stands before the progress bar, and in log messages.
+    verbose : int, default=0
+        Whether there is a progress bar. It moves as blocks come back, all at once at the end from a
+        backend that cannot stream results.
 
     Returns
     -------
@@ -191,17 +202,24 @@ def map_blocks(
     result = np.empty((len(X), n_columns), X.dtype)
     blocks = plan_blocks(X, n_columns=n_columns, n_parallel=effective_n_jobs(n_jobs))
     backend, _ = get_active_backend(prefer="threads")
-    if getattr(backend, "supports_sharedmem", False):
-        Parallel(n_jobs=n_jobs, prefer="threads")(
-            delayed(_fill)(function, X, rows, device, result[rows]) for rows in blocks
-        )
-        return result
+    shared = getattr(backend, "supports_sharedmem", False)
+    where = resolve_device(device) if shared else f"{device} of {type(backend).__name__}"
+    _logger.debug("%s: %d adapters in %d blocks on %s", what, len(X), len(blocks), where)
     streams = getattr(backend, "supports_return_generator", False)
-    parts = Parallel(n_jobs=n_jobs, return_as="generator" if streams else "list")(
-        delayed(_part)(function, X[rows], n_columns, device) for rows in blocks
+    parallel = Parallel(
+        n_jobs=n_jobs,
+        prefer="threads" if shared else None,
+        return_as="generator" if streams else "list",
     )
-    for rows, part in zip(blocks, parts, strict=True):
-        result[rows] = part
+    if shared:
+        work = (delayed(_fill)(function, X, rows, device, result[rows]) for rows in blocks)
+    else:
+        work = (delayed(_part)(function, X[rows], n_columns, device) for rows in blocks)
+    with progress(len(X), what, "adapter", verbose) as advance:
+        for rows, part in zip(blocks, parallel(work), strict=True):
+            if not shared:
+                result[rows] = part
+            advance(len(result[rows]))
     return result
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sklora._pages import Rows
+from sklora._progress import progress
 from sklora._stores import ArrayStore
 from sklora.collection import LoRACollection
 from sklora.linalg import squared_norm
@@ -21,7 +22,11 @@ ReadModule: TypeAlias = Callable[[int], tuple[Tensor, Tensor]]
 
 
 def inner_products(
-    X: LoRACollection, Y: LoRACollection | None = None, *, device: torch.device
+    X: LoRACollection,
+    Y: LoRACollection | None = None,
+    *,
+    device: torch.device,
+    verbose: int = 0,
 ) -> NDArray[np.float64]:
     """Frobenius inner products of the updates of every adapter of X with every one of Y.
 
@@ -34,6 +39,8 @@ def inner_products(
     Y : LoRACollection or None, default=None
         Of the same modules. None is X, for half the work.
     device : torch.device
+    verbose : int, default=0
+        Whether there is a progress bar.
 
     Returns
     -------
@@ -42,21 +49,24 @@ def inner_products(
     symmetric = Y is None
     Y = X if Y is None else Y
     products = np.zeros((len(X), len(Y)))
-    for rows in _blocks(X):
-        left = _reader(X, rows, device)
-        for columns in _blocks(Y):
-            if symmetric and columns.start < rows.start:
-                products[rows, columns] = products[columns, rows].T
-                continue
-            same = symmetric and columns == rows
-            right = left if same else _reader(Y, columns, device)
-            target = torch.from_numpy(products[rows, columns])
-            block = target.to(device)  # on the CPU, the same memory
-            for position in range(X.layout.n_modules):
-                first = left(position)
-                second = first if same else right(position)
-                add_inner_products(block, *first, *second, symmetric=same)
-            target.copy_(block)
+    with progress(products.size, "inner products", "pair", verbose) as advance:
+        for rows in _blocks(X):
+            left = _reader(X, rows, device)
+            for columns in _blocks(Y):
+                part = products[rows, columns]
+                if symmetric and columns.start < rows.start:
+                    part[:] = products[columns, rows].T
+                else:
+                    same = symmetric and columns == rows
+                    right = None if same else _reader(Y, columns, device)
+                    target = torch.from_numpy(part)
+                    block = target.to(device)  # on the CPU, the same memory
+                    for position in range(X.layout.n_modules):
+                        first = left(position)
+                        second = right(position) if right else first
+                        add_inner_products(block, *first, *second, symmetric=same)
+                    target.copy_(block)
+                advance(part.size)
     return products
 
 

@@ -43,6 +43,8 @@ class OAlign(WeightsToWeights):
         Where to compute. ``"auto"`` uses CUDA where there is one.
     n_jobs : int or None, default=None
         Blocks of adapters to work on at once, in threads.
+    verbose : int, default=0
+        With 1 or more there is a progress bar, where standard error is a terminal.
     layout : LoRALayout or None, default=None
         What the columns of a plain array mean. ``None`` takes each row for one update of shape
         ``(n_features, 1)``, which has no gauge to fix and stays as it is. Collections bring their
@@ -58,7 +60,7 @@ class OAlign(WeightsToWeights):
         Modules seen by `fit`.
     n_features_in_ : int
         Width of X seen by `fit`.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Only when X was a data frame with string column names.
 
     See Also
@@ -96,12 +98,14 @@ class OAlign(WeightsToWeights):
         random_state: int | np.random.RandomState | None = None,
         device: str | torch.device = "auto",
         n_jobs: int | None = None,
+        verbose: int = 0,
         layout: LoRALayout | None = None,
     ) -> None:
         self.template = template
         self.random_state = random_state
         self.device = device
         self.n_jobs = n_jobs
+        self.verbose = verbose
         self.layout = layout
 
     def _fit(self, X: LoRACollection) -> None:

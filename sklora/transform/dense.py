@@ -55,6 +55,8 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
         Where to compute. ``"auto"`` uses CUDA where there is one.
     n_jobs : int or None, default=None
         Blocks of adapters to work on at once, in threads. ``"gram"`` works on one at a time.
+    verbose : int, default=0
+        With 1 or more there is a progress bar, where standard error is a terminal.
     layout : LoRALayout or None, default=None
         What the columns of a plain array mean. ``None`` takes each row for one update of shape
         ``(n_features, 1)``, whose entries are the row. Collections bring their own.
@@ -74,7 +76,7 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
         Modules seen by `fit`.
     n_features_in_ : int
         Width of X seen by `fit`.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Only when X was a data frame with string column names.
 
     See Also
@@ -139,6 +141,7 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
         random_state: int | np.random.RandomState | None = None,
         device: str | torch.device = "auto",
         n_jobs: int | None = None,
+        verbose: int = 0,
         layout: LoRALayout | None = None,
     ) -> None:
         self.method = method
@@ -146,6 +149,7 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
         self.random_state = random_state
         self.device = device
         self.n_jobs = n_jobs
+        self.verbose = verbose
         self.layout = layout
 
     @property
@@ -161,7 +165,7 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
             self._fit_sketch(X)
 
     def _fit_gram(self, X: LoRACollection) -> None:
-        products = inner_products(X, device=resolve_device(self.device))
+        products = inner_products(X, device=resolve_device(self.device), verbose=self.verbose)
         values, vectors = (A.flip(-1) for A in torch.linalg.eigh(torch.from_numpy(products)))
         rounding = max(np.finfo(np.float64).eps, np.finfo(X.dtype).eps ** 2)
         n_coordinates = int((values > len(X) * rounding * values[0]).sum())
@@ -185,7 +189,9 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
     def _transform(self, X: LoRACollection) -> NDArray[Any]:
         if self.method != "gram":
             return super()._transform(X)
-        products = inner_products(X, self._training, device=resolve_device(self.device))
+        products = inner_products(
+            X, self._training, device=resolve_device(self.device), verbose=self.verbose
+        )
         lengths = np.sqrt(self.eigenvalues_)
         coordinates = products @ self.eigenvectors_
         np.divide(coordinates, lengths, out=coordinates, where=lengths > 0)

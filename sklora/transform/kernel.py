@@ -33,6 +33,8 @@ class UpdateKernel(KeepsTraining, Featurizer):
         come in any scale, so that no constant would do.
     device : str or torch.device, default="auto"
         Where to compute. ``"auto"`` uses CUDA where there is one.
+    verbose : int, default=0
+        With 1 or more there is a progress bar, where standard error is a terminal.
     layout : LoRALayout or None, default=None
         What the columns of a plain array mean. ``None`` takes each row for one update of shape
         ``(n_features, 1)``. Collections bring their own.
@@ -45,7 +47,7 @@ class UpdateKernel(KeepsTraining, Featurizer):
         Modules seen by `fit`.
     n_features_in_ : int
         Width of X seen by `fit`.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Only when X was a data frame with string column names.
 
     See Also
@@ -95,11 +97,13 @@ class UpdateKernel(KeepsTraining, Featurizer):
         *,
         gamma: float | None = None,
         device: str | torch.device = "auto",
+        verbose: int = 0,
         layout: LoRALayout | None = None,
     ) -> None:
         self.kernel = kernel
         self.gamma = gamma
         self.device = device
+        self.verbose = verbose
         self.layout = layout
 
     def _fit(self, X: LoRACollection) -> None:
@@ -110,12 +114,12 @@ class UpdateKernel(KeepsTraining, Featurizer):
 
     def _transform(self, X: LoRACollection) -> NDArray[Any]:
         device = resolve_device(self.device)
-        products = inner_products(X, self._training, device=device)
+        products = inner_products(X, self._training, device=device, verbose=self.verbose)
         norms = squared_norms(X, device=device)
         return self._kernel(products, norms, self._norms).astype(X.dtype, copy=False)
 
     def _transform_training(self, X: LoRACollection) -> NDArray[Any]:
-        products = inner_products(X, device=resolve_device(self.device))
+        products = inner_products(X, device=resolve_device(self.device), verbose=self.verbose)
         norms = products.diagonal().copy()
         return self._kernel(products, norms, norms).astype(X.dtype, copy=False)
 

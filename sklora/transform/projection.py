@@ -14,6 +14,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
 
 from sklora._base import as_tensor, resolve_device
+from sklora._progress import track
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.linalg import CompressedUpdates, compress_updates, leading_directions
 from sklora.linalg._random import gaussian_projections
@@ -36,7 +37,7 @@ class GLEquivariantProjection(WeightsToWeights):
     method : {"random", "hosvd"}, default="random"
         ``"random"`` draws Gaussian matrices of variance ``1 / n_components``, and leaves a side
         alone that has no more rows than that. ``"hosvd"`` takes the leading left and right singular
-        vectors of the training updates :math:`[U_1 V_1^\top, \dots, U_N V_N^\top]` of the module,
+        vectors of the training updates :math:`[U_1 V_1^\top, \ldots, U_N V_N^\top]` of the module,
         found without forming them. Like the updates, these are invariant to GL(r).
     random_state : int, RandomState instance or None, default=None
         Draws the matrices of ``"random"``.
@@ -44,6 +45,8 @@ class GLEquivariantProjection(WeightsToWeights):
         Where to compute. ``"auto"`` uses CUDA where there is one.
     n_jobs : int or None, default=None
         Blocks of adapters that `transform` works on at once, in threads.
+    verbose : int, default=0
+        With 1 or more there is a progress bar, where standard error is a terminal.
     layout : LoRALayout or None, default=None
         What the columns of a plain array mean. ``None`` takes each row for one update of shape
         ``(n_features, 1)``. Collections bring their own.
@@ -59,7 +62,7 @@ class GLEquivariantProjection(WeightsToWeights):
         Modules seen by `fit`.
     n_features_in_ : int
         Width of X seen by `fit`.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Only when X was a data frame with string column names.
 
     See Also
@@ -99,6 +102,7 @@ class GLEquivariantProjection(WeightsToWeights):
         random_state: int | np.random.RandomState | None = None,
         device: str | torch.device = "auto",
         n_jobs: int | None = None,
+        verbose: int = 0,
         layout: LoRALayout | None = None,
     ) -> None:
         self.n_components = n_components
@@ -106,6 +110,7 @@ class GLEquivariantProjection(WeightsToWeights):
         self.random_state = random_state
         self.device = device
         self.n_jobs = n_jobs
+        self.verbose = verbose
         self.layout = layout
 
     def _fit(self, X: LoRACollection) -> None:
@@ -131,7 +136,7 @@ class GLEquivariantProjection(WeightsToWeights):
         self._check_enough(X)
         found: list[CompressedUpdates | None] = [None] * X.layout.n_modules
         device = resolve_device(self.device)
-        for rows in plan_blocks(X):
+        for rows in track(plan_blocks(X), "higher-order SVD", "block", self.verbose):
             block = read_block(X, rows, device, check=True)
             found = [
                 compress_updates(U, V, previous=previous)

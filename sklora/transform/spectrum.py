@@ -18,7 +18,7 @@ from sklora.transform._base import WeightsToFeatures
 class SVDSpectrum(WeightsToFeatures):
     r"""Singular values of every update, largest first.
 
-    The features of a module are :math:`\sigma_1 \ge \sigma_2 \ge \dots` of :math:`U V^\top`, found
+    The features of a module are :math:`\sigma_1 \ge \sigma_2 \ge \ldots` of :math:`U V^\top`, found
     from the factors in float64 without forming the update. They are invariant to GL(r), and to
     orthogonal changes of basis on either side of the module.
 
@@ -31,6 +31,8 @@ class SVDSpectrum(WeightsToFeatures):
         Where to compute. ``"auto"`` uses CUDA where there is one.
     n_jobs : int or None, default=None
         Blocks of adapters to work on at once, in threads.
+    verbose : int, default=0
+        With 1 or more there is a progress bar, where standard error is a terminal.
     layout : LoRALayout or None, default=None
         What the columns of a plain array mean. ``None`` takes each row for one update of shape
         ``(n_features, 1)``. Collections bring their own.
@@ -43,7 +45,7 @@ class SVDSpectrum(WeightsToFeatures):
         Singular values per module.
     n_features_in_ : int
         Width of X seen by `fit`.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Only when X was a data frame with string column names.
 
     See Also
@@ -82,11 +84,13 @@ class SVDSpectrum(WeightsToFeatures):
         *,
         device: str | torch.device = "auto",
         n_jobs: int | None = None,
+        verbose: int = 0,
         layout: LoRALayout | None = None,
     ) -> None:
         self.n_values = n_values
         self.device = device
         self.n_jobs = n_jobs
+        self.verbose = verbose
         self.layout = layout
 
     def _fit(self, X: LoRACollection) -> None:

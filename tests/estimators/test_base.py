@@ -361,8 +361,8 @@ class TestOutput:
         quick(case[0], max_epochs=30, patience=1, lr=0.1).fit(zoo, case[1])
         assert capsys.readouterr() == ("", "")
 
-    def test_a_table_at_one(self, case, zoo, quick, capsys):
-        quick(case[0], verbose=1).fit(zoo, case[1])
+    def test_a_table_at_two(self, case, zoo, quick, capsys):
+        quick(case[0], verbose=2).fit(zoo, case[1])
         header, rule, *rows = capsys.readouterr().out.splitlines()
         assert {"epoch", "train_loss", "valid_loss", "lr", "dur"} <= set(header.split())
         assert set(rule) <= {"-", " "}

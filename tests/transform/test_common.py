@@ -13,34 +13,12 @@ from sklearn.exceptions import NotFittedError
 from sklearn.metrics.pairwise import pairwise_kernels
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.transform import (
-    DenseProduct,
-    GLEquivariantProjection,
-    OAlign,
     SVDSpectrum,
     UpdateKernel,
 )
-
-
-@parametrize_with_checks(
-    [
-        OAlign(),
-        SVDSpectrum(),
-        DenseProduct(),
-        DenseProduct("gram"),
-        DenseProduct("gram", 2),
-        DenseProduct("sketch"),
-        GLEquivariantProjection(),
-        UpdateKernel(),
-        UpdateKernel("cosine"),
-        UpdateKernel("rbf"),
-    ]
-)
-def test_scikit_learn_checks(estimator, check):
-    check(estimator)
 
 
 @pytest.mark.parametrize("kind", ["X", "mixed", "with_side"])
