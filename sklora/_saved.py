@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from typing import Any, BinaryIO, NoReturn
 from sklearn.pipeline import Pipeline
 
 import sklora
+from sklora._base import warn_of_version
 from sklora._files import replacing
 from sklora.architectures import ARCHITECTURES
 from sklora.collection import LoRALayout
@@ -260,7 +260,7 @@ def load_model(path: str | os.PathLike[str]) -> tuple[Pipeline, ModelCard]:
 
     Warns
     -----
-    UserWarning
+    VersionWarning
         When another minor version of sklora wrote it.
     """
     check_skops()
@@ -269,7 +269,7 @@ def load_model(path: str | os.PathLike[str]) -> tuple[Pipeline, ModelCard]:
             card = _read_card(file)
         except Refusal as error:
             raise ValueError(f"{os.fspath(path)} is no model that sklora stored: {error}") from None
-        _warn_of_version(path, card.sklora)
+        warn_of_version(os.fspath(path), card.sklora)
         return _read_pipeline(file, path, card), card
 
 
@@ -285,16 +285,6 @@ def _read_card(file: BinaryIO) -> ModelCard:
     if member.size > _MAX_CARD:
         raise Refusal(f"{CARD} has {member.size} bytes, more than {_MAX_CARD}.")
     return ModelCard.from_json(archive.unpack(member, member.size))
-
-
-def _warn_of_version(path: str | os.PathLike[str], version: str) -> None:
-    if version.split(".")[:2] != sklora.__version__.split(".")[:2]:
-        warnings.warn(
-            f"{os.fspath(path)} was stored by sklora {shown(version)}, and this is "
-            f"{sklora.__version__}; if predictions differ, fit again.",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def _read_pipeline(file: BinaryIO, path: str | os.PathLike[str], card: ModelCard) -> Pipeline:

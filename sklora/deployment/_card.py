@@ -1,0 +1,197 @@
+"""Model cards of fitted searches."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from sklearn.base import is_regressor
+from sklearn.utils.validation import check_is_fitted
+
+import sklora
+from sklora.collection import LoRALayout
+
+if TYPE_CHECKING:
+    from skops.card import Card
+
+_NO_SKOPS = "model cards are made with skops, which is missing: pip install 'sklora[plot,secure]'."
+
+_LIMITS = """\
+The scores are those of adapters like the ones of training: of this base model, from the same
+kinds of data and recipes. They say nothing of adapters that were trained otherwise, and nothing of
+those that were made to mislead the model. If runs on the same data lay on both sides of a fold,
+the scores are too good. The best of many candidates was chosen by its score, which makes that score
+a little too good as well."""
+
+_START = """\
+Store the model with `skops.io.dump(search.best_estimator_, "model.skops")`. To load and use it:
+
+```python
+import skops.io
+import sklora
+from sklora.io import read_adapters
+
+model = skops.io.load("model.skops", trusted=sklora.TRUSTED_TYPES)
+model.predict(read_adapters("adapters/"))
+```
+
+It takes adapters of the modules below, of the same shapes, and refuses others."""
+
+
+def model_card(
+    search: Any, chart: str | os.PathLike[str], *, targets: Sequence[str] | None = None
+) -> Card:
+    """Describe the best model of a fitted search, for those who are to use it.
+
+    Parameters
+    ----------
+    search : GridSearchCV or another search
+        Fitted, with `refit`, over :func:`~sklora.architecture_grid` or one pipeline.
+    chart : str or path-like
+        Where to draw the comparison of the architectures; its ending says the format. The card
+        refers to it by its name alone: save the card in the same folder.
+    targets : sequence of str or None, default=None
+        What is predicted.
+
+    Returns
+    -------
+    skops.card.Card
+        With task, classes, layout, scores with spread and time, the chart, limits, how to load the
+        model, and versions. ``card.save("README.md")`` writes it. Authors, contact and citation are
+        yours to fill in, with ``card.add``.
+
+    Raises
+    ------
+    ImportError
+        When skops or matplotlib is missing.
+    sklearn.exceptions.NotFittedError
+        When the search is not fitted.
+    ValueError
+        When no part of the best model was fitted on adapters.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from sklearn.model_selection import GridSearchCV
+    >>> from sklora import make_architecture
+    >>> from sklora.datasets import load_digits_loras
+    >>> from sklora.deployment import model_card
+    >>> zoo = load_digits_loras()
+    >>> model = make_architecture("svd", "regression", random_state=0)
+    >>> search = GridSearchCV(model, {"model__max_epochs": [1, 2]}, cv=2)
+    >>> _ = search.fit(zoo.data[:40], zoo.loss[:40])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     card = model_card(search, f"{folder}/scores.png", targets=["loss"])
+    ...     card.save(f"{folder}/README.md")
+    >>> print(card.select("Model description").content)
+    A regression model for LoRA adapters, which predicts 'loss'...
+    """
+    try:
+        from skops.card import Card
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(_NO_SKOPS) from None
+    from sklora.inspection import ArchitectureComparisonDisplay
+    from sklora.inspection._architectures import architecture_name
+
+    check_is_fitted(search, "best_estimator_")
+    model = search.best_estimator_
+    layout = _layout_of(model)
+    figure, axes = _new_figure()
+    display = ArchitectureComparisonDisplay.from_estimator(search, ax=axes)
+    figure.savefig(chart, dpi=150)
+
+    card = Card(model, model_diagram=False)
+    card.delete("Model description/Training Procedure/Model Plot")
+    description = {
+        "Model description": _description(search, layout, targets),
+        "Model description/Intended uses & limitations": _LIMITS,
+        "Model description/Training Procedure": f"{search.n_splits_} folds, `cv={search.cv!r}`.",
+        "How to Get Started with the Model": _START,
+    }
+    card.add(**description)
+    results = "Model description/Evaluation Results"
+    chosen = architecture_name(search.estimator, search.best_params_)
+    score = f"Cross-validated {display.score_name}, higher is better. This model is {chosen!r}."
+    card.add(**{results: score})
+    card.add_table(**{f"{results}/Scores": _scores(display)})
+    card.select(f"{results}/Scores").title = "Scores"  # skops takes the whole path for it
+    card.add_plot(**{f"{results}/Comparison": os.path.basename(chart)})
+    card.add_table(folded=True, description=_about(layout), Modules=_modules(layout))
+    card.add_table(Versions=_versions())
+    return card
+
+
+def _layout_of(model: Any) -> LoRALayout:
+    """Find the layout that a model, or the first part of a pipeline that has one, was fitted on."""
+    pending = [model]
+    while pending:
+        part = pending.pop(0)
+        if hasattr(part, "layout_"):
+            layout: LoRALayout = part.layout_
+            return layout
+        pending = [step for _, step in getattr(part, "steps", ())] + pending
+    raise ValueError(
+        f"no part of {type(model).__name__} was fitted on adapters; search over pipelines with an "
+        "estimator of sklora."
+    )
+
+
+def _new_figure() -> tuple[Any, Any]:
+    """Give a figure of no window, so that nothing is left open."""
+    from sklora.inspection._plotting import check_matplotlib
+
+    check_matplotlib("model_card")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _description(search: Any, layout: LoRALayout, targets: Sequence[str] | None) -> str:
+    task = "regression" if is_regressor(search) else "classification"
+    text = f"A {task} model for LoRA adapters"
+    if targets is not None:
+        text += f", which predicts {', '.join(map(repr, targets))}"
+    if layout.base_model is not None:
+        text += f". The adapters are of the base model {layout.base_model!r}"
+    classes = getattr(search, "classes_", None)
+    if isinstance(classes, np.ndarray):
+        text += f". Classes: {', '.join(map(repr, classes.tolist()))}"
+    return text + "."
+
+
+def _scores(display: Any) -> dict[str, list[Any]]:
+    [scores], [times] = display.scores.values(), display.fit_times.values()
+    best_first = sorted(scores, key=lambda name: -np.mean(scores[name]))
+    return {
+        "architecture": best_first,
+        "mean": [f"{np.mean(scores[name]):.3f}" for name in best_first],
+        "standard deviation over folds": [
+            f"{np.std(scores[name], ddof=1):.3f}" for name in best_first
+        ],
+        "seconds for one fit": [f"{times[name]:.2f}" for name in best_first],
+    }
+
+
+def _about(layout: LoRALayout) -> str:
+    side = f", and {layout.n_side} columns of side features" if layout.n_side else ""
+    return (
+        f"Base model: {layout.base_model or 'not named'}. {layout.n_modules} modules{side}. Every "
+        "update is `U V^T`, `U (n, rank)` and `V (m, rank)`; ranks are the largest of training."
+    )
+
+
+def _modules(layout: LoRALayout) -> dict[str, list[Any]]:
+    columns = zip(*layout.modules, strict=True)
+    return dict(zip(("module", "n", "m", "rank"), map(list, columns), strict=True))
+
+
+def _versions() -> dict[str, list[str]]:
+    packages = ("scikit-learn", "torch", "numpy", "skops")
+    versions = {"sklora": sklora.__version__, "Python": platform.python_version()}
+    versions |= {name: version(name) for name in packages}
+    return {"package": list(versions), "version": list(versions.values())}
