@@ -39,7 +39,7 @@ TARGETS = {
 
 parser = argparse.ArgumentParser(description="Cross-validate the five architectures.")
 parser.add_argument("--targets", nargs="+", choices=TARGETS, default=["presence", "loss"])
-parser.add_argument("--folds", type=int, default=3)
+parser.add_argument("--folds", type=int, default=2)
 parser.add_argument("--jobs", type=int, default=2, help="folds computed at the same time")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--output", default="comparison.png", help="where the chart is saved")
