@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sklora._modules import (
     LoRAModule,
     ModuleGroup,
+    check_stacked,
     checked_modules,
     checked_side,
     raise_first_difference,
@@ -259,7 +260,7 @@ class LoRALayout:
         >>> layout.pack(layout.unpack(np.arange(6.0)[None]))
         array([[0., 1., 2., 3., 4., 5.]])
         """
-        n_rows = self._check_factors(factors)
+        n_rows = check_stacked(self.groups, self.names, factors)
         arrays = [array for pair in factors for array in pair]
         dtype = np.result_type(*arrays)
         flat = np.empty((n_rows, self.width), dtype)
@@ -465,25 +466,6 @@ class LoRALayout:
                 f"the layout's {self.n_modules} modules need rows of {self.width} columns, "
                 f"got an array of shape {flat.shape}."
             )
-
-    def _check_factors(self, factors: Sequence[Factors]) -> int:
-        """Check shapes of stacked factors, and give the number of rows."""
-        if len(factors) != len(self.groups):
-            raise ValueError(
-                f"{len(self.groups)} pairs (U, V) are needed, one for every group of modules of "
-                f"one shape, got {len(factors)}."
-            )
-        n_rows = len(factors[0][0])
-        for group, (U, V) in zip(self.groups, factors, strict=True):
-            for letter, array, size in (("U", U, group.n), ("V", V, group.m)):
-                expected = (n_rows, len(group.index), size)
-                if array.ndim != 4 or array.shape[:3] != expected or array.shape[3] != U.shape[3]:
-                    raise ValueError(
-                        f"{letter} of the modules of shape ({group.n}, {group.m}), of which the "
-                        f"first is {self.names[group.index[0]]!r}, has shape {array.shape}, but "
-                        f"{(*expected, 'rank')} is expected, with one rank for U and V."
-                    )
-        return n_rows
 
 
 def relay(flat: NDArray[Any], source: LoRALayout, target: LoRALayout) -> NDArray[Any]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import numpy as np
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from sklora._layout import LoRALayout
     from sklora._loras import LoRACollection
 
@@ -183,3 +185,27 @@ def side_names(side: Iterable[tuple[str, int]]) -> list[str]:
     return [
         name if size == 1 else f"{name}:{column}" for name, size in side for column in range(size)
     ]
+
+
+def check_stacked(
+    groups: Sequence[ModuleGroup],
+    names: Sequence[str],
+    factors: Sequence[tuple[NDArray[Any], NDArray[Any]]],
+) -> int:
+    """Check the shapes of stacked factors, and give the number of rows."""
+    if len(factors) != len(groups):
+        raise ValueError(
+            f"{len(groups)} pairs (U, V) are needed, one for every group of modules of one shape, "
+            f"got {len(factors)}."
+        )
+    n_rows = len(factors[0][0])
+    for group, (U, V) in zip(groups, factors, strict=True):
+        for letter, array, size in (("U", U, group.n), ("V", V, group.m)):
+            expected = (n_rows, len(group.index), size)
+            if array.ndim != 4 or array.shape[:3] != expected or array.shape[3] != U.shape[3]:
+                raise ValueError(
+                    f"{letter} of the modules of shape ({group.n}, {group.m}), of which the first "
+                    f"is {names[group.index[0]]!r}, has shape {array.shape}, but "
+                    f"{(*expected, 'rank')} is expected, with one rank for U and V."
+                )
+    return n_rows
