@@ -6,15 +6,18 @@ EXTRAS := lint,plot,test
 
 BIN := .venv/bin
 READY := .venv/.ready
+# Sphinx and its extensions, which tests do not need.
+DOCS_READY := .venv/.docs-ready
 # One thread: the tests' matrices are small, and threads that wait for each other take most of the time.
 # With SciPy's switch on, scikit-learn skips none of its checks.
 PYTEST := OMP_NUM_THREADS=1 SCIPY_ARRAY_API=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bundled-zoo test test-slow test-gpu bench-guard lint format clean
+.PHONY: help venv demo docs bundled-zoo test test-slow test-gpu bench-guard lint format clean
 
 help:
 	@echo "make demo       compare the five architectures on the bundled LoRAs: a table and a chart"
+	@echo "make docs       build the documentation in docs/_build/html, warnings are errors"
 	@echo "make bundled-zoo  train the bundled LoRAs anew"
 	@echo "make test       tests and docstring examples, with branch coverage"
 	@echo "make test-slow  the tests that take longer, which 'make test' leaves out"
@@ -33,7 +36,15 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/python examples/plot_compare_architectures.py
+	$(BIN)/python examples/plot_compare_architectures.py --folds 3
+
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	@touch $@
+
+# Pages and examples that have not changed are not made again; `make clean` forgets them.
+docs: $(DOCS_READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
 
 bundled-zoo: $(READY)
 	$(BIN)/python -c "from sklora.datasets._bundle import make_bundle; make_bundle()"
@@ -60,4 +71,5 @@ format: $(READY)
 	$(BIN)/ruff format
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage htmlcov build dist *.egg-info
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage htmlcov build dist *.egg-info \
+		docs/_build docs/auto_examples docs/generated

@@ -16,7 +16,7 @@ HeadKind = Literal["flatten", "mean"]
 class EquivariantLinear(nn.Module):
     r"""Equivariant linear map of the factors of many modules of one shape (eq. 4).
 
-    .. math:: (U_l, V_l) \mapsto (\Phi_l U_l, \Psi_l V_l), \qquad l = 1, \dots, M
+    .. math:: (U_l, V_l) \mapsto (\Phi_l U_l, \Psi_l V_l), \qquad l = 1, \ldots, M
 
     Proposition 1: these are all the linear maps that commute with every gauge.
     There is no bias, because a constant added to ``U`` does not turn with ``R``.
@@ -71,9 +71,9 @@ class GLNonlinearity(nn.Module):
     r"""Equivariant nonlinearity: every row is gated by an invariant scalar (eq. 6).
 
     .. math::
-        U_i \leftarrow g\bigl(\tfrac{1}{\sqrt{m}} \textstyle\sum_j (U V^\top)_{ij}\bigr)\, U_i,
+        U_i \leftarrow g\bigl(\tfrac{1}{\sqrt{m}} \sum_j (U V^\top)_{ij}\bigr)\, U_i,
         \qquad
-        V_j \leftarrow g\bigl(\tfrac{1}{\sqrt{n}} \textstyle\sum_i (U V^\top)_{ij}\bigr)\, V_j
+        V_j \leftarrow g\bigl(\tfrac{1}{\sqrt{n}} \sum_i (U V^\top)_{ij}\bigr)\, V_j
 
     Both gates read the same input pair, and the row sums are ``U (V^T 1)``: the product is never
     formed. Lemma 2: this commutes with every gauge, because ``U V^T`` does not change. The factors

@@ -25,7 +25,7 @@ class GLNet(nn.Module):
 
     .. math::
         f(U, V) = \mathrm{MLP}\bigl(\mathrm{cat}_l\, \hat U_l \hat V_l^\top\bigr), \qquad
-        (\hat U, \hat V) = E_L \circ \sigma \circ \dots \circ \sigma \circ E_1 (U, V)
+        (\hat U, \hat V) = E_L \circ \sigma \circ \ldots \circ \sigma \circ E_1 (U, V)
 
     with equivariant linear layers :math:`E` and gates :math:`\sigma` between them.
     Theorem 1: ``f(U R, V R^-T) = f(U, V)`` for all invertible ``R``, one of its own for every
