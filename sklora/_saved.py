@@ -15,11 +15,10 @@ from sklearn.pipeline import Pipeline
 import sklora
 from sklora._base import warn_of_version
 from sklora._files import replacing
+from sklora._untrusted import Refusal, parse_json, shown
 from sklora.architectures import ARCHITECTURES
 from sklora.collection import LoRALayout
 from sklora.estimators import GLNetClassifier, GLNetRegressor, MLPNetClassifier, MLPNetRegressor
-from sklora.io._build import parse_json
-from sklora.io._errors import Refusal, shown
 from sklora.io._plan import ReadOptions
 from sklora.io._read import read_options
 from sklora.io.containers._zip import ZipArchive

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from sklora._files import replacing
 from sklora._layout import LoRALayout
 from sklora._stores import ArrayStore, MemmapStore, Store, store_of_array
+from sklora._untrusted import parse_json, shown
 
 if TYPE_CHECKING:
     from sklora._loras import LoRACollection
@@ -112,7 +113,7 @@ def open_zoo(path: str | os.PathLike[str]) -> Store:
         )
     if metadata.get("version") != _VERSION:
         raise ValueError(
-            f"{path} is a zoo of format version {_shown(metadata.get('version'))}, and this sklora "
+            f"{path} is a zoo of format version {shown(metadata.get('version'))}, and this sklora "
             f"reads version {_VERSION}; upgrade sklora, or save the zoo again with this one."
         )
     try:
@@ -134,12 +135,6 @@ def _refuse(path: str, reason: Exception) -> NoReturn:
         f"{path} is damaged, or no zoo that LoRACollection.save has written: {text}. Copy or save "
         "the zoo again; to read the files of adapters, use sklora.io.read_adapters."
     ) from reason
-
-
-def _shown(value: object) -> str:
-    """Give a value from a file as it may stand in a message: escaped, and short."""
-    text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _stored_dtype(store: Store) -> np.dtype[Any]:
@@ -222,29 +217,29 @@ def _checked_ids(values: list[Any]) -> NDArray[Any] | None:
 
 
 def _layout_from_json(text: str) -> LoRALayout:
-    state = _parsed(text)
+    state = parse_json(text, "its layout", len(text), unique=True)
     if not isinstance(state, dict) or not {"modules", "side", "base_model"} <= set(state):
-        raise ValueError(f"the layout in its metadata is {_shown(text)}.")
+        raise ValueError(f"the layout in its metadata is {shown(text)}.")
     base_model = _checked_base_model(state["base_model"])
     layout = LoRALayout(state["modules"], side=state["side"], base_model=base_model)
     if not state.get("has_plain_rows"):
         return layout
     rows = LoRALayout.rows(layout.modules[0].n)
     if rows.modules != layout.modules or layout.side or base_model is not None:
-        raise ValueError(f"the layout in its metadata is {_shown(text)}, which is no plain row.")
+        raise ValueError(f"the layout in its metadata is {shown(text)}, which is no plain row.")
     return rows
 
 
 def _checked_base_model(base_model: object) -> str | None:
     if not isinstance(base_model, str | None):
-        raise ValueError(f"base_model is {_shown(base_model)}, which is no string.")
+        raise ValueError(f"base_model is {shown(base_model)}, which is no string.")
     return base_model
 
 
 def _check_tensors(tensors: Mapping[str, _Tensor], layout: LoRALayout) -> None:
     """Check dtypes and shapes; that every tensor lies in the file has been checked."""
     if set(tensors) != set(_TENSORS):
-        raise ValueError(f"it has the tensors {_shown(sorted(tensors))}, not {_TENSORS}.")
+        raise ValueError(f"it has the tensors {shown(sorted(tensors))}, not {_TENSORS}.")
     n_adapters = (*tensors["weights"].shape, 0)[0]
     expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
         "weights": (tuple(_WEIGHT_DTYPES), (n_adapters, layout.width)),
@@ -255,8 +250,8 @@ def _check_tensors(tensors: Mapping[str, _Tensor], layout: LoRALayout) -> None:
         found = tensors[name]
         if found.dtype not in dtypes or found.shape != shape:
             raise ValueError(
-                f"{name} has dtype {found.dtype} and shape {_shown(found.shape)}, but "
-                f"{' or '.join(dtypes)} and {_shown(shape)} are expected."
+                f"{name} has dtype {found.dtype} and shape {shown(found.shape)}, but "
+                f"{' or '.join(dtypes)} and {shown(shape)} are expected."
             )
 
 
@@ -273,7 +268,7 @@ def _read_header(path: str) -> tuple[Mapping[str, str], dict[str, _Tensor], int]
             pass
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = _parsed(file.read(size).decode())
+            header = parse_json(file.read(size), "its header", size, unique=True)
         metadata = header.pop("__metadata__", None) or {}
         tensors = {
             name: _Tensor(entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][0])
@@ -282,15 +277,3 @@ def _read_header(path: str) -> tuple[Mapping[str, str], dict[str, _Tensor], int]
     except (SafetensorError, ValueError, TypeError, RecursionError) as error:
         _refuse(path, error)
     return metadata, tensors, 8 + size
-
-
-def _parsed(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_without_repeats)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a name that is given twice, of which two readers may take different ones."""
-    names = dict(pairs)
-    if len(names) < len(pairs):
-        raise ValueError("a name stands twice in its header.")
-    return names

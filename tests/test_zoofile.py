@@ -337,10 +337,10 @@ class TestHostileFiles:
         ("edit", "message"),
         [
             (with_metadata(layout="{"), "Expecting property name"),
-            (with_metadata(layout="[" * 100_000), "recursion"),
+            (with_metadata(layout="[" * 100_000), "nested too deeply"),
             (with_metadata(layout="[]"), r"the layout in its metadata is '\[\]'"),
             (with_metadata(layout=""), "Expecting value"),
-            (with_metadata(layout='{"a": 1, "a": 2}'), "a name stands twice"),
+            (with_metadata(layout='{"a": 1, "a": 2}'), "names .a. twice"),
             (with_layout(base_model=3), "base_model is 3, which is no string"),
             (with_layout(modules=[]), "at least one module"),
             (with_layout(modules=3), "not iterable"),

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklora._stores import compute_dtype
-from sklora.io._errors import AdapterError, Refusal, shown
+from sklora._untrusted import Refusal, shown
+from sklora.io._errors import AdapterError
 from sklora.io._find import CONFIG, Found, check_inside, read_config
 from sklora.io._plan import AdapterPlan, ModulePlan, ReadOptions, Scale, Source
 from sklora.io._tensors import DTYPES, FLOAT_DTYPES, TensorFile

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from sklora.io._errors import Refusal, shown
+from sklora._untrusted import Refusal, shown
 from sklora.io._plan import (
     AdapterPlan,
     LeftOut,
@@ -296,35 +295,6 @@ def _is_finite(value: float) -> bool:
         return math.isfinite(value)
     except OverflowError:
         return False
-
-
-def parse_json(text: str | bytes, what: str, max_bytes: int = 2**20) -> Any:
-    """Parse JSON from a file: size and depth are bounded.
-
-    Parameters
-    ----------
-    text : str or bytes
-    what : str
-        What it is, for messages.
-    max_bytes : int
-
-    Returns
-    -------
-    object
-
-    Raises
-    ------
-    Refusal
-        When it is too large, nested too deeply, or no JSON.
-    """
-    if len(text) > max_bytes:
-        raise Refusal(f"{what} has {len(text)} characters; at most {max_bytes} are read.")
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise Refusal(f"{what} is nested too deeply.") from None
-    except ValueError as error:
-        raise Refusal(f"{what} is no JSON: {error}.") from None
 
 
 def base_model_label(value: object) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import reprlib
 from typing import Self
 
 
@@ -39,20 +38,3 @@ class AdapterError(ValueError):
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
         return type(self), (self.path, self.reason)
-
-
-class Refusal(ValueError):
-    """Why something is refused, from code that does not know the file's name.
-
-    Whoever opened the file turns it into an `AdapterError`.
-    """
-
-
-def shown(value: object, length: int = 80) -> str:
-    """Give a value from a file as it may stand in a message: escaped, and short."""
-    if isinstance(value, (str, bytes)):
-        text = ascii(value[: length + 1])
-    else:
-        # Abbreviates what is long or nested deeply before it is written out.
-        text = reprlib.repr(value).encode("ascii", "backslashreplace").decode()
-    return text if len(text) <= length else f"{text[: length - 3]}..."

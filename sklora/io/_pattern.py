@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TypeAlias
 
-from ._errors import Refusal, shown
+from sklora._untrusted import Refusal, shown
 
 MAX_LENGTH = 1000
 MAX_DEPTH = 20

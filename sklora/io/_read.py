@@ -14,9 +14,10 @@ import numpy as np
 
 from sklora._base import check_option
 from sklora._progress import track
+from sklora._untrusted import shown
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.io._adapter import OpenAdapter, opened
-from sklora.io._errors import AdapterError, shown
+from sklora.io._errors import AdapterError
 from sklora.io._find import Found, Paths, find_each
 from sklora.io._plan import ReadOptions
 from sklora.io._store import AdapterFile, AdapterStore, located

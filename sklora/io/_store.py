@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from sklora._layout import Factors, LoRALayout
 from sklora._pages import Rows
+from sklora._untrusted import Refusal
 from sklora.io._adapter import OpenAdapter, Stamp, opened
-from sklora.io._errors import Refusal
 from sklora.io._find import Found
 from sklora.io._plan import ReadOptions
 

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from sklora.io._errors import Refusal, shown
+from sklora._untrusted import Refusal, shown
 
 # More tensors than this are no adapter: the largest of the key listings has some 10,000.
 MAX_TENSORS = 200_000

@@ -13,9 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors.numpy import save
 
 from sklora._files import complete_folder, replacing
+from sklora._untrusted import shown
 from sklora.collection import LoRAAdapter, LoRACollection
 from sklora.io._adapter import OpenAdapter, opened
-from sklora.io._errors import AdapterError, shown
+from sklora.io._errors import AdapterError
 from sklora.io._find import CONFIG, find_files, read_config
 from sklora.io._plan import ModulePlan, ReadOptions
 from sklora.io._tensors import check_tensor

@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sklora._untrusted import Refusal
 from sklora.io._build import (
     MAX_EXPANSION,
     MIN_NUMBERS,
@@ -9,9 +10,7 @@ from sklora.io._build import (
     by_module,
     make_plan,
     number,
-    parse_json,
 )
-from sklora.io._errors import Refusal
 from sklora.io._plan import ReadOptions, Scale, Source
 from sklora.io._tensors import TensorInfo
 
@@ -144,17 +143,3 @@ def test_number(value):
     assert number({"x": value}, "x") == value
     with pytest.raises(Refusal, match="y is None"):
         number({"x": value}, "y")
-
-
-def test_parse_json_is_bounded():
-    assert parse_json(b'{"a": [1]}', "it") == {"a": [1]}
-    for text, message in (("[" * 10**5, "nested"), ("{", "no JSON"), (b"\xff", "no JSON")):
-        with pytest.raises(Refusal, match=message):
-            parse_json(text, "it")
-    with pytest.raises(Refusal, match="it has 11 characters; at most 10"):
-        parse_json("1" * 11, "it", 10)
-
-
-def test_parse_json_refuses_a_number_of_too_many_digits():
-    with pytest.raises(Refusal, match="no JSON"):
-        parse_json("1" * 10_000, "it")

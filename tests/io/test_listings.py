@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from sklora._untrusted import Refusal
 from sklora.collection import LoRALayout
 from sklora.io import read_adapters, scan_adapters
-from sklora.io._errors import Refusal
 from sklora.io._plan import ReadOptions, Source
 from sklora.io._tensors import TensorInfo
 from sklora.io.formats import plan_adapter

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sklora.io._errors import Refusal
+from sklora._untrusted import Refusal
 from sklora.io.lowrank import METHODS, dimension, method_of
 
 SIZES = st.integers(1, 4)

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sklora._untrusted import Refusal
 from sklora.io import _pattern
-from sklora.io._errors import Refusal
 from sklora.io._pattern import matches_module, matching_work
 
 LETTERS = "ab0._-"

@@ -6,7 +6,7 @@ import os
 import stat
 from typing import BinaryIO
 
-from sklora.io._errors import Refusal, shown
+from sklora._untrusted import Refusal, shown
 from sklora.io._tensors import TensorFile
 from sklora.io.containers._zip import ZipArchive
 from sklora.io.containers.gguf import MAGIC as GGUF_MAGIC

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sklora.io._errors import Refusal
+from sklora._untrusted import Refusal
 from sklora.io._tensors import DTYPES, TensorInfo
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sklora.io._errors import Refusal, shown
+from sklora._untrusted import Refusal, shown
 from sklora.io._tensors import MAX_BYTES, MAX_DIMENSIONS
 
 # Some 35 make a tensor, so these do for 57,000 tensors; each may make an object of 64 bytes.

@@ -10,7 +10,7 @@ import struct
 import zlib
 from typing import BinaryIO, NamedTuple
 
-from sklora.io._errors import Refusal, shown
+from sklora._untrusted import Refusal, shown
 from sklora.io._tensors import MAX_TENSORS
 
 STORED = 0

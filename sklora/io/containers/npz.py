@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sklora.io._errors import Refusal, shown
+from sklora._untrusted import Refusal, shown
 from sklora.io._tensors import DTYPES, TensorFile, TensorInfo, check_tensor
 from sklora.io.containers._arrays import as_array
 from sklora.io.containers._zip import Member, ZipArchive

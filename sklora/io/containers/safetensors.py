@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from numpy.typing import NDArray
 
-from sklora.io._errors import Refusal, shown
+from sklora._untrusted import Refusal, shown
 from sklora.io._tensors import DTYPES, MAX_BYTES, TensorFile, TensorInfo, check_count, check_tensor
 from sklora.io.containers._arrays import as_array
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sklora.io._errors import Refusal, shown
+from sklora._untrusted import Refusal, shown
 from sklora.io._tensors import (
     DTYPES,
     MAX_NAME,

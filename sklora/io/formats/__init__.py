@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sklora.io._errors import Refusal, shown
+from sklora._untrusted import Refusal, shown
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Source
 from sklora.io.formats import (
     cloneofsimo,

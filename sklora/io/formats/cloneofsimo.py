@@ -6,8 +6,8 @@ names; they are numbered in the order in which the trainer met them.
 
 from __future__ import annotations
 
+from sklora._untrusted import Refusal
 from sklora.io._build import Modules, add_role, make_plan
-from sklora.io._errors import Refusal
 from sklora.io._plan import AdapterPlan, Format, LeftOut, ReadOptions, Scale, Source
 
 _ENDINGS = (":up", ":down")

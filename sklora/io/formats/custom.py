@@ -5,8 +5,8 @@ Scale: 1, or what the user states.
 
 from __future__ import annotations
 
+from sklora._untrusted import Refusal, shown
 from sklora.io._build import Modules, add_role, left_out_of, make_plan
-from sklora.io._errors import Refusal, shown
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
 
 PLACEHOLDER = "{module}"

@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sklora._untrusted import Refusal, parse_json
 from sklora.io._build import (
     alpha_over_rank,
     by_module,
     has_suffix,
     left_out_of,
     make_plan,
-    parse_json,
 )
-from sklora.io._errors import Refusal
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
 from sklora.io.formats.peft import check_patterns, scale_of_config
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from sklora._untrusted import Refusal, shown
 from sklora.io._build import base_model_label, by_module, left_out_of, make_plan
-from sklora.io._errors import Refusal, shown
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
 
 _ALPHA = "adapter.lora.alpha"

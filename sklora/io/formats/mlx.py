@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from sklora._untrusted import Refusal, shown
 from sklora.io._build import (
     base_model_label,
     by_module,
@@ -18,7 +19,6 @@ from sklora.io._build import (
     number,
     stated_scale,
 )
-from sklora.io._errors import Refusal, shown
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
 
 _SUFFIXES = {"lora_a": "a", "lora_b": "b", "m": "magnitude"}

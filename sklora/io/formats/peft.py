@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from sklora._untrusted import Refusal, shown
 from sklora.io._build import (
     Modules,
     add_role,
@@ -23,7 +24,6 @@ from sklora.io._build import (
     number,
     stated_scale,
 )
-from sklora.io._errors import Refusal, shown
 from sklora.io._pattern import matches_module, matching_work
 from sklora.io._plan import AdapterPlan, Format, ModulePlan, ReadOptions, Scale, Source
 

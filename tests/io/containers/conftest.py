@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from sklora.io._errors import Refusal
+from sklora._untrusted import Refusal
 from sklora.io._tensors import DTYPES, TensorFile
 
 Opened = Callable[[type[TensorFile], bytes], TensorFile]

@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType as Kind
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sklora.io._errors import Refusal
+from sklora._untrusted import Refusal
 from sklora.io._tensors import DTYPES, TensorInfo
 from sklora.io.containers.gguf import GGUFFile
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sklora.io._errors import Refusal
+from sklora._untrusted import Refusal
 from sklora.io._tensors import TensorInfo
 from sklora.io.containers import _zip
 from sklora.io.containers.npz import NpzFile

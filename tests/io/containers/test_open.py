@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
+from sklora._untrusted import Refusal
 from sklora.io import containers
-from sklora.io._errors import Refusal
 from sklora.io.containers import HEAD_BYTES, open_tensor_file, sniff
 
 ARRAY = np.arange(6, dtype=np.float32).reshape(2, 3)

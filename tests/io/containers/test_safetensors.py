@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
+from sklora._untrusted import Refusal
 from sklora.io import _tensors
-from sklora.io._errors import Refusal
 from sklora.io._tensors import DTYPES, TensorInfo
 from sklora.io.containers.safetensors import SafetensorsFile
 

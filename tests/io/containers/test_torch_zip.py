@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sklora.io._errors import Refusal
+from sklora._untrusted import Refusal
 from sklora.io._tensors import TensorInfo
 from sklora.io.containers import _pickle
 from sklora.io.containers._pickle import Storage, Tensor, interpret
