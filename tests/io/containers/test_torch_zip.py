@@ -180,7 +180,7 @@ PROGRAMS = {
     "tuple": (b"\x80\x02).", "holds one tuple"),
     "system": (pickle.dumps(Runs("x"), 2), "which tensors do not need and which may run code"),
     "system 0": (b"cos\nsystem\n(S'id'\ntR.", "names 'os system'"),
-    "system 4": (pickle.dumps(Runs("x"), 4), "names 'io open'"),
+    "system 4": (pickle.dumps(Runs("x"), 4), "names '_?io open'"),
     "builtins": (b"\x80\x02cbuiltins\neval\n.", "names 'builtins eval'"),
     "dotted": (b"\x80\x04\x8c\x05torch\x8c\x10_utils.os.system\x93.", "names 'torch _utils.os"),
     "backslash": (b"\x80\x02cos\\ x\nsystem\n.", "may run code"),
