@@ -20,7 +20,7 @@ from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, GroupKFold
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 
 import sklora
 from sklora import (
@@ -363,10 +363,22 @@ class TestModelCard:
         fit_time = results["mean_fit_time"][names.index("svd")]
         assert scores["seconds for one fit"][place] == f"{fit_time:.2f}"
 
-    def test_code_of_the_card_runs(self, tmp_path, monkeypatch):
-        zoo = make_zoo(np.full((30, len(SHAPES)), 2))
-        model = make_architecture("svd", device="cpu").set_params(model__max_epochs=1)
-        search = GridSearchCV(model, {}, cv=2).fit(zoo, targets("binary", 30))
+    @pytest.mark.parametrize(
+        "model",
+        [
+            make_architecture("svd", device="cpu").set_params(model__max_epochs=1),
+            make_architecture("mlp", device="cpu").set_params(model__max_epochs=1),
+            GLNetClassifier(max_epochs=1, device="cpu"),
+            Pipeline([("features", architecture_grid()[-1]["features"][0]), ("m", Ridge())]),
+        ],
+        ids=["svd", "mlp", "no pipeline", "nested"],
+    )
+    def test_code_of_the_card_runs(self, model, tmp_path, monkeypatch):
+        ranks = np.full((30, len(SHAPES)), 2)
+        ranks[:2, 3:] = 0  # as many an upload
+        zoo = make_zoo(ranks)
+        y = np.arange(30) % 2
+        search = GridSearchCV(model, {}, cv=2).fit(zoo, y)
         text = model_card(search, tmp_path / "scores.png").render()
         for name, adapter in zip("ab", zoo, strict=False):
             write_adapter(tmp_path / "adapters" / name, adapter, base_model="tiny")
@@ -380,7 +392,23 @@ class TestModelCard:
         namespace = {"search": search, "skops": skops}
         exec(store, namespace)
         exec(code, namespace)
-        np.testing.assert_array_equal(namespace["y"], search.predict(zoo[:2]))
+        np.testing.assert_allclose(namespace["y"], search.predict(zoo[:2]), rtol=1e-5)
+
+    def test_labels_are_no_classes(self, zoo, tmp_path):
+        model = GLNetClassifier(max_epochs=1, device="cpu")
+        search = GridSearchCV(model, {}, cv=2).fit(zoo, targets("multilabel", 30))
+        text = model_card(search, tmp_path / "scores.png").render()
+        assert "A multilabel classification model" in text
+        assert "Classes" not in text
+
+    def test_one_fold(self, zoo, tmp_path):
+        model = GLNetClassifier(max_epochs=1, device="cpu")
+        split = [(np.arange(20), np.arange(20, 30))]
+        search = GridSearchCV(model, {}, cv=split).fit(zoo, targets("binary", 30))
+        card = model_card(search, tmp_path / "scores.png")
+        scores = card.select("Model description/Evaluation Results/Scores").table
+        assert scores["standard deviation over folds"] == ["one fold"]
+        assert "folds, of given splits." in card.render()
 
     def test_search_over_one_pipeline(self, zoo, tmp_path):
         model = make_architecture("gl-net", "regression", device="cpu", random_state=0)

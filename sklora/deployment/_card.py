@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sklearn.base import is_regressor
+from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
 import sklora
@@ -36,10 +37,11 @@ import sklora
 from sklora.io import read_adapters
 
 model = skops.io.load("model.skops", trusted=sklora.TRUSTED_TYPES)
-model.predict(read_adapters("adapters/"))
+model.predict(read_adapters("adapters/", layout={layout}))
 ```
 
-It takes adapters of the modules below, of the same shapes, and refuses others."""
+It takes adapters of the modules below, of the same shapes, and refuses others. A module that an
+adapter lacks counts as no update."""
 
 
 def model_card(
@@ -99,18 +101,21 @@ def model_card(
 
     check_is_fitted(search, "best_estimator_")
     model = search.best_estimator_
-    layout = _layout_of(model)
+    layout, where = _layout_of(model)
     figure, axes = _new_figure()
     display = ArchitectureComparisonDisplay.from_estimator(search, ax=axes)
+    figure.set_size_inches(6.5, display._height())
     figure.savefig(chart, dpi=150)
 
+    cv = f"`cv={search.cv!r}`"
+    folds = f"{search.n_splits_} folds, {cv if len(cv) < 100 else 'of given splits'}."
     card = Card(model, model_diagram=False)
     card.delete("Model description/Training Procedure/Model Plot")
     description = {
         "Model description": _description(search, layout, targets),
         "Model description/Intended uses & limitations": _LIMITS,
-        "Model description/Training Procedure": f"{search.n_splits_} folds, `cv={search.cv!r}`.",
-        "How to Get Started with the Model": _START,
+        "Model description/Training Procedure": folds,
+        "How to Get Started with the Model": _START.format(layout=where),
     }
     card.add(**description)
     results = "Model description/Evaluation Results"
@@ -125,15 +130,15 @@ def model_card(
     return card
 
 
-def _layout_of(model: Any) -> LoRALayout:
-    """Find the layout that a model, or the first part of a pipeline that has one, was fitted on."""
-    pending = [model]
+def _layout_of(model: Any) -> tuple[LoRALayout, str]:
+    """Find what a model, or the first part of a pipeline that knows, was fitted on, and where."""
+    pending = [(model, "model")]
     while pending:
-        part = pending.pop(0)
+        part, where = pending.pop(0)
         if hasattr(part, "layout_"):
-            layout: LoRALayout = part.layout_
-            return layout
-        pending = [step for _, step in getattr(part, "steps", ())] + pending
+            return part.layout_, f"{where}.layout_"
+        steps = getattr(part, "steps", ())
+        pending = [(step, f'{where}["{name}"]') for name, step in steps] + pending
     raise ValueError(
         f"no part of {type(model).__name__} was fitted on adapters; search over pipelines with an "
         "estimator of sklora."
@@ -147,19 +152,25 @@ def _new_figure() -> tuple[Any, Any]:
     check_matplotlib("model_card")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    figure = Figure(layout="constrained")
     return figure, figure.subplots()
 
 
 def _description(search: Any, layout: LoRALayout, targets: Sequence[str] | None) -> str:
     task = "regression" if is_regressor(search) else "classification"
+    model = search.best_estimator_
+    model = model[-1] if isinstance(model, Pipeline) else model
+    # Of labels, `classes_` holds the places.
+    is_multilabel = getattr(model, "multilabel_", False) or (targets and len(targets) > 1)
+    if is_multilabel and task == "classification":
+        task = "multilabel classification"
     text = f"A {task} model for LoRA adapters"
     if targets is not None:
         text += f", which predicts {', '.join(map(repr, targets))}"
     if layout.base_model is not None:
         text += f". The adapters are of the base model {layout.base_model!r}"
     classes = getattr(search, "classes_", None)
-    if isinstance(classes, np.ndarray):
+    if isinstance(classes, np.ndarray) and not is_multilabel:
         text += f". Classes: {', '.join(map(repr, classes.tolist()))}"
     return text + "."
 
@@ -171,7 +182,8 @@ def _scores(display: Any) -> dict[str, list[Any]]:
         "architecture": best_first,
         "mean": [f"{np.mean(scores[name]):.3f}" for name in best_first],
         "standard deviation over folds": [
-            f"{np.std(scores[name], ddof=1):.3f}" for name in best_first
+            f"{np.std(scores[name], ddof=1):.3f}" if len(scores[name]) > 1 else "one fold"
+            for name in best_first
         ],
         "seconds for one fit": [f"{times[name]:.2f}" for name in best_first],
     }

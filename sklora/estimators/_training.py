@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -339,9 +341,24 @@ def training_batch_size(n_rows: int, batch_size: int) -> int:
     return min(batch_size, math.ceil(n_rows / 4))
 
 
+_generators = threading.RLock()  # a callback may train another estimator
+
+
+def _free_generators() -> None:
+    # The thread that held the lock is not in a forked child.
+    global _generators
+    _generators = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # there is no fork on Windows
+    os.register_at_fork(after_in_child=_free_generators)
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch inside the block, and leave its generators outside as they were.
+
+    Torch's generators are those of the process, so that other threads wait before such a block.
 
     Parameters
     ----------
@@ -349,7 +366,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     device : torch.device
         Its generator is seeded besides the CPU's.
     """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with _generators, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
             with torch.cuda.device(device):

@@ -186,7 +186,7 @@ class ArchitectureComparisonDisplay:
         errorbar_kw: dict[str, Any] | None = None,
         fold_kw: dict[str, Any] | None = None,
     ) -> Self:
-        """Plot the best candidate of every architecture in a fitted search.
+        """Plot the best candidate of every architecture in a fitted search, or what `refit` chose.
 
         Parameters
         ----------
@@ -310,6 +310,7 @@ class ArchitectureComparisonDisplay:
         self.errorbars_.append(axes.errorbar(means, rows, xerr=spreads, **{**style, **errorbar_kw}))
         plain_labels(axes.yaxis, rows, scores)
         axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.locator_params(axis="x", nbins=4)  # numbers may be long
         axes.grid(axis="y", color="0.9")
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)
@@ -400,6 +401,11 @@ def _best_candidates(search: Any, metric: str) -> dict[str, int]:
             best[name] = candidate
     if not best:
         raise ValueError("no candidate of the search has a score: all of them failed.")
+    # With a callable refit it need not be the best.
+    chosen = getattr(search, "best_index_", None)
+    if chosen is not None and np.isfinite(means[chosen]):
+        params = search.cv_results_["params"][chosen]
+        best[architecture_name(search.estimator, params)] = int(chosen)
     return best
 
 

@@ -91,15 +91,16 @@ class ModuleImportanceDisplay:
         ValueError
             When there are not as many names as importances.
         """
-        if len(self.importances) != len(self.names):
+        importances = np.asarray(self.importances)
+        if len(importances) != len(self.names):
             raise ValueError(
-                f"importances of shape {np.shape(self.importances)} need {len(self.importances)} "
+                f"importances of shape {importances.shape} need {len(importances)} "
                 f"names, got {len(self.names)}."
             )
         n_groups = len(self.names)
-        self.ax_ = axes_of(self, ax, (6.5, min(8.0, 1.2 + 0.25 * n_groups)))
+        self.ax_ = axes_of(self, ax, (6.5, min(8.0, max(2.0, 1.2 + 0.25 * n_groups))))
         self.figure_ = self.ax_.figure
-        means, spreads = self.importances.mean(axis=1), self.importances.std(axis=1)
+        means, spreads = importances.mean(axis=1), importances.std(axis=1)
         style = {"color": SKY, "ecolor": "0.3", "error_kw": {"elinewidth": 0.8}}
         self.bars_ = self.ax_.barh(
             np.arange(n_groups), means, xerr=spreads, **{**style, **(bar_kw or {})}

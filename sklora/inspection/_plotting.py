@@ -72,7 +72,7 @@ def whole_numbers(axis: Axis) -> None:
     """Put ticks at integers alone."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def short_names(names: Sequence[str]) -> tuple[str, list[str]]:
@@ -100,10 +100,11 @@ def short_names(names: Sequence[str]) -> tuple[str, list[str]]:
     while common < least and len({part[common] for part in parts}) == 1:
         common += 1
     prefix = "".join(f"{part}." for part in parts[0][:common])
-    return prefix, [_shortened(".".join(part[common:])) for part in parts]
+    return prefix, [shortened(".".join(part[common:])) for part in parts]
 
 
-def _shortened(name: str) -> str:
+def shortened(name: str) -> str:
+    """Leave out the middle of a long name."""
     if len(name) <= _LONGEST_LABEL:
         return name
     half = (_LONGEST_LABEL - 1) // 2
@@ -112,5 +113,5 @@ def _shortened(name: str) -> str:
 
 def room_for_labels(axes: Axes, size: float) -> int:
     """How many lines of text of `size` points fit beside axes."""
-    height = axes.get_position().height * axes.figure.get_figheight()  # type: ignore[union-attr]
-    return max(2, int(height * 72 / (1.25 * size)))
+    inches = axes.get_window_extent().height / axes.figure.dpi
+    return max(2, int(inches * 72 / (1.25 * size)))

@@ -269,22 +269,23 @@ class SpectrumDisplay:
         colors = ListedColormap(colormaps[COLORMAP](np.linspace(0, 0.85, 256)))
         depth = ScalarMappable(Normalize(0, max(1, n_modules - 1)), colors)
         self.lines_ = []
-        for module, values in enumerate(_quantiles(positive, 0.5)):
-            [line] = axes.plot(
-                places, values, color=depth.to_rgba(np.array(module)), linewidth=1, alpha=0.7
-            )
-            self.lines_.append(line)
+        medians = _quantiles(positive, 0.5)
+        for module, values in enumerate(medians):
+            style: Any = {"color": depth.to_rgba(np.array(module)), "linewidth": 1, "alpha": 0.7}
+            if np.isfinite(values).sum() == 1:
+                style["marker"] = "_"  # one value makes no line
+            self.lines_ += axes.plot(places, values, **style)
         everything = positive.reshape(-1, n_values)
         low, high = _quantiles(everything, list(quantiles))
         self.band_ = axes.fill_between(places, low, high, color="0.5", alpha=0.25, linewidth=0)
         self.band_.set_label(f"quantiles {quantiles[0]:g} to {quantiles[1]:g} of all")
-        style: Any = {"color": BLACK, "linewidth": 2.5, "label": "median of all"}
+        style = {"color": BLACK, "linewidth": 2.5, "label": "median of all"}
         self.lines_ += axes.plot(places, _quantiles(everything, 0.5), "o-", **style)
         axes.set_yscale("log")
         _plain_numbers(axes.yaxis)
-        largest = np.nanmax(everything)
-        if np.nanmin(everything) < _RANGE * largest:
-            axes.set_ylim(bottom=_RANGE * largest)
+        floor = _RANGE * np.nanmax(everything)
+        if min(np.nanmin(medians), np.nanmin(low)) < floor:
+            axes.set_ylim(bottom=floor)
         whole_numbers(axes.xaxis)
         axes.set_xlabel("number of the singular value")
         axes.set_ylabel("singular value" + self._of_zoo())

@@ -89,9 +89,10 @@ class TrainingCurveDisplay:
         epochs = np.arange(1, len(train) + 1)
         self.best_epoch_, self.best_, kw = None, None, line_kw or {}
         style = {"color": BLUE, "linestyle": "--", "label": "training"}
+        style["marker"] = "o" if len(train) == 1 else ""  # one point makes no line
         self.lines_ = self.ax_.plot(epochs, train, **{**style, **kw})
-        if self.valid_losses is not None:
-            valid = np.asarray(self.valid_losses, dtype=float)
+        valid = np.asarray([] if self.valid_losses is None else self.valid_losses, dtype=float)
+        if not np.isnan(valid).all():
             style = {"color": VERMILLION, "linestyle": "-", "label": "validation"}
             self.lines_ += self.ax_.plot(epochs, valid, **{**style, **kw})
             self._mark_best(valid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -11,7 +12,15 @@ from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import check_is_fitted
 
 from sklora.collection import LoRACollection
-from sklora.inspection._plotting import BLUE, COLORMAP, MARKERS, PALETTE, axes_of, check_matplotlib
+from sklora.inspection._plotting import (
+    BLUE,
+    COLORMAP,
+    MARKERS,
+    PALETTE,
+    axes_of,
+    check_matplotlib,
+    shortened,
+)
 from sklora.transform import pairwise_update_kernel
 
 if TYPE_CHECKING:
@@ -100,7 +109,7 @@ class ZooMapDisplay:
         Raises
         ------
         ValueError
-            When points are not in the plane, or there are not as many labels.
+            When points are not in the plane, or labels are not one for each.
         """
         if np.ndim(self.points) != 2 or np.shape(self.points)[1] != 2:
             raise ValueError(f"points of shape {np.shape(self.points)} are not of (n_adapters, 2).")
@@ -113,7 +122,7 @@ class ZooMapDisplay:
         if self.labels is None:
             self.scatters_ = [self.ax_.scatter(*self.points.T, **{"color": BLUE, **style})]
         else:
-            labels = np.asarray(self.labels)
+            labels = _one_each(self.labels)
             plot = self._plot_numbers if _is_numeric(labels) else self._plot_categories
             plot(labels, style)
         for axis, number in ((self.ax_.xaxis, 0), (self.ax_.yaxis, 1)):
@@ -237,19 +246,33 @@ class ZooMapDisplay:
 
     def _plot_categories(self, labels: NDArray[Any], style: dict[str, Any]) -> None:
         texts = _categories(labels)
-        names = sorted(set(texts) - {_OTHERS}) + [_OTHERS] * (_OTHERS in texts)
+        order: Any = int if labels.dtype.kind in "iu" else str
+        names = sorted(set(texts) - {_OTHERS}, key=order) + [_OTHERS] * (_OTHERS in texts)
         self.scatters_ = []
         for name, color, marker in zip(names, PALETTE, MARKERS, strict=False):
             chosen = texts == name
             kw = {"color": color, "marker": marker, **style}
             self.scatters_.append(self.ax_.scatter(*self.points[chosen].T, **kw))
-        shown = [f"{name} ({(texts == name).sum()})" for name in names]
+        shown = [f"{shortened(name)} ({(texts == name).sum()})" for name in names]
         # Beside the points, which leave no corner free.
         self.legend_ = self.ax_.legend(
             self.scatters_, shown, title=self.label_name, loc="upper left", bbox_to_anchor=(1, 1)
         )
         for text in (*self.legend_.get_texts(), self.legend_.get_title()):
             text.set_parse_math(False)
+
+
+def _one_each(labels: ArrayLike) -> NDArray[Any]:
+    """Labels as an array; numbers are numbers even if some are None."""
+    labels = np.asarray(labels)
+    if labels.ndim != 1:
+        raise ValueError(f"labels of shape {labels.shape} are not one for each adapter.")
+    if labels.dtype == object:
+        known = [label for label in labels if label is not None]
+        are_numbers = all(isinstance(n, Real) and not isinstance(n, bool) for n in known)
+        if known and are_numbers and _is_numeric(np.array(known)):
+            return labels.astype(float)
+    return labels
 
 
 def _is_numeric(labels: NDArray[Any]) -> bool:
@@ -274,7 +297,7 @@ def _principal_components(
     """Give the first two kernel principal components, and their shares of the variance."""
     from sklearn.decomposition import KernelPCA
 
-    pca = KernelPCA(2, kernel="precomputed", random_state=0)
+    pca = KernelPCA(2, kernel="precomputed", random_state=0).set_output(transform="default")
     points = pca.fit_transform(kernel)
     total = np.trace(kernel) - kernel.sum() / len(kernel)
     return points, pca.eigenvalues_ / total if total > 0 else np.zeros(2)

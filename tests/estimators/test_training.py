@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
+
 import numpy as np
 import pytest
 import torch
@@ -195,6 +200,52 @@ class TestSeeded:
         with seeded(3, CPU):
             torch.randn(7)
         torch.testing.assert_close(torch.randn(4), expected)
+
+    def test_threads_take_turns(self):
+        inside, leave = threading.Event(), threading.Event()
+
+        def draw(until):
+            with seeded(3, CPU):
+                first = torch.randn(4)
+                inside.set()
+                assert until is None or until.wait(60)
+                return torch.cat([first, torch.randn(4)])
+
+        alone = draw(None)
+        inside.clear()
+        with ThreadPoolExecutor(2) as pool:
+            one = pool.submit(draw, leave)
+            assert inside.wait(60)
+            other = pool.submit(draw, None)
+            assert not wait([other], timeout=0.2).done
+            leave.set()
+            torch.testing.assert_close(one.result(), alone)
+            torch.testing.assert_close(other.result(), alone)
+
+    def test_one_inside_the_other(self):
+        with seeded(3, CPU), seeded(4, CPU):
+            torch.randn(4)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+    def test_a_fork_does_not_wait_for_a_thread_of_its_parent(self):
+        inside, leave = threading.Event(), threading.Event()
+
+        def hold():
+            with seeded(3, CPU):
+                inside.set()
+                leave.wait(60)
+
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(hold)
+            assert inside.wait(60)
+            pid = os.fork()
+            if not pid:
+                signal.alarm(60)  # a child that waits forever is killed
+                with seeded(3, CPU):
+                    os._exit(0)
+            leave.set()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 class TestWeightedMoments:

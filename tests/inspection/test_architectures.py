@@ -102,6 +102,24 @@ class TestFromEstimator:
         with pytest.raises(ValueError, match="no candidate"):
             ArchitectureComparisonDisplay.from_estimator(search)
 
+    def test_what_refit_chose_stands_for_its_architecture(self, zoo):
+        model = make_pipeline(SVDSpectrum(), Ridge())
+        grid = {"ridge__alpha": [1e-9, 1.0, 1e9]}
+        means = GridSearchCV(model, grid, cv=2).fit(*zoo).cv_results_["mean_test_score"]
+        worst = int(np.argmin(means))
+        search = GridSearchCV(model, grid, cv=2, refit=lambda results: worst).fit(*zoo)
+        display = ArchitectureComparisonDisplay.from_estimator(search)
+        [scores] = display.scores["regression"].values()
+        assert scores.mean() == pytest.approx(means[worst])
+
+    def test_long_numbers_do_not_overlap(self, overlapping):
+        name = "SVDSpectrum + LogisticRegression"
+        scores = {name: np.array([-0.63619, -0.63684, -0.6376, -0.63653, -0.6354])}
+        display = ArchitectureComparisonDisplay(
+            scores={"loss": scores}, fit_times={"loss": {name: 1}}
+        )
+        assert overlapping(display.plot().figure_) == []
+
     def test_refused(self, zoo):
         search = GridSearchCV(
             DummyRegressor(), {}, scoring=["r2", "neg_max_error"], refit=False, cv=2

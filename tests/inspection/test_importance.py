@@ -53,6 +53,11 @@ def test_every_label_is_at_its_bar(rng):
     assert labels(display) == [f"part_{place}" for place in display.ax_.get_yticks()]
 
 
+def test_lists():
+    display = ModuleImportanceDisplay(importances=[[1.0, 3.0]], names=["a"]).plot()
+    assert display.bars_[0].get_width() == 2
+
+
 def test_refused():
     with pytest.raises(ValueError, match="need 2 names, got 1"):
         ModuleImportanceDisplay(importances=np.ones((2, 3)), names=["a"]).plot()

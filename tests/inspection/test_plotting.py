@@ -94,6 +94,12 @@ class TestEveryDisplay:
         assert plt.get_fignums() == [figure.number]
         assert not other.has_data()
 
+    def test_subfigure(self, display):
+        part, _ = plt.figure(layout="constrained").subfigures(1, 2)
+        display.plot(part.subplots())
+        assert display.figure_ is part
+        part.figure.draw_without_rendering()
+
     def test_without_pyplot(self, display, monkeypatch):
         from matplotlib.figure import Figure
 

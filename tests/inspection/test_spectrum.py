@@ -125,6 +125,20 @@ class TestPlot:
         low = display.ax_.get_ylim()[0] if kind == "decay" else display.image_.norm.vmin
         assert low == pytest.approx(1e-4)
 
+    def test_modules_of_one_value_are_seen(self):
+        values = np.array([[[3.0, np.nan], [3.0, 1.0]]])
+        lone, line, _ = (
+            SpectrumDisplay(values=values, module_names=["a", "b"]).plot(kind="decay").lines_
+        )
+        assert lone.get_marker() == "_"
+        assert line.get_marker() == "None"
+
+    def test_what_is_not_drawn_does_not_stretch_the_scale(self):
+        values = np.ones((21, 1, 2))
+        values[0] = 1e-9  # below all quantiles
+        display = SpectrumDisplay(values=values, module_names=["a"]).plot(kind="decay")
+        assert display.ax_.get_ylim()[0] > 0.01
+
     @pytest.mark.parametrize("n_modules", [1, 5, 40, 700])
     def test_labels_do_not_overlap(self, n_modules, rng, overlapping):
         names = [f"model.layers.{n // 7}.mlp.part_{n % 7}" for n in range(n_modules)]

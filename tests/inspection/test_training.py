@@ -67,3 +67,11 @@ def test_one_epoch():
     display = TrainingCurveDisplay(train_losses=[1.0]).plot()
     display.figure_.draw_without_rendering()
     assert display.best_epoch_ is None
+    assert display.lines_[0].get_marker() == "o"  # else there is nothing to see
+    assert [tick for tick in display.ax_.get_xticks() if tick % 1] == []
+
+
+def test_unknown_validation_losses_are_none():
+    display = TrainingCurveDisplay(train_losses=[2, 1], valid_losses=[np.nan, np.nan]).plot()
+    assert len(display.lines_) == 1
+    assert display.best_epoch_ is None

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from scipy.spatial.distance import pdist
+from sklearn import config_context
 from sklearn.decomposition import PCA, KernelPCA
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import Ridge
@@ -52,6 +53,12 @@ class TestFromLoras:
         centres = np.array([display.points[families == n].mean(axis=0) for n in range(3)])
         within = np.linalg.norm(display.points - centres[families], axis=1).max()
         assert within < pdist(centres).min() / 5
+
+    def test_output_of_transformers_may_be_frames(self, rng, random_loras):
+        X = random_loras(rng, 5)
+        with config_context(transform_output="pandas"):
+            display = ZooMapDisplay.from_loras(X, list("aabbb"))
+        np.testing.assert_array_equal(display.points, ZooMapDisplay.from_loras(X).points)
 
     def test_one_direction(self):
         X = LoRACollection.from_factors(
@@ -137,6 +144,31 @@ class TestLabels:
         ]
         assert len(display.scatters_) == len(MARKERS)
 
+    @pytest.mark.parametrize("labels", [[1.5, None, 2.0], np.array([1.5, 2.0, None], object)])
+    def test_unknown_numbers_may_be_none(self, labels):
+        display = ZooMapDisplay(points=points(3), labels=labels).plot()
+        np.testing.assert_array_equal(display.scatters_[0].get_array(), [1.5, 2])
+        assert len(display.scatters_[1].get_offsets()) == 1
+
+    @pytest.mark.parametrize(
+        ("labels", "expected"),
+        [
+            ([1, None, 0], ["0 (1)", "1 (1)", "None (1)"]),
+            (["a", None, 1.5], ["1.5 (1)", "None (1)", "a (1)"]),
+            ([True, None, False], ["False (1)", "None (1)", "True (1)"]),
+            ([16, 4, 8], ["4 (1)", "8 (1)", "16 (1)"]),
+        ],
+    )
+    def test_categories_in_order(self, labels, expected):
+        assert legend(ZooMapDisplay(points=points(3), labels=labels).plot()) == expected
+
+    def test_long_names_leave_room_for_the_map(self):
+        labels = ["begin" + 90 * "x" + end for end in "abc"]
+        display = ZooMapDisplay(points=points(3), labels=labels).plot()
+        display.figure_.draw_without_rendering()
+        assert display.ax_.get_position().width > 0.3
+        assert [text[-5:] for text in legend(display)] == ["a (1)", "b (1)", "c (1)"]
+
     def test_none(self):
         display = ZooMapDisplay(points=points(4)).plot(scatter_kw={"s": 3})
         assert display.scatters_[0].get_sizes() == [3]
@@ -147,3 +179,5 @@ class TestLabels:
             ZooMapDisplay(points=np.eye(3)).plot()
         with pytest.raises(ValueError, match="inconsistent"):
             ZooMapDisplay(points=np.eye(2), labels=[1]).plot()
+        with pytest.raises(ValueError, match=r"labels of shape \(2, 2\) are not one for each"):
+            ZooMapDisplay(points=np.eye(2), labels=np.eye(2)).plot()
