@@ -7,10 +7,9 @@ at first? A model that reads weights scores each file in milliseconds, without t
 page goes from files to a CSV in which every file has a line: a predicted loss, or the reason why
 there is none.
 
-``python examples/plot_triage_folder.py FOLDER`` triages a folder of yours instead of the one made
-here. The model is for adapters of the denoiser of the bundled zoo and refuses others. For yours,
-train it on adapters of your base model whose quality you know; the commands ``sklora fit`` and
-``sklora predict`` do that too.
+The model here is for adapters of the denoiser of the bundled zoo, and refuses others. For a folder
+of yours, train one on adapters of your base model whose quality you know: the commands ``sklora
+fit`` and ``sklora predict`` go the same way.
 """
 
 # %%
@@ -21,7 +20,6 @@ train it on adapters of your base model whose quality you know; the commands ``s
 # images that no adapter was trained on. Two more files arrive: one whose download broke off, and
 # one for another base model.
 
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -51,7 +49,6 @@ whole = (arrived / f"digits-{new[0]:04d}" / "adapter_model.safetensors").read_by
 (arrived / "broken-off" / "adapter_model.safetensors").write_bytes(whole[:10_000])
 
 loss = {f"digits-{row:04d}": zoo.loss[row] for row in range(len(zoo.data))}
-folder = Path(sys.argv[1]) if len(sys.argv) > 1 else arrived
 
 # %%
 # A model for files
@@ -73,7 +70,9 @@ model.fit(X, y)
 # ``scan_adapters`` looks at headers alone and never raises for a bad file. The reports make a
 # table.
 
-reports = pd.DataFrame([vars(report) | {"ranks": report.ranks} for report in scan_adapters(folder)])
+reports = pd.DataFrame(
+    [vars(report) | {"ranks": report.ranks} for report in scan_adapters(arrived)]
+)
 overview = reports.groupby(["format", "base_model", "ranks"], dropna=False).size()
 print(overview.to_string())
 
@@ -84,10 +83,10 @@ print(overview.to_string())
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always", SkippedAdapterWarning)
-    incoming = read_adapters(folder, layout=X.layout, on_error="skip")
+    incoming = read_adapters(arrived, layout=X.layout, on_error="skip")
 skipped = {error.path: error.reason for warning in caught for error in warning.message.errors}
 for path, reason in skipped.items():
-    print(f"{Path(path).relative_to(folder)}: {reason}\n")
+    print(f"{Path(path).relative_to(arrived)}: {reason}\n")
 
 # %%
 # Scores, and a CSV
@@ -100,7 +99,7 @@ table = pd.concat(
         pd.DataFrame({"path": skipped.keys(), "error": skipped.values()}),
     ]
 ).sort_values("predicted_loss", ascending=False)
-table["path"] = [Path(path).relative_to(folder).as_posix() for path in table["path"]]
+table["path"] = [Path(path).relative_to(arrived).as_posix() for path in table["path"]]
 csv = Path(temporary.name) / "triage.csv"
 table.to_csv(csv, index=False, float_format="%.4f")
 print(*csv.read_text().splitlines()[:6], "...", sep="\n")

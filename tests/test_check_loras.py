@@ -174,6 +174,16 @@ class TestRefused:
         with pytest.raises(ValueError, match="but plain rows of 14 features is expected"):
             Estimator().fit(ROWS).check(LORAS)
 
+    def test_columns_in_another_order(self):
+        names = LAYOUT.feature_names()
+        frame = pd.DataFrame(ROWS, columns=names)
+        for moved in (frame[names[::-1]], frame[[*names[1:], names[0]]]):
+            with pytest.raises(ValueError, match="columns of the layout in another order"):
+                Estimator(LAYOUT).fit(moved)
+        # Other names say nothing of the order.
+        named = frame.rename(columns={names[0]: "first"})
+        assert Estimator(LAYOUT).fit(named).feature_names_in_[0] == "first"
+
     def test_arrays_of_another_width(self):
         message = r"X has 13 columns, but the 2 modules of the layout, .*name='q'.*, take 14"
         with pytest.raises(ValueError, match=message):

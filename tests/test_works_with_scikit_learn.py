@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import polars as pl
 import pytest
 import sklearn
 from sklearn.calibration import CalibratedClassifierCV
@@ -196,6 +197,58 @@ def test_cross_validate_returns_all(model, X, y):
         result["estimator"], result["indices"]["test"], result["test_score"], strict=True
     ):
         assert estimator.score(X[test], y[test]) == score
+
+
+@pytest.mark.parametrize(
+    ("make", "metrics"),
+    [
+        (lambda y: y, ["accuracy", "roc_auc", "f1", "neg_log_loss", "neg_brier_score"]),
+        (lambda y: np.arange(48) % 3, ["roc_auc_ovr", "neg_log_loss", "f1_macro"]),
+        (lambda y: np.column_stack([y, 1 - y]), ["accuracy", "f1_micro", "roc_auc"]),
+    ],
+    ids=["binary", "multiclass", "multilabel"],
+)
+def test_many_metrics_at_once(make, metrics, X, y):
+    result = cross_validate(svd(), X, make(y), cv=2, scoring=metrics, error_score="raise")
+    for metric in metrics:
+        assert np.isfinite(result[f"test_{metric}"]).all()
+
+
+@pytest.mark.parametrize(
+    "dress",
+    [
+        list,
+        pd.Series,
+        pl.Series,
+        lambda y: pd.Series(y, dtype="Int64"),
+        lambda y: pd.Series(y == 1, dtype="boolean"),
+        lambda y: pd.Series(np.array(["a", "b"])[y], dtype="string"),
+        lambda y: pd.Series(np.array(["a", "b"])[y], dtype="category"),
+        lambda y: y.astype(np.float32),
+    ],
+    ids=["list", "pandas", "polars", "Int64", "boolean", "string", "category", "float32"],
+)
+def test_classes_come_as_anything(dress, X, y):
+    model, expected = gl_net().fit(X, dress(y)), gl_net().fit(X, y)
+    np.testing.assert_array_equal(model.predict_proba(X), expected.predict_proba(X))
+    np.testing.assert_array_equal(model.predict(X) == model.classes_[1], expected.predict(X))
+
+
+@pytest.mark.parametrize("dtype", ["Float64", "float32", "Int64"])
+def test_numbers_come_as_pandas_has_them(dtype, X):
+    y = pd.Series(np.arange(48), dtype=dtype)
+    net = GLNetRegressor(**QUICK)
+    predicted = net.fit(X, y).predict(X)
+    np.testing.assert_array_equal(predicted, net.fit(X, np.arange(48.0)).predict(X))
+
+
+@pytest.mark.parametrize("frame", ["pandas", "polars"])
+@pytest.mark.parametrize("features", [OAlign(random_state=0), SVDSpectrum()], ids=repr)
+def test_data_frames_for_all_leave_models_as_they_are(features, frame, X, y):
+    model = make_pipeline(features, MLPNetClassifier(**QUICK))
+    expected = model.fit(X, y).predict_proba(X)
+    with sklearn.config_context(transform_output=frame):
+        np.testing.assert_array_equal(model.fit(X, y).predict_proba(X), expected)
 
 
 def test_halving_search(X, y):

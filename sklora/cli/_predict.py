@@ -148,7 +148,8 @@ def _predict_one(model: Pipeline, adapter: LoRACollection) -> Prediction:
 
 
 def _failed(path: str, error: Exception) -> Prediction:
-    reason = error.reason if isinstance(error, AdapterError) else str(error)
+    # Below its first line, scikit-learn advises those who write the code.
+    reason = error.reason if isinstance(error, AdapterError) else str(error).partition("\n")[0]
     return Prediction(path, with_options(reason))
 
 

@@ -361,4 +361,12 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
         with torch.inference_mode():
             for rows, block in iter_blocks(loras, device, self._entries_per_adapter(loras.layout)):
                 outputs[rows] = forward(block).cpu().numpy()
+        valid = np.isfinite(outputs).all(axis=1)
+        if not valid.all():
+            # Finite numbers overflow, and the largest of NaN would be the first class.
+            [id] = loras.ids[[valid.argmin()]].tolist()
+            raise ValueError(
+                f"the outputs of {type(self).__name__} for adapter {id!r} are NaN or infinite: its "
+                "numbers, or the network's, are too large. Leave it out."
+            )
         return outputs

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit, softmax
+from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import ClassifierMixin, MultiOutputMixin, RegressorMixin
 from sklearn.utils import Tags, check_array, column_or_1d
 from sklearn.utils._param_validation import StrOptions
@@ -128,6 +128,30 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
         )
         return probabilities
 
+    def predict_log_proba(self, X: Any) -> NDArray[np.float64]:
+        """Predict logarithms of probabilities, also of those that round to zero.
+
+        Parameters
+        ----------
+        X : LoRACollection or array-like of shape (n_adapters, n_features)
+            Adapters with the modules of `layout_`, or flat rows of it.
+
+        Returns
+        -------
+        ndarray of shape (n_adapters, n_classes) or (n_adapters, n_labels)
+            Logarithm of what `predict_proba` gives.
+
+        Raises
+        ------
+        ValueError
+            When `X` does not match what the estimator was fitted on.
+        """
+        logits = self._outputs(X)
+        logarithms: NDArray[np.float64] = (
+            log_expit(logits) if self.multilabel_ else log_softmax(logits, axis=1)
+        )
+        return logarithms
+
     def decision_function(self, X: Any) -> NDArray[np.float64]:
         """Give the logits.
 
@@ -184,7 +208,7 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
         if len(seen) < 2:
             raise ValueError(
                 f"{type(self).__name__} needs adapters of at least two classes, but y holds one "
-                f"class only: {seen[0]!r}."
+                f"class only: {seen.tolist()[0]!r}."
             )
 
     def _encode(

@@ -242,9 +242,15 @@ def _fill(
     with _own_stream(here):
         try:
             function(read_block(X, rows, here), out)
-        except RuntimeError:  # such as LinAlgError, of a decomposition of NaN
+        except RuntimeError as error:  # such as that of a decomposition of NaN
             _look_at(X, rows)
-            raise
+            if not isinstance(error, torch.linalg.LinAlgError):
+                raise
+            ids = X.ids[rows].tolist()
+            raise ValueError(
+                f"numbers of adapters {ids[0]!r} to {ids[-1]!r} overflow in a decomposition in "
+                "float64; rescale them, or leave out those that are far too large."
+            ) from error
     # One sum says whether all are finite, unless it overflows; then a look at X says it.
     if not math.isfinite(torch.from_numpy(out).sum()):
         _look_at(X, rows)

@@ -106,6 +106,19 @@ class TestBadFiles:
             path_in(uploads[1]), str(uploads[2]), path_in(uploads[3]),
         ]  # fmt: skip
 
+    @pytest.mark.parametrize("size", [1e80, 1e100, 1e200])
+    def test_numbers_too_large_to_predict_from(self, size, run, models, zoo, tmp_path, factors):
+        """Rather than the first class, with no probabilities."""
+        large = {name: (size * U, size * V) for name, (U, V) in factors(shapes=SHAPES).items()}
+        write_adapter(tmp_path / "large", large)
+        code, out, _ = run("predict", models["style"], zoo / "a00", tmp_path / "large", zoo / "a01")
+        rows = rows_of(out)
+        assert code == 1
+        assert [row["prediction"] for row in rows] == ["small", "", "large"]
+        assert [bool(row["small:probability"]) for row in rows] == [True, False, True]
+        assert rows[1]["error"]
+        assert "\n" not in rows[1]["error"]
+
     def test_in_json(self, run, models, uploads):
         code, out, _ = run("predict", models["style"], *uploads, "--json")
         entries = json.loads(out)

@@ -394,6 +394,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             fitted.predict(bad)
 
+    def test_numbers_so_large_that_outputs_are_not_finite(self, fitted, zoo):
+        """No class, rather than the first one."""
+        flat = np.asarray(zoo).copy()
+        flat[7] *= 1e200
+        bad = LoRACollection.from_array(flat, zoo.layout, ids=[f"a{i}" for i in range(60)])
+        with pytest.raises(ValueError, match=r"for adapter 'a7' are NaN or infinite"):
+            fitted.predict(bad)
+
     @pytest.mark.parametrize("method", ["fit", "partial_fit"])
     def test_lengths_differ(self, fitted, case, zoo, method):
         message = "inconsistent numbers of samples"

@@ -92,6 +92,13 @@ def test_finite_numbers_whose_products_overflow_are_no_error():
     assert np.isinf(DenseProduct().fit_transform(X)).all()
 
 
+@pytest.mark.parametrize("featurizer", [SVDSpectrum(), OAlign()], ids=str)
+def test_finite_numbers_that_cannot_be_decomposed_are_named(featurizer, X):
+    huge = LoRACollection.from_array(np.asarray(X, np.float64) * 1e300, X.layout)
+    with pytest.raises(ValueError, match="adapters 0 to 8 overflow in a decomposition"):
+        featurizer.fit_transform(huge)
+
+
 def test_a_sum_that_overflows_is_no_error():
     rows = np.full((3, 4), 3e38, np.float32)
     X = LoRACollection.from_array(rows, LoRALayout.rows(4))
