@@ -244,7 +244,7 @@ def _fill(
             function(read_block(X, rows, here), out)
         except RuntimeError as error:  # such as that of a decomposition of NaN
             _look_at(X, rows)
-            if not isinstance(error, torch.linalg.LinAlgError):
+            if not isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
                 raise
             ids = X.ids[rows].tolist()
             raise ValueError(

@@ -192,7 +192,7 @@ class TestConfiguration:
     def test_of_any_depth_is_read_or_refused(self, begin, end):
         peft("a")
         seen = set()
-        # What is parsed must not be too deep for what comes after. Python 3.12 and later parse more.
+        # What is parsed must not be too deep for what comes after. Since 3.12, Python parses more.
         for depth in (*range(500, 1000), 1500, 3000, 6000, 9000, 12_000, 100_000):
             text = f'{{"peft_type": "LORA", "lora_alpha": 2, "x": {begin * depth}1{end * depth}}}'
             Path("a/adapter_config.json").write_text(text)

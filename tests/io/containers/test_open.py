@@ -135,7 +135,7 @@ class TestRefused:
             open_tensor_file(str(path / "x"), allow_torch_zip=False)
 
     def test_no_path(self):
-        with pytest.raises(Refusal, match="it is no path: .*null"):
+        with pytest.raises(Refusal, match=r"it is no path: .*null"):
             open_tensor_file("a\0b", allow_torch_zip=False)
 
     def test_folder(self, tmp_path, no_file_left_open):
