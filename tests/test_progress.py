@@ -64,6 +64,11 @@ def folder(X, tmp_path):
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def _brief_base_training(monkeypatch):
+    monkeypatch.setattr("sklora.datasets._digits.N_BASE_STEPS", 20)
+
+
 y = np.arange(12) % 2
 
 # What takes long, by the name before its bar and the count at its end.
