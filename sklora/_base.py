@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import sklora
+from sklora._untrusted import shown
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +117,7 @@ def warn_of_version(what: str, version: object) -> None:
     """Warn when a version of sklora that stored something has another minor version than this."""
     if str(version).split(".")[:2] != sklora.__version__.split(".")[:2]:
         warnings.warn(
-            f"{what} was stored by sklora {version!r:.40}, and this is {sklora.__version__}; "
+            f"{what} was stored by sklora {shown(version, 40)}, and this is {sklora.__version__}; "
             "if predictions differ, fit again.",
             VersionWarning,
             stacklevel=3,

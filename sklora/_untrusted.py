@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import reprlib
 from collections import Counter
+from functools import partial
 from typing import Any
 
 
@@ -51,19 +52,38 @@ def parse_json(
     if len(text) > max_bytes:
         raise Refusal(f"{what} has {len(text)} characters; at most {max_bytes} are read.")
     try:
-        return json.loads(text, object_pairs_hook=_unique if unique else None)
-    except Refusal as error:
-        raise Refusal(f"{what} {error}") from None
+        return json.loads(
+            text, object_pairs_hook=partial(without_repeats, what=what) if unique else None
+        )
+    except Refusal:
+        raise
     except RecursionError:
         raise Refusal(f"{what} is nested too deeply.") from None
     except ValueError as error:
         raise Refusal(f"{what} is no JSON: {error}.") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse an entry that is named twice, of which two readers may take different ones."""
+def without_repeats(pairs: list[tuple[str, Any]], what: str, more: str = "") -> dict[str, Any]:
+    """Refuse an entry that is named twice, of which two readers may take different ones.
+
+    Parameters
+    ----------
+    pairs : list of (str, object)
+        What `json` hands to its `object_pairs_hook`.
+    what, more : str
+        What names them, and what else there is to say, for the message.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    Refusal
+        When a name stands twice.
+    """
     entries = dict(pairs)
     if len(entries) < len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise Refusal(f"names {shown(twice)} twice.")
+        raise Refusal(f"{what} names {shown(twice)} twice{more}.")
     return entries

@@ -125,7 +125,7 @@ def open_zoo(path: str | os.PathLike[str]) -> Store:
             for dtype, shape, start in (tensors[name] for name in _TENSORS)
         )
         return store_of_array(weights, layout, ranks, _ids_from_json(ids.tobytes(), len(weights)))
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         _refuse(path, error)
 
 
@@ -188,7 +188,7 @@ def _ids_as_json(ids: NDArray[Any]) -> bytes:
 
 
 def _ids_from_json(text: bytes, n_adapters: int) -> NDArray[Any] | None:
-    values = json.loads(text)
+    values = parse_json(text, "its list of ids", len(text))
     if not isinstance(values, list) or len(values) != n_adapters:
         raise ValueError(f"ids are no list of {n_adapters}.")
     return _checked_ids(values)
@@ -274,6 +274,6 @@ def _read_header(path: str) -> tuple[Mapping[str, str], dict[str, _Tensor], int]
             name: _Tensor(entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][0])
             for name, entry in header.items()
         }
-    except (SafetensorError, ValueError, TypeError, RecursionError) as error:
+    except (SafetensorError, ValueError, TypeError) as error:
         _refuse(path, error)
     return metadata, tensors, 8 + size

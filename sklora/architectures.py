@@ -71,10 +71,16 @@ def make_architecture(
     """
     check_option("task", task, _MODELS)
     steps = _steps(architecture, task, device, random_state)
-    for step in steps.values():
+    model = Pipeline(list(steps.items()), memory=memory)
+    set_both(model, verbose=verbose)
+    return model
+
+
+def set_both(model: Pipeline, **parameters: Any) -> None:
+    """Set parameters that features and model of one of the architectures share."""
+    for step in model.named_steps.values():
         if step != "passthrough":
-            step.set_params(verbose=verbose)
-    return Pipeline(list(steps.items()), memory=memory)
+            step.set_params(**parameters)
 
 
 def architecture_grid(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
-from sklora._files import replacing
 from sklora.architectures import ARCHITECTURES
 from sklora.cli._fit import check_output
 from sklora.cli._output import FAILED, OK, CommandError, few, printable, result, say, table
@@ -41,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _can_draw(path: str) -> bool:
     """Tell whether there is matplotlib; check that it can write such a file."""
+    from sklora.inspection._plotting import ending_of
+
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ModuleNotFoundError:
@@ -48,13 +48,9 @@ def _can_draw(path: str) -> bool:
         return False
     check_output(path)
     known = FigureCanvasBase.get_supported_filetypes()
-    if _ending(path) not in known:
+    if ending_of(path) not in known:
         raise CommandError(f"{path}: a chart's name ends in one of {', '.join(sorted(known))}.")
     return True
-
-
-def _ending(path: str) -> str:
-    return os.path.splitext(path)[1].removeprefix(".").lower()
 
 
 def _summary(
@@ -90,22 +86,17 @@ def draw(zoo: LabelledZoo, evaluations: Sequence[Evaluation], path: str) -> None
     evaluations : sequence of Evaluation
     path : str
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     from sklora.inspection import ArchitectureComparisonDisplay
+    from sklora.inspection._plotting import save_figure, windowless_axes
 
     task = few(map(printable, zoo.targets.names), len(zoo.targets.names))
-    figure = Figure(figsize=(6.5, 1.6 + 0.4 * len(evaluations)), layout="constrained")
-    FigureCanvasAgg(figure)
-    ArchitectureComparisonDisplay(
+    display = ArchitectureComparisonDisplay(
         scores={task: {one.architecture: one.scores for one in evaluations}},
         fit_times={task: {one.architecture: one.fit_seconds for one in evaluations}},
         score_name=metric(zoo)[0],
         baseline={task: baseline(zoo)},
-    ).plot(figure.subplots())
+    ).plot(windowless_axes("sklora compare", (6.5, 1.6 + 0.4 * len(evaluations))))
     n_folds = len(evaluations[0].scores)
     kind = "folds by group" if zoo.groups is not None else "folds"
-    figure.suptitle(f"{len(zoo.loras)} adapters, {n_folds} {kind}")
-    with replacing(os.path.realpath(path)) as file:
-        figure.savefig(file.name, format=_ending(path), dpi=150)
+    display.figure_.suptitle(f"{len(zoo.loras)} adapters, {n_folds} {kind}")
+    save_figure(display.figure_, path)

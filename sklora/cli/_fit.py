@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sklora._saved import ModelCard, check_skops, layout_of, save_model
-from sklora.architectures import ARCHITECTURES
+from sklora.architectures import ARCHITECTURES, set_both
 from sklora.cli._output import OK, CommandError, few, say, table
 from sklora.cli._predictions import columns_of
 from sklora.cli._reading import check_device
@@ -20,7 +20,6 @@ from sklora.cli._scoring import (
     metric,
     new_model,
     score_rows,
-    set_both,
 )
 from sklora.cli._zoo import LabelledZoo, labelled_zoo, optional_parts
 

@@ -12,10 +12,10 @@ from sklearn.pipeline import Pipeline
 
 from sklora._progress import track
 from sklora._saved import ModelCard, load_model
+from sklora.architectures import set_both
 from sklora.cli._output import FAILED, OK, CommandError, say, with_options
 from sklora.cli._predictions import Prediction, csv_writer, end_json, json_writer
 from sklora.cli._reading import OneByOne, check_device, reading_options
-from sklora.cli._scoring import set_both
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.io import AdapterError
 from sklora.io._find import Found, find_each

@@ -156,13 +156,6 @@ def new_model(architecture: str, zoo: LabelledZoo, args: argparse.Namespace) -> 
     )
 
 
-def set_both(model: Pipeline, **parameters: Any) -> None:
-    """Set parameters that features and model share."""
-    for step in model.named_steps.values():
-        if step != "passthrough":
-            step.set_params(**parameters)
-
-
 def score_rows(evaluations: Iterable[Evaluation], metric: str) -> list[tuple[str, ...]]:
     """Give the rows of a table of scores."""
     rows: list[tuple[str, ...]] = [("architecture", metric, "spread", "fit time")]

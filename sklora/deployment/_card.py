@@ -98,14 +98,15 @@ def model_card(
         raise ModuleNotFoundError(_NO_SKOPS) from None
     from sklora.inspection import ArchitectureComparisonDisplay
     from sklora.inspection._architectures import architecture_name
+    from sklora.inspection._plotting import save_figure, windowless_axes
 
     check_is_fitted(search, "best_estimator_")
     model = search.best_estimator_
     layout, where = _layout_of(model)
-    figure, axes = _new_figure()
+    axes = windowless_axes("model_card")
     display = ArchitectureComparisonDisplay.from_estimator(search, ax=axes)
-    figure.set_size_inches(6.5, display._height())
-    figure.savefig(chart, dpi=150)
+    display.figure_.set_size_inches(6.5, display._height())
+    save_figure(display.figure_, chart)
 
     cv = f"`cv={search.cv!r}`"
     folds = f"{search.n_splits_} folds, {cv if len(cv) < 100 else 'of given splits'}."
@@ -143,17 +144,6 @@ def _layout_of(model: Any) -> tuple[LoRALayout, str]:
         f"no part of {type(model).__name__} was fitted on adapters; search over pipelines with an "
         "estimator of sklora."
     )
-
-
-def _new_figure() -> tuple[Any, Any]:
-    """Give a figure of no window, so that nothing is left open."""
-    from sklora.inspection._plotting import check_matplotlib
-
-    check_matplotlib("model_card")
-    from matplotlib.figure import Figure
-
-    figure = Figure(layout="constrained")
-    return figure, figure.subplots()
 
 
 def _description(search: Any, layout: LoRALayout, targets: Sequence[str] | None) -> str:

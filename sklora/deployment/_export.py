@@ -108,17 +108,12 @@ def program_inputs(estimator: GLNetEstimator, X: LoRACollection | ArrayLike) -> 
     check_is_fitted(estimator, "weights_")
     loras = check_loras(estimator, X, reset=False, rank="any")
     layout = loras.layout
-    flat = loras.read().astype(np.float64)
-    rank = max(layout.ranks)
-
-    def padded(factor: Any) -> Tensor:
-        return torch.from_numpy(np.pad(factor, [(0, 0), (0, 0), (0, rank - factor.shape[2])]))
-
+    if not layout.has_plain_rows:  # whose rank is 1
+        layout = layout.with_ranks([max(layout.ranks)] * layout.n_modules)
+    flat = loras.with_layout(layout).read().astype(np.float64)
     factors = {
-        name: (padded(U), padded(V))
-        for name, (U, V) in (
-            (name, layout._factors_at(flat, place)) for place, name in enumerate(layout.names)
-        )
+        name: tuple(map(torch.from_numpy, layout._factors_at(flat, place)))
+        for place, name in enumerate(layout.names)
     }
     return (factors, torch.from_numpy(flat[:, layout.side_slice])) if layout.n_side else (factors,)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from numpy.typing import ArrayLike
 
+from sklora._files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 # For categories: the palette of Okabe and Ito, which colour-blind readers can tell apart. The first
 # four differ in greyscale too; of further ones only the markers do. Yellow is faint on white: last.
@@ -61,6 +65,37 @@ def axes_of(display: object, ax: Axes | None, size: tuple[float, float] | None =
 
     _, new = plt.subplots(figsize=size, layout="constrained")
     return new
+
+
+def windowless_axes(caller: str, size: tuple[float, float] | None = None) -> Axes:
+    """Give axes of a new figure that no window shows, so that nothing is left open.
+
+    Parameters
+    ----------
+    caller : str
+        What needs it.
+    size : (float, float) or None, default=None
+        Of the figure, in inches.
+
+    Returns
+    -------
+    matplotlib Axes
+    """
+    check_matplotlib(caller)
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained").subplots()
+
+
+def ending_of(path: str | os.PathLike[str]) -> str:
+    """Give the ending of a name, by which a figure's format is told: ``"png"``."""
+    return os.path.splitext(path)[1].removeprefix(".").lower()
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure into a file, which appears under its name when it is complete."""
+    with replacing(os.path.realpath(path)) as file:
+        figure.savefig(file.name, format=ending_of(path) or "png", dpi=150)
 
 
 def plain_labels(axis: Axis, positions: ArrayLike, labels: Iterable[str]) -> None:

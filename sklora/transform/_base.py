@@ -24,9 +24,6 @@ from sklora.transform._blocks import Block, BlockFunction, factor_views, map_blo
 
 T = TypeVar("T")
 
-# Of the featurizers that work through `map_blocks`.
-_IN_BLOCKS: dict[str, list[Any]] = {"n_jobs": [None, Integral]}
-
 
 class Featurizer(DocumentedMixin, VersionedState, TransformerMixin, BaseEstimator, ABC):
     """Parameters, validation and the way through the blocks: what is the same for all.
@@ -46,7 +43,6 @@ class Featurizer(DocumentedMixin, VersionedState, TransformerMixin, BaseEstimato
     }
 
     device: str | torch.device
-    n_jobs: int | None
     verbose: int
     layout: LoRALayout | None
     layout_: LoRALayout
@@ -181,6 +177,17 @@ class Featurizer(DocumentedMixin, VersionedState, TransformerMixin, BaseEstimato
     ) -> T:
         return transform(self._learn(X, numbers=not self._checks_results))
 
+
+class BlockwiseFeaturizer(Featurizer):
+    """A featurizer that works block by block, several at a time."""
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **Featurizer._parameter_constraints,
+        "n_jobs": [None, Integral],
+    }
+
+    n_jobs: int | None
+
     def _map(self, function: BlockFunction, X: LoRACollection, n_columns: int) -> NDArray[Any]:
         return map_blocks(
             function,
@@ -193,17 +200,12 @@ class Featurizer(DocumentedMixin, VersionedState, TransformerMixin, BaseEstimato
         )
 
 
-class WeightsToFeatures(Featurizer):
+class WeightsToFeatures(BlockwiseFeaturizer):
     """Every module gives some columns; side features follow as the last.
 
     A subclass says what the columns of a module are in ``_feature_names`` and
     ``_module_features``.
     """
-
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **Featurizer._parameter_constraints,
-        **_IN_BLOCKS,
-    }
 
     @abstractmethod
     def _feature_names(self, position: int) -> Sequence[str]:
@@ -293,17 +295,12 @@ class _CollectionsStay:
         return super().transform(X)  # type: ignore[misc]
 
 
-class WeightsToWeights(_CollectionsStay, Featurizer):
+class WeightsToWeights(_CollectionsStay, BlockwiseFeaturizer):
     """Factors become other factors of the same modules; ids and side features stay.
 
     A subclass says what the result looks like in ``_output_layout`` and ``_output_ranks``, and
     writes it in ``_move``.
     """
-
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **Featurizer._parameter_constraints,
-        **_IN_BLOCKS,
-    }
 
     @abstractmethod
     def _output_layout(self, layout: LoRALayout) -> LoRALayout:

@@ -59,15 +59,26 @@ def inner_products(
                 else:
                     same = symmetric and columns == rows
                     right = None if same else _reader(Y, columns, device)
-                    target = torch.from_numpy(part)
-                    block = target.to(device)  # on the CPU, the same memory
-                    for position in range(X.layout.n_modules):
-                        first = left(position)
-                        second = right(position) if right else first
-                        add_inner_products(block, *first, *second, symmetric=same)
-                    target.copy_(block)
+                    _fill_products(part, left, right, X.layout.n_modules, device)
                 advance(part.size)
     return products
+
+
+def _fill_products(
+    part: NDArray[np.float64],
+    left: ReadModule,
+    right: ReadModule | None,
+    n_modules: int,
+    device: torch.device,
+) -> None:
+    """Add the inner products of two blocks, or of one with itself where `right` is None."""
+    target = torch.from_numpy(part)
+    block = target.to(device)  # on the CPU, the same memory
+    for position in range(n_modules):
+        first = left(position)
+        second = right(position) if right else first
+        add_inner_products(block, *first, *second, symmetric=right is None)
+    target.copy_(block)
 
 
 def squared_norms(X: LoRACollection, *, device: torch.device) -> NDArray[np.float64]:

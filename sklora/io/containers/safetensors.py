@@ -7,14 +7,13 @@ start with a brace.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, NoReturn
 
 from numpy.typing import NDArray
 
-from sklora._untrusted import Refusal, shown
+from sklora._untrusted import Refusal, shown, without_repeats
 from sklora.io._tensors import DTYPES, MAX_BYTES, TensorFile, TensorInfo, check_count, check_tensor
 from sklora.io.containers._arrays import as_array
 
@@ -85,9 +84,7 @@ class _Header(NamedTuple):
 
 def _parsed(raw: bytes) -> _Header:
     try:
-        header: dict[str, Any] = json.loads(
-            raw.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant
-        )
+        header: dict[str, Any] = _decoder.decode(raw.decode())
     except Refusal:
         raise
     except (ValueError, RecursionError) as error:
@@ -114,21 +111,16 @@ def _checked_end(spans: Mapping[str, tuple[int, int]]) -> int:
     return position
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise Refusal(f"its header names {shown(twice)} twice; {_DAMAGED}.")
-    return entries
-
-
 def _refuse_constant(constant: str) -> NoReturn:
     raise Refusal(f"its header holds {constant}, which is no JSON; {_DAMAGED}.")
 
 
 _parsed_again = lru_cache(maxsize=8)(_parsed)
 _METADATA = b'{"__metadata__":'
-_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+_decoder = json.JSONDecoder(
+    object_pairs_hook=partial(without_repeats, what="its header", more=f"; {_DAMAGED}"),
+    parse_constant=_refuse_constant,
+)
 
 
 def _split(raw: bytes) -> tuple[dict[str, str] | None, bytes]:
