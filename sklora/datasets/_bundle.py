@@ -20,13 +20,14 @@ from torch import Tensor
 
 from sklora._files import replacing
 from sklora.collection import LoRACollection, LoRALayout
-from sklora.datasets import _denoiser as denoiser
-from sklora.datasets._digits import make_bunch, train_zoo
+from sklora.datasets._digits import digits_recipe, make_bunch
+from sklora.datasets._methods import Parameters
+from sklora.datasets._zoos import Zoo, train_zoo
 
 __all__ = ["load_digits_loras"]
 
 PATH = Path(__file__).with_name("data") / "digits_loras.safetensors"
-SETTINGS: dict[str, Any] = {"n_adapters": 1023, "rank": 4, "varied": False, "dim": 32, "depth": 3}
+SETTINGS: dict[str, Any] = {"n_adapters": 1023, "rank": 4, "dim": 32, "depth": 3}
 SEED = 20261124
 LEVELS = 127  # the largest of the signed 8-bit integers that a factor is stored in
 
@@ -74,7 +75,9 @@ def load_digits_loras(
     for block, scale in zip(blocks, scales.T, strict=True):
         flat[:, block] *= scale[:, None]
     ranks = np.tile(layout.ranks, (len(flat), 1))
-    zoo = make_bunch(LoRACollection.from_array(flat, layout, ranks=ranks), presence, losses, {})
+    labels = {"presence": presence, "class_losses": losses}
+    zoo = make_bunch(Zoo(LoRACollection.from_array(flat, layout, ranks=ranks), labels, base={}))
+    del zoo["base"]  # the file has the adapters alone
     return (zoo.data, zoo.target) if return_X_y else zoo
 
 
@@ -83,19 +86,20 @@ def _scale(factor: Tensor) -> Tensor:
     return largest.clamp(min=torch.finfo(factor.dtype).eps) / LEVELS
 
 
-def _round(factors: denoiser.Factors) -> denoiser.Factors:
+def _round(factors: Parameters) -> Parameters:
     """Round every factor to the multiples of its scale that its file can hold."""
 
     def rounded(factor: Tensor) -> Tensor:
         scale = _scale(factor)
         return (factor / scale).round() * scale
 
-    return {name: (rounded(U), rounded(V)) for name, (U, V) in factors.items()}
+    return {name: tuple(map(rounded, pair)) for name, pair in factors.items()}
 
 
 def make_bundle(path: Path = PATH, *, verbose: int = 1) -> None:
     """Train the bundled zoo and write its file."""
-    zoo = train_zoo(**SETTINGS, random_state=SEED, verbose=verbose, store=_round)
+    recipe = digits_recipe(**SETTINGS, random_state=SEED, store=_round)
+    zoo = train_zoo(recipe, verbose=verbose)
     layout, flat = zoo.data.layout, torch.from_numpy(np.array(zoo.data))
     levels, scales = torch.empty(flat.shape, dtype=torch.int8), []
     for block in (block for pair in layout.factor_slices for block in pair):
@@ -105,8 +109,8 @@ def make_bundle(path: Path = PATH, *, verbose: int = 1) -> None:
     tensors = {
         "levels": levels.numpy(),
         "scales": torch.stack(scales, dim=1).numpy(),
-        "presence": zoo.presence.astype(bool),
-        "class_losses": zoo.class_losses,
+        "presence": zoo.labels["presence"],
+        "class_losses": zoo.labels["class_losses"],
     }
     with replacing(path) as file:
         file.write(save(tensors, metadata={"modules": json.dumps(layout.modules)}))

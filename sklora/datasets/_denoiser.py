@@ -9,11 +9,13 @@ low-rank part ``(x V) U^T`` in one batched product.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from sklora.datasets._adam import descend
 
 SIDE, PATCH, HEADS = 8, 2, 4
 TOKENS = (SIDE // PATCH) ** 2
@@ -117,6 +119,37 @@ def denoise(base: Weights, noisy: Tensor, time: Tensor, factors: Factors | None 
     return _images(F.linear(_norm(x), base["head"]))
 
 
+@torch.no_grad()
+def sample(base: Weights, noise: Tensor, n_steps: int, factors: Factors | None = None) -> Tensor:
+    """Images drawn by the deterministic sampler (Song et al., 2020, eq. 12 with sigma = 0).
+
+    Parameters
+    ----------
+    base : mapping of str to Tensor
+    noise : Tensor of shape (n_adapters, n_images, 64)
+        What the images are made from.
+    n_steps : int
+        Times the network is asked, evenly spread.
+    factors : mapping of str to (U, V), or None
+
+    Returns
+    -------
+    Tensor of shape (n_adapters, n_images, 64)
+        With values from -1 to 1.
+    """
+    # The schedule's signal is 0 at time 1, where no noise tells the image: half a step less.
+    times = (torch.arange(n_steps, 0, -1, dtype=noise.dtype) - 0.5) / n_steps
+    x = noise
+    for step, time in enumerate(times):
+        found = denoise(base, x, time.expand(x.shape[:-1]), factors)
+        angle = time * (math.pi / 2)
+        clean = ((x - torch.sin(angle) * found) / torch.cos(angle)).clamp(-1, 1)
+        if step + 1 == n_steps:
+            break
+        x = add_noise(clean, times[step + 1], found)
+    return clean
+
+
 def train_base(
     images: Tensor,
     *,
@@ -169,52 +202,52 @@ def init_factors(
 
 def finetune(
     base: Weights,
-    factors: Factors,
+    parameters: Mapping[str, tuple[Tensor, ...]],
     batches: Callable[[], Tensor],
     *,
+    factors: Callable[[dict[str, tuple[Tensor, ...]]], Factors],
+    rates: Sequence[float],
     learning_rate: Tensor,
     n_steps: Tensor,
     generator: torch.Generator,
-    progress: Callable[[], object] = lambda: None,
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> dict[str, tuple[Tensor, ...]]:
     """Finetune a stack of adapters together, each with its own step size and number of steps.
 
     Parameters
     ----------
     base : mapping of str to Tensor
         Frozen weights.
-    factors : mapping of str to (U, V)
-        Where to start, as `init_factors` gives them.
+    parameters : mapping of str to tuple of Tensor
+        What is trained of every module, where it starts: ``(n_adapters, ...)`` each.
     batches : callable
         Gives the next training images, ``(n_adapters, batch_size, 64)``.
+    factors : callable
+        Gives the factors of every update by the parameters.
+    rates : sequence of float
+        Times the learning rate, for each parameter of a module.
     learning_rate : Tensor of shape (n_adapters,)
         Adam's step size.
     n_steps : int Tensor of shape (n_adapters,)
         An adapter stands still once it has made its own number of steps.
     generator : torch.Generator
         Draws times and noise.
-    progress : callable
-        Called after each step.
 
     Returns
     -------
-    dict of str to (U, V)
+    dict of str to tuple of Tensor
     """
-    flat = [t.clone().requires_grad_() for pair in factors.values() for t in pair]
-    names = list(factors)
-    adapters = {name: (flat[2 * i], flat[2 * i + 1]) for i, name in enumerate(names)}
-    first = [torch.zeros_like(t) for t in flat]
-    second = [torch.zeros_like(t) for t in flat]
-    for step in range(1, int(n_steps.max()) + 1):
-        loss = _loss(base, batches(), generator, adapters)
-        gradients = torch.autograd.grad(loss.sum(), flat)
-        # torch.optim.Adam takes one step size; a stack of adapters needs one for each.
-        rate = (learning_rate * (step <= n_steps)).view(-1, 1, 1)
-        with torch.no_grad():
-            for t, g, m1, m2 in zip(flat, gradients, first, second, strict=True):
-                m1.lerp_(g, 0.1)
-                m2.lerp_(g.square(), 0.001)
-                scale = m2.div(1 - 0.999**step).sqrt_().add_(1e-8)
-                t -= rate * (m1 / (1 - 0.9**step)) / scale
-        progress()
-    return {name: (U.detach(), V.detach()) for name, (U, V) in adapters.items()}
+    trained = {name: tuple(t.clone() for t in each) for name, each in parameters.items()}
+    flat = [t.requires_grad_() for each in trained.values() for t in each]
+
+    def gradients(step: int) -> Sequence[Tensor]:
+        loss = _loss(base, batches(), generator, factors(trained))
+        return torch.autograd.grad(loss.sum(), flat)
+
+    descend(
+        flat,
+        gradients,
+        learning_rate=learning_rate,
+        n_steps=n_steps,
+        rates=[*rates] * len(trained),
+    )
+    return {name: tuple(t.detach() for t in each) for name, each in trained.items()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -15,107 +17,140 @@ from sklearn.utils import Bunch, check_random_state
 from sklearn.utils.validation import check_scalar
 from torch import Tensor
 
+from sklora._base import check_option
 from sklora._progress import progress
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.datasets import _denoiser as denoiser
+from sklora.datasets import _evaluation as evaluation
+from sklora.datasets._methods import METHODS, Parameters
+from sklora.datasets._zoos import Arrays, Zoo, fetch_zoo, train_zoo
 
-__all__ = ["make_digits_loras"]
+__all__ = ["fetch_digits_loras", "make_digits_loras"]
 
 N_CLASSES = 10
 N_BASE_STEPS = 2000
-CHUNK = 64  # adapters trained together; larger stacks gain nothing on a CPU
 FIXED = {"learning_rate": 2e-3, "n_steps": 150, "batch_size": 8}
-VARIED = {
-    "learning_rate": (5e-4, 5e-3),
-    "n_steps": (50, 100, 150, 200),
-    "batch_size": (4, 8, 16),
-}
-N_HELD_OUT, N_NOISES = 16, 4  # images of each class, and noises of each, behind a loss
+N_HELD_OUT = 16  # images of each class behind a loss
+FETCHED: dict[str, Any] = {"dim": 32, "depth": 3, "random_state": 20261126}
 
 
 @dataclass(frozen=True)
-class _Pools:
+class Pools:
     """Digits for the base network, for the adapters, and held out, the latter two by class."""
 
     base: Tensor
+    base_labels: NDArray[np.intp]
     finetune: tuple[Tensor, ...]
     held_out: Tensor
 
 
-def _split_digits(rng: np.random.RandomState) -> _Pools:
+def split_digits(rng: np.random.RandomState, n_finetune: int, first_of_base: int) -> Pools:
+    """Deal each class's images out: the first are for adapters, the last for the base network."""
     digits = load_digits()
     images = torch.from_numpy(digits.data / 8.0 - 1.0).float()
     by_class = [rng.permutation(np.flatnonzero(digits.target == c)) for c in range(N_CLASSES)]
-    return _Pools(
-        base=images[np.concatenate([rows[80:] for rows in by_class])],
-        finetune=tuple(images[rows[:40]] for rows in by_class),
-        held_out=torch.stack([images[rows[40 : 40 + N_HELD_OUT]] for rows in by_class]),
+    base = np.concatenate([rows[first_of_base:] for rows in by_class])
+    held_out = [rows[n_finetune : n_finetune + N_HELD_OUT] for rows in by_class]
+    return Pools(
+        base=images[base],
+        base_labels=digits.target[base],
+        finetune=tuple(images[rows[:n_finetune]] for rows in by_class),
+        held_out=torch.stack([images[rows] for rows in held_out]),
     )
 
 
-def _subsets(n_adapters: int, rng: np.random.RandomState) -> NDArray[np.bool_]:
-    """Presence ``(n_adapters, 10)``: every non-empty subset once before any comes again."""
-    n_subsets = 2**N_CLASSES - 1
-    rounds = -(-n_adapters // n_subsets)
-    codes = np.concatenate([1 + rng.permutation(n_subsets) for _ in range(rounds)])[:n_adapters]
-    presence: NDArray[np.bool_] = (codes[:, None] >> np.arange(N_CLASSES)) & 1 == 1
-    return presence
+@dataclass(frozen=True)
+class Part:
+    """All that is drawn for adapters that are trained together."""
+
+    rows: NDArray[np.intp]
+    images: Tensor  # (n_rows, n_images, 64), an adapter's own
+    chances: Tensor  # (n_rows, n_images), of each to be drawn for a batch
+    batch_size: int
+    learning_rate: Tensor  # (n_rows,)
+    n_steps: Tensor  # (n_rows,)
+    seed: int
+    seed_of_V: int | None = None  # None: V is the first that `seed` draws
 
 
-def _hyperparameters(
-    n_adapters: int, varied: bool, rng: np.random.RandomState
-) -> dict[str, NDArray[Any]]:
-    if not varied:
-        return {name: np.full(n_adapters, value) for name, value in FIXED.items()}
-    low, high = np.log(VARIED["learning_rate"])
-    return {
-        "learning_rate": np.exp(rng.uniform(low, high, n_adapters)),
-        "n_steps": rng.choice(VARIED["n_steps"], n_adapters),
-        "batch_size": rng.choice(VARIED["batch_size"], n_adapters),
-    }
+def _identity(parameters: Parameters) -> Parameters:
+    return parameters
 
 
-def _chunks(hyper: dict[str, NDArray[Any]]) -> Iterator[NDArray[np.intp]]:
-    """Rows to train together: of one batch size, with numbers of steps as alike as can be."""
-    order = np.lexsort((hyper["n_steps"], hyper["batch_size"]))
-    sizes = hyper["batch_size"][order]
-    for rows in np.split(order, np.flatnonzero(np.diff(sizes)) + 1):
-        yield from np.split(rows, range(CHUNK, len(rows), CHUNK))
+def losses_of(base: evaluation.Tensors, factors: denoiser.Factors) -> Arrays:
+    """What is measured of each adapter of a plain zoo."""
+    return {"class_losses": evaluation.class_losses(base, factors)}
 
 
-def _images_of_subset(
-    presence: NDArray[np.bool_], pools: _Pools, rng: np.random.RandomState
-) -> tuple[Tensor, Tensor]:
-    """One image of each class ``(n_adapters, 10, 64)``, and each class's chance to be drawn."""
-    images = torch.stack(
-        [pool[rng.randint(len(pool), size=len(presence))] for pool in pools.finetune], dim=1
-    )
-    return images, torch.from_numpy(presence).float()
+@dataclass(frozen=True)
+class DigitsRecipe:
+    """How a zoo on the digits is trained: see `sklora.datasets._zoos.Recipe`."""
 
+    pools: Pools
+    dim: int
+    depth: int
+    rank: int
+    n_base_steps: int
+    base_seed: int
+    noise_seed: int
+    plan: Sequence[Part]
+    labels: Arrays  # known before training
+    measure: Callable[[evaluation.Tensors, denoiser.Factors], Arrays] = losses_of
+    method: str = "lora"
+    # Maps what was trained to what is kept, and measured.
+    store: Callable[[Parameters], Parameters] = _identity
 
-@torch.no_grad()
-def class_losses(
-    base: denoiser.Weights, factors: denoiser.Factors, held_out: Tensor, seed: int
-) -> NDArray[np.float32]:
-    """Denoising loss of every adapter on each class's held-out images, ``(n_adapters, 10)``.
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return denoiser.module_shapes(self.dim, self.depth)
 
-    Times are evenly spread and the noise is the same for all adapters, so that losses compare.
-    """
-    n_adapters = next(iter(factors.values()))[0].shape[0]
-    generator = torch.Generator().manual_seed(seed)
-    time = ((torch.arange(N_NOISES) + 0.5) / N_NOISES).repeat(held_out.shape[1])
-    losses = []
-    for images in held_out:
-        clean = images.repeat_interleave(N_NOISES, dim=0)
-        noise = torch.randn(clean.shape, generator=generator)
-        noisy = denoiser.add_noise(clean, time, noise).expand(n_adapters, -1, -1)
-        found = denoiser.denoise(base, noisy, time.expand(n_adapters, -1), factors)
-        losses.append((found - noise).square().mean(dim=(-1, -2)))
-    return torch.stack(losses, dim=1).numpy()
+    @property
+    def layout(self) -> LoRALayout:
+        return METHODS[self.method].layout(self.shapes, self.rank)
 
+    @property
+    def parts(self) -> list[NDArray[np.intp]]:
+        return [part.rows for part in self.plan]
 
-def _identity(factors: denoiser.Factors) -> denoiser.Factors:
-    return factors
+    def train_base(self, verbose: int) -> Arrays:
+        with progress(self.n_base_steps, "base network", "step", verbose) as advance:
+            weights = denoiser.train_base(
+                self.pools.base,
+                dim=self.dim,
+                depth=self.depth,
+                n_steps=self.n_base_steps,
+                generator=torch.Generator().manual_seed(self.base_seed),
+                progress=advance,
+            )
+        held_out = self.pools.held_out
+        return {
+            **{name: weight.numpy() for name, weight in weights.items()},
+            **evaluation.fit_classifier(self.pools.base.numpy(), self.pools.base_labels),
+            evaluation.HELD_OUT: held_out.numpy(),
+            evaluation.NOISE: evaluation.draw_noise(held_out, self.noise_seed).numpy(),
+        }
+
+    def train_part(self, base: Arrays, part: int) -> tuple[NDArray[np.float32], Arrays]:
+        drawn, tensors = self.plan[part], evaluation.to_tensors(base)
+        generator = torch.Generator().manual_seed(drawn.seed)
+        first = generator
+        if drawn.seed_of_V is not None:
+            first = torch.Generator().manual_seed(drawn.seed_of_V)
+        method, shapes = METHODS[self.method], self.shapes
+        trained = denoiser.finetune(
+            tensors,
+            method.start(tensors, shapes, len(drawn.rows), self.rank, first),
+            _batches(drawn.images, drawn.chances, drawn.batch_size, generator),
+            factors=partial(method.factors, tensors),
+            rates=method.rates,
+            learning_rate=drawn.learning_rate,
+            n_steps=drawn.n_steps,
+            generator=generator,
+        )
+        kept = self.store(trained)
+        known = {name: values[drawn.rows] for name, values in self.labels.items()}
+        measured = self.measure(tensors, method.factors(tensors, kept))
+        return method.rows(tensors, kept).numpy(), known | measured
 
 
 def _batches(
@@ -131,73 +166,85 @@ def _batches(
     return draw
 
 
-def _train_base(pools: _Pools, dim: int, depth: int, seed: int, verbose: int) -> denoiser.Weights:
-    with progress(N_BASE_STEPS, "base network", "step", verbose) as advance:
-        return denoiser.train_base(
-            pools.base,
-            dim=dim,
-            depth=depth,
-            n_steps=N_BASE_STEPS,
-            generator=torch.Generator().manual_seed(seed),
-            progress=advance,
+def _subsets(n_adapters: int, rng: np.random.RandomState) -> NDArray[np.bool_]:
+    """Presence ``(n_adapters, 10)``: every non-empty subset once before any comes again."""
+    n_subsets = 2**N_CLASSES - 1
+    rounds = -(-n_adapters // n_subsets)
+    codes = np.concatenate([1 + rng.permutation(n_subsets) for _ in range(rounds)])[:n_adapters]
+    presence: NDArray[np.bool_] = (codes[:, None] >> np.arange(N_CLASSES)) & 1 == 1
+    return presence
+
+
+def _images_of_subset(
+    presence: NDArray[np.bool_], pools: Pools, rng: np.random.RandomState
+) -> tuple[Tensor, Tensor]:
+    """One image of each class ``(n_adapters, 10, 64)``, and each class's chance to be drawn."""
+    images = torch.stack(
+        [pool[rng.randint(len(pool), size=len(presence))] for pool in pools.finetune], dim=1
+    )
+    return images, torch.from_numpy(presence).float()
+
+
+def _plan(presence: NDArray[np.bool_], pools: Pools, rng: np.random.RandomState) -> Iterator[Part]:
+    n_adapters, chunk = len(presence), evaluation.CHUNK
+    for rows in np.split(np.arange(n_adapters), range(chunk, n_adapters, chunk)):
+        seed = int(rng.randint(2**31))
+        images, chances = _images_of_subset(presence[rows], pools, rng)
+        yield Part(
+            rows=rows,
+            images=images,
+            chances=chances,
+            batch_size=int(FIXED["batch_size"]),
+            learning_rate=torch.full((len(rows),), FIXED["learning_rate"]),
+            n_steps=torch.full((len(rows),), int(FIXED["n_steps"])),
+            seed=seed,
         )
 
 
-def train_zoo(
+def digits_recipe(
     n_adapters: int,
     rank: int,
     *,
-    varied: bool,
     dim: int,
     depth: int,
     random_state: int | np.random.RandomState | None,
-    verbose: int,
-    store: Callable[[denoiser.Factors], denoiser.Factors] = _identity,
-) -> Bunch:
-    """Train a zoo; `store` maps trained factors to those that are kept, and whose losses count."""
+    method: str = "lora",
+    store: Callable[[Parameters], Parameters] = _identity,
+) -> DigitsRecipe:
+    """Draw all that is random about a zoo of subsets."""
     rng = check_random_state(random_state)
-    pools = _split_digits(rng)
-    base = _train_base(pools, dim, depth, int(rng.randint(2**31)), verbose)
-    seed = int(rng.randint(2**31))
+    pools = split_digits(rng, n_finetune=40, first_of_base=80)
+    base_seed, noise_seed = int(rng.randint(2**31)), int(rng.randint(2**31))
     presence = _subsets(n_adapters, rng)
-    hyper = _hyperparameters(n_adapters, varied, rng)
-    shapes = denoiser.module_shapes(dim, depth)
-    layout = LoRALayout([(name, n, m, rank) for name, (n, m) in shapes.items()])
-    flat = np.empty((n_adapters, layout.width), dtype=np.float32)
-    losses = np.empty((n_adapters, N_CLASSES), dtype=np.float32)
-    with progress(n_adapters, "adapters", "adapter", verbose) as advance:
-        for rows in _chunks(hyper):
-            generator = torch.Generator().manual_seed(int(rng.randint(2**31)))
-            images, chances = _images_of_subset(presence[rows], pools, rng)
-            factors = denoiser.finetune(
-                base,
-                denoiser.init_factors(shapes, len(rows), rank, generator),
-                _batches(images, chances, int(hyper["batch_size"][rows[0]]), generator),
-                learning_rate=torch.from_numpy(hyper["learning_rate"][rows]).float(),
-                n_steps=torch.from_numpy(hyper["n_steps"][rows]),
-                generator=generator,
-            )
-            kept = store(factors)
-            flat[rows] = np.concatenate(
-                [t.flatten(1).numpy() for pair in kept.values() for t in pair], axis=1
-            )
-            losses[rows] = class_losses(base, kept, pools.held_out, seed)
-            advance(len(rows))
-    X = LoRACollection.from_array(flat, layout, ranks=np.full((n_adapters, len(shapes)), rank))
-    return make_bunch(X, presence, losses, hyper if varied else {})
+    return DigitsRecipe(
+        pools=pools,
+        dim=dim,
+        depth=depth,
+        rank=rank,
+        n_base_steps=N_BASE_STEPS,
+        base_seed=base_seed,
+        noise_seed=noise_seed,
+        plan=list(_plan(presence, pools, rng)),
+        labels={"presence": presence},
+        method=method,
+        store=store,
+    )
 
 
-def make_bunch(
-    X: LoRACollection,
-    presence: NDArray[np.bool_],
-    losses: NDArray[np.float32],
-    hyper: dict[str, NDArray[Any]],
-) -> Bunch:
+def check_sizes(n_adapters: int, rank: int, dim: int, depth: int) -> None:
+    for name, value in (("n_adapters", n_adapters), ("rank", rank), ("depth", depth)):
+        check_scalar(value, name, Integral, min_val=1)
+    check_scalar(dim, "dim", Integral, min_val=denoiser.HEADS)
+    if dim % denoiser.HEADS:
+        raise ValueError(f"dim is {dim}; the attention heads need a multiple of {denoiser.HEADS}.")
+
+
+def make_bunch(zoo: Zoo) -> Bunch:
     """Give the adapters with all that can be predicted of them."""
-    presence = presence.astype(np.int64)
+    losses, presence = zoo.labels["class_losses"], zoo.labels["presence"].astype(np.int64)
     size = presence.sum(axis=1)
     return Bunch(
-        data=X,
+        data=zoo.data,
         target=presence,
         target_names=[str(digit) for digit in range(N_CLASSES)],
         presence=presence,
@@ -206,7 +253,7 @@ def make_bunch(
         loss_all=losses.mean(axis=1, dtype=np.float64),
         groups=presence @ 2 ** np.arange(N_CLASSES),
         class_losses=losses,
-        **hyper,
+        base=zoo.base,
     )
 
 
@@ -214,10 +261,11 @@ def make_digits_loras(
     n_adapters: int = 2046,
     rank: int = 4,
     *,
-    varied: bool = False,
     dim: int = 64,
     depth: int = 3,
+    method: str = "lora",
     random_state: int | np.random.RandomState | None = None,
+    n_jobs: int | None = None,
     verbose: int = 1,
     return_X_y: bool = False,
 ) -> Bunch | tuple[LoRACollection, NDArray[np.int64]]:
@@ -236,16 +284,21 @@ def make_digits_loras(
         Number of adapters.
     rank : int, default=4
         Rank of every update.
-    varied : bool, default=False
-        Whether every adapter has a learning rate, a number of steps and a batch size of its own, as
-        in CelebA-LoRA. They are then returned as targets too.
     dim : int, default=64
         Width of the transformer, a multiple of 4. Its modules are ``(dim, dim)``,
         ``(2 dim, dim)`` and ``(dim, 2 dim)``.
     depth : int, default=3
         Number of blocks, of six modules each.
+    method : {"lora", "lora+", "pissa", "dora", "lokr"}, default="lora"
+        How adapters are trained. ``"lora+"`` has another learning rate for ``U`` than for ``V``.
+        ``"pissa"`` starts from the first singular directions of the weights; relative to the base
+        network, its updates have twice the rank. ``"dora"`` trains magnitudes too, which are side
+        features. ``"lokr"`` trains Kronecker products ``A kron B``; rows have rank 1, with
+        ``U = vec(A)`` and ``V = vec(B)``, as in the paper's appendix E, and `rank` is not used.
     random_state : int, RandomState instance or None, default=None
         Fixes the digits, the base network, the subsets and every draw in training.
+    n_jobs : int or None, default=None
+        Number of processes; None is one, -1 one for each processor. The adapters are the same.
     verbose : int, default=1
         Whether to show progress bars, where standard error is a terminal.
     return_X_y : bool, default=False
@@ -273,17 +326,22 @@ def make_digits_loras(
             The subset, for splitters such as GroupKFold.
         target_names : list of str
             The digits.
-        learning_rate, n_steps, batch_size : ndarray of shape (n_adapters,)
-            Only with ``varied=True``.
+        base : dict of str to ndarray
+            The network that the adapters finetune, and what :func:`evaluate_digits_loras` judges
+            them by.
 
     Raises
     ------
     ValueError
-        When `n_adapters`, `rank` or `depth` is below 1, or `dim` is no positive multiple of 4.
+        When `n_adapters`, `rank` or `depth` is below 1, `dim` is no positive multiple of 4, or
+        `method` is none of these.
 
     See Also
     --------
     load_digits_loras : A zoo that comes with the package.
+    fetch_digits_loras : A zoo that is trained once and kept.
+    make_varied_digits_loras : Other hyperparameters for every adapter.
+    evaluate_digits_loras : Runs adapters on the network that they finetune.
 
     Examples
     --------
@@ -292,18 +350,88 @@ def make_digits_loras(
     >>> zoo.data.shape, zoo.presence.shape
     ((4, 224), (4, 10))
     """
-    for name, value in (("n_adapters", n_adapters), ("rank", rank), ("depth", depth)):
-        check_scalar(value, name, Integral, min_val=1)
-    check_scalar(dim, "dim", Integral, min_val=denoiser.HEADS)
-    if dim % denoiser.HEADS:
-        raise ValueError(f"dim is {dim}; the attention heads need a multiple of {denoiser.HEADS}.")
-    zoo = train_zoo(
-        n_adapters,
-        rank,
-        varied=varied,
-        dim=dim,
-        depth=depth,
-        random_state=random_state,
-        verbose=verbose,
+    check_sizes(n_adapters, rank, dim, depth)
+    check_option("method", method, METHODS)
+    recipe = digits_recipe(
+        n_adapters, rank, dim=dim, depth=depth, method=method, random_state=random_state
+    )
+    zoo = make_bunch(train_zoo(recipe, n_jobs=n_jobs, verbose=verbose))
+    return (zoo.data, zoo.target) if return_X_y else zoo
+
+
+def fetch_digits_loras(
+    rank: int = 4,
+    *,
+    n_adapters: int = 2046,
+    data_home: str | os.PathLike[str] | None = None,
+    train_if_missing: bool = True,
+    n_jobs: int | None = None,
+    verbose: int = 1,
+    return_X_y: bool = False,
+) -> Bunch | tuple[LoRACollection, NDArray[np.int64]]:
+    """Load a zoo of LoRAs on handwritten digits, and train it the first time.
+
+    The twin of the paper's Imagenette-LoRA: each non-empty subset of the ten digits twice, of
+    width 32, three blocks and one seed. :func:`make_digits_loras` says how adapters are trained.
+
+    Parameters
+    ----------
+    rank : int, default=4
+        Rank of every update. Each rank is a zoo of its own.
+    n_adapters : int, default=2046
+        Number of adapters. Each number is a zoo of its own.
+    data_home : str, path-like or None, default=None
+        The folder for zoos; see :func:`get_data_home`.
+    train_if_missing : bool, default=True
+        Whether to train the zoo when it is not there. What was trained before an interruption is
+        used.
+    n_jobs : int or None, default=None
+        Number of processes that train; None is one, -1 one for each processor.
+    verbose : int, default=1
+        Whether to show progress bars, where standard error is a terminal.
+    return_X_y : bool, default=False
+        Whether to return ``(data, target)`` instead of a Bunch.
+
+    Returns
+    -------
+    data : :class:`~sklearn.utils.Bunch`
+        As :func:`make_digits_loras` returns it.
+
+    Raises
+    ------
+    ValueError
+        When `rank` or `n_adapters` is below 1.
+    OSError
+        When the zoo is not there and `train_if_missing` is False.
+
+    See Also
+    --------
+    load_digits_loras : A zoo that comes with the package.
+    fetch_varied_digits_loras : Other hyperparameters for every adapter.
+
+    Examples
+    --------
+    >>> from sklora.datasets import fetch_digits_loras
+    >>> zoo = fetch_digits_loras()  # doctest: +SKIP
+    >>> zoo.data.shape, zoo.target.shape  # doctest: +SKIP
+    ((2046, 5376), (2046, 10))
+    """
+    check_sizes(n_adapters, rank, FETCHED["dim"], FETCHED["depth"])
+    zoo = make_bunch(
+        fetch_zoo(
+            "digits",
+            {
+                "n_adapters": n_adapters,
+                "rank": rank,
+                "n_base_steps": N_BASE_STEPS,
+                **FETCHED,
+                **FIXED,
+            },
+            lambda: digits_recipe(n_adapters, rank, **FETCHED),
+            data_home=data_home,
+            train_if_missing=train_if_missing,
+            n_jobs=n_jobs,
+            verbose=verbose,
+        )
     )
     return (zoo.data, zoo.target) if return_X_y else zoo

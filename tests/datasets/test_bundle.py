@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sklora.datasets import _bundle, _digits, load_digits_loras
+from sklora.datasets._zoos import train_zoo
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +70,13 @@ def test_rounding_keeps_what_the_file_holds():
 def test_what_is_made_is_what_is_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(_digits, "N_BASE_STEPS", 3)
     monkeypatch.setattr(_digits, "FIXED", _digits.FIXED | {"n_steps": 2})
-    settings = {"n_adapters": 6, "rank": 2, "varied": False, "dim": 8, "depth": 1}
-    monkeypatch.setattr(_bundle, "SETTINGS", settings)
+    monkeypatch.setattr(_bundle, "SETTINGS", {"n_adapters": 6, "rank": 2, "dim": 8, "depth": 1})
     monkeypatch.setattr(_bundle, "PATH", tmp_path / "zoo.safetensors")
     _bundle.make_bundle(_bundle.PATH, verbose=0)
-    expected = _digits.train_zoo(
-        **settings, random_state=_bundle.SEED, verbose=0, store=_bundle._round
+    recipe = _digits.digits_recipe(
+        **_bundle.SETTINGS, random_state=_bundle.SEED, store=_bundle._round
     )
+    expected = _digits.make_bunch(train_zoo(recipe, verbose=0))
     found = load_digits_loras()
     np.testing.assert_allclose(
         np.asarray(found.data), np.asarray(expected.data), rtol=1e-5, atol=1e-7

@@ -106,15 +106,16 @@ def test_adapters_start_as_no_update(base, generator, noisy, time):
     )
 
 
-def finetune(base, start, rate, steps, images, progress=lambda: None):
+def finetune(base, start, rate, steps, images, rates=(1.0, 1.0)):
     return denoiser.finetune(
         base,
         start,
         lambda: images,
+        factors=lambda parameters: parameters,
+        rates=rates,
         learning_rate=torch.tensor(rate),
         n_steps=torch.tensor(steps),
         generator=torch.Generator().manual_seed(1),
-        progress=progress,
     )
 
 
@@ -128,10 +129,8 @@ def test_finetuning_lowers_the_loss_of_every_adapter(base, generator):
     images = torch.sign(torch.randn(3, 4, 64, generator=generator))
     start = denoiser.init_factors(SHAPES, 3, 2, generator)
     kept = {name: weight.clone() for name, weight in base.items()}
-    steps = []
-    found = finetune(base, start, [1e-2] * 3, [60] * 3, images, lambda: steps.append(1))
+    found = finetune(base, start, [1e-2] * 3, [60] * 3, images)
     assert (fixed_loss(base, images, found) < 0.8 * fixed_loss(base, images, start)).all()
-    assert len(steps) == 60
     assert all(torch.equal(base[name], weight) for name, weight in kept.items())
     assert all(torch.count_nonzero(U) == 0 for U, _ in start.values())
     assert not any(t.requires_grad for pair in found.values() for t in pair)
@@ -153,6 +152,18 @@ def test_finetuning_is_adam(base, generator):
     for (U, V), U_adam, V_adam in zip(found.values(), flat[::2], flat[1::2], strict=True):
         torch.testing.assert_close(U, U_adam.detach(), rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(V, V_adam.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_each_factor_has_its_learning_rate(base, generator):
+    images = torch.randn(1, 4, 64, generator=generator)
+    start = denoiser.init_factors(SHAPES, 1, 2, generator)
+    found = finetune(base, start, [1e-2], [1], images, rates=(4.0, 0.0))
+    twice = finetune(base, start, [4e-2], [1], images)
+    for (U, V), (U_twice, _), (_, V_start) in zip(
+        found.values(), twice.values(), start.values(), strict=True
+    ):
+        torch.testing.assert_close(U, U_twice)
+        assert torch.equal(V, V_start)
 
 
 def test_an_adapter_stops_after_its_own_steps(base, generator):
@@ -186,3 +197,59 @@ def test_the_base_network_learns(generator):
 
     assert fixed_loss(last, images[None]) < 0.8 * fixed_loss(first, images[None])
     assert not any(weight.requires_grad for weight in last.values())
+
+
+def a_denoiser_of_images(images):
+    """The best guess of the noise when the image is known."""
+
+    def denoise(base, noisy, time, factors):
+        angle = (time * (torch.pi / 2)).unsqueeze(-1)
+        return (noisy - torch.cos(angle) * images) / torch.sin(angle)
+
+    return denoise
+
+
+def test_a_perfect_denoiser_draws_its_image(generator, monkeypatch):
+    images = torch.rand(3, 1, 64, generator=generator) * 2 - 1
+    monkeypatch.setattr(denoiser, "denoise", a_denoiser_of_images(images))
+    noise = torch.randn(3, 5, 64, generator=generator)
+    found = denoiser.sample({}, noise, 4)
+    torch.testing.assert_close(found, images.expand(3, 5, 64), rtol=1e-4, atol=1e-4)
+
+
+def test_samples_are_of_the_distribution_that_the_denoiser_knows(generator, monkeypatch):
+    """Of a normal distribution, whose deterministic sampler is a linear map of the noise."""
+    mean, std = 0.2, 0.1
+
+    def denoise(base, noisy, time, factors):
+        angle = (time * (torch.pi / 2)).unsqueeze(-1)
+        variance = torch.cos(angle) ** 2 * std**2 + torch.sin(angle) ** 2
+        return torch.sin(angle) * (noisy - torch.cos(angle) * mean) / variance
+
+    monkeypatch.setattr(denoiser, "denoise", denoise)
+    noise = torch.randn(2, 40, 64, generator=generator, dtype=torch.float64)
+    errors = [
+        (denoiser.sample({}, noise, n) - (mean + std * noise)).abs().max() for n in (10, 100, 400)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.1 * std
+
+
+def test_samples_are_decided_by_their_noise(base, factors, noisy):
+    found = denoiser.sample(base, noisy, 3, factors)
+    assert found.shape == noisy.shape
+    assert found.abs().max() <= 1
+    assert torch.equal(found, denoiser.sample(base, noisy, 3, factors))
+    own = {name: (U[1:2], V[1:2]) for name, (U, V) in factors.items()}
+    alone = denoiser.sample(base, noisy[1:2, 2:3], 3, own)
+    torch.testing.assert_close(found[1:2, 2:3], alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, denoiser.sample(base, noisy, 3))
+
+
+def test_the_network_is_asked_at_evenly_spread_times(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        denoiser, "denoise", lambda base, x, time, factors: asked.append(time) or 0 * x
+    )
+    denoiser.sample({}, torch.zeros(1, 2, 64), 4)
+    assert [time.tolist() for time in asked] == [[[t, t]] for t in (0.875, 0.625, 0.375, 0.125)]

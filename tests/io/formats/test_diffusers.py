@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from sklora import DenseProduct, SVDSpectrum
 from sklora.io import read_adapters
+from sklora.testing import random_gauge
 
 PROCESSORS = Path(__file__).parents[4] / "shared" / "adapters" / "diffusers_old_procs"
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -70,6 +72,27 @@ def test_convolution(normal, save, assert_updates):
     update = torch.einsum("or,rikl->oikl", B.double().flatten(1), A.double())
     path = save({f"{conv}.lora.down.weight": A, f"{conv}.lora.up.weight": B})
     assert_updates(path, {conv: update})
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.float64, 1e-11)])
+def test_a_gauge_of_the_kernels_of_a_convolution_changes_no_feature(normal, save, dtype, rtol):
+    A, B = normal(3, 4, 3, 3).to(dtype), normal(5, 3, 1, 1).to(dtype)
+    R = torch.from_numpy(random_gauge(3, condition=1e3, random_state=0)).to(dtype)
+    moved = (
+        torch.einsum("rs,sikl->rikl", torch.linalg.inv(R), A),
+        torch.einsum("os...,sr->or...", B, R),
+    )
+    conv = "unet.down_blocks.0.resnets.0.conv1.lora"
+    paths = [
+        save({f"{conv}.down.weight": down, f"{conv}.up.weight": up}, folder=f"{k}")
+        for k, (down, up) in enumerate([(A, B), moved])
+    ]
+    X = read_adapters(paths)
+    for featurizer in (SVDSpectrum(), DenseProduct()):
+        before, after = featurizer.fit_transform(X)
+        np.testing.assert_allclose(after, before, rtol=0, atol=rtol * np.abs(before).max())
+    before, after = np.asarray(X)
+    assert not np.allclose(after, before)
 
 
 ALPHAS = [torch.tensor(6.0), torch.tensor([6.0]), torch.tensor(6), torch.tensor(6.0).bfloat16()]
