@@ -50,7 +50,14 @@ FEATURIZERS = [
     UpdateKernel("cosine"),
     UpdateKernel("rbf"),
 ]
-NETS = [GLNetClassifier(), GLNetRegressor(), MLPNetClassifier(), MLPNetRegressor()]
+NETS = [
+    GLNetClassifier(),
+    GLNetClassifier(spectrum=True),
+    GLNetRegressor(),
+    GLNetRegressor(spectrum=True),
+    MLPNetClassifier(),
+    MLPNetRegressor(),
+]
 QUICK = {"hidden_dim": 4, "max_epochs": 2, "random_state": 0, "device": "cpu"}
 QUICK_NETS = [clone(net).set_params(**QUICK) for net in NETS]
 

@@ -223,6 +223,25 @@ class TestProgram:
         result = export_program(model).module()(*program_inputs(model, X[:1]))
         np.testing.assert_allclose(result, model.predict_proba(X[:1]), **PROGRAM)
 
+    @pytest.mark.parametrize("side", [False, True], ids=["factors", "side"])
+    def test_spectrum(self, side):
+        """One program for all batches and ranks, one adapter of rank 1 among them."""
+        X = make_zoo(np.full((24, len(SHAPES)), 2), side)
+        model = GLNetClassifier(spectrum=True, hidden_dim=4, max_epochs=2, device="cpu")
+        model.fit(X, targets("multiclass", len(X)))
+        program = export_program(model).module()
+        for ranks in BATCHES.values():
+            Z = make_zoo(np.broadcast_to(ranks, (len(ranks), len(SHAPES))), side, seed=7)
+            for given in (Z, apply_gauge(Z, condition=100.0, random_state=0)):
+                result = program(*program_inputs(model, given))
+                np.testing.assert_allclose(result, model.predict_proba(Z), **GAUGE)
+
+    def test_spectrum_of_plain_rows(self):
+        X = np.random.default_rng(0).normal(size=(20, 5))
+        model = GLNetRegressor(spectrum=True, max_epochs=1, device="cpu").fit(X, X[:, 0])
+        result = export_program(model).module()(*program_inputs(model, X[:3]))
+        np.testing.assert_allclose(result, model.predict(X[:3]), **PROGRAM)
+
     def test_needs_no_sklora(self, tmp_path):
         X = make_zoo(np.full((12, len(SHAPES)), 2))
         model = GLNetRegressor(max_epochs=1, device="cpu").fit(X, targets("one number", 12))
@@ -290,6 +309,13 @@ class TestOnnx:
         assert onnx.TensorProto.FLOAT not in {tensor.data_type for tensor in tensors}
         assert not any(tensor.external_data for tensor in tensors)
         assert [opset.domain for opset in model.opset_import] == [""]
+
+    def test_refuses_a_spectrum(self, tmp_path):
+        X = np.random.default_rng(0).normal(size=(20, 5))
+        model = GLNetRegressor(spectrum=True, max_epochs=1, device="cpu").fit(X, X[:, 0])
+        with pytest.raises(ValueError, match=r"spectrum is True.*export_program.*spectrum=False"):
+            export_onnx(model, tmp_path / "model.onnx")
+        assert not list(tmp_path.iterdir())
 
     def test_failed_writing_leaves_the_old_file(self, tmp_path, monkeypatch):
         X = make_zoo(np.full((12, len(SHAPES)), 2))

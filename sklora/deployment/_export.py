@@ -17,6 +17,7 @@ import sklora
 from sklora._files import replacing
 from sklora.collection import LoRACollection, LoRALayout, check_loras
 from sklora.estimators import GLNetClassifier, GLNetRegressor
+from sklora.estimators.glnet import singular_values
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -49,6 +50,7 @@ class _Program(nn.Module):
     def __init__(self, estimator: GLNetEstimator) -> None:
         super().__init__()
         layout = estimator.layout_
+        self.layout = layout
         self.groups = [[layout.names[i] for i in group.index] for group in layout.groups]
         self.net = estimator._fitted_net().double()
         if isinstance(estimator, GLNetRegressor):
@@ -66,8 +68,18 @@ class _Program(nn.Module):
             )
             for names in self.groups
         ]
-        outputs: Tensor = self.decode(self.net(pairs, side))
+        spectra = self._spectra(pairs) if self.net.spectrum else None
+        outputs: Tensor = self.decode(self.net(pairs, side, spectra))
         return outputs
+
+    def _spectra(self, pairs: list[tuple[Tensor, ...]]) -> Tensor:
+        # Zeros change no singular value. With more rows than columns, and at least two columns, one
+        # program serves all ranks: torch makes a case of each comparison that it cannot decide.
+        tall = [
+            tuple(nn.functional.pad(A, (0, 1, 0, 0, 0, A.shape[-1])) for A in pair)
+            for pair in pairs
+        ]
+        return singular_values(tall, self.layout)
 
 
 def program_inputs(estimator: GLNetEstimator, X: LoRACollection | ArrayLike) -> tuple[Any, ...]:
@@ -188,6 +200,8 @@ def export_onnx(estimator: GLNetEstimator, path: str | os.PathLike[str]) -> None
         When onnx or onnxscript is missing.
     TypeError, sklearn.exceptions.NotFittedError
         As for :func:`export_program`.
+    ValueError
+        When `estimator` was fitted with ``spectrum=True``.
     OSError
         When the file cannot be written.
 
@@ -219,6 +233,11 @@ def export_onnx(estimator: GLNetEstimator, path: str | os.PathLike[str]) -> None
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(_NO_ONNX.format(error.name)) from None
     program = export_program(estimator)
+    if estimator.architecture_.get("spectrum"):
+        raise ValueError(
+            "spectrum is True, but ONNX has no singular value decomposition. Use export_program, "
+            "or fit with spectrum=False."
+        )
     layout = estimator.layout_
     names = [f"{module}:{letter}" for module in layout.names for letter in "UV"]
     output = "predictions" if isinstance(estimator, GLNetRegressor) else "probabilities"

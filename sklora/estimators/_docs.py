@@ -16,6 +16,9 @@ nonlinearity : {"sign_relu", "sigmoid", "silu"}, default=$nonlinearity
     The gate between them, see :class:`~sklora.nets.GLNonlinearity`; ``"sign_relu"`` is the paper's.
 head : {"flatten", "mean"}, default=$head
     The invariant features, every entry of every ``U V^T`` or the mean of each.
+spectrum : bool, default=$spectrum
+    Whether the singular values of every update join them. Of each module there are as many as its
+    largest rank in training: further ones are left out, missing ones are zero.
 mlp_hidden : int or tuple of int, default=$mlp_hidden
     Widths of the hidden layers of the multilayer perceptron that reads them.
 dropout : float, default=$dropout

@@ -7,8 +7,9 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -65,11 +66,16 @@ class TrainingInterruptedWarning(UserWarning):
 
 
 class TrainingData(NamedTuple):
-    """Adapters, encoded targets ``(N,)`` or ``(N, K)``, loss weights ``(N, 1)`` or ``(N, K)``."""
+    """Adapters, encoded targets ``(N,)`` or ``(N, K)``, loss weights ``(N, 1)`` or ``(N, K)``.
+
+    `columns` are what a network reads of every adapter besides its row, by the names of the
+    arguments of its `forward`.
+    """
 
     loras: LoRACollection
     targets: NDArray[Any]
     weights: NDArray[np.floating[Any]]
+    columns: Mapping[str, NDArray[Any]] = MappingProxyType({})
 
     @property
     def adapter_weights(self) -> NDArray[np.floating[Any]]:
@@ -79,14 +85,16 @@ class TrainingData(NamedTuple):
 
     def take(self, rows: NDArray[np.intp]) -> TrainingData:
         """Give some rows: a view of the adapters, a copy of the rest."""
-        return TrainingData(self.loras[rows], self.targets[rows], self.weights[rows])
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        return TrainingData(self.loras[rows], self.targets[rows], self.weights[rows], columns)
 
 
 class LoRADataset(torch.utils.data.Dataset[Any]):
     """Whole batches, each read from the collection at once.
 
-    A batch is ``({"rows": (B, width), "weight": (B, K)}, targets)``. The rows stay flat until they
-    are on the device: one transfer moves them, and every kind of network starts from them.
+    A batch is ``({"rows": (B, width), "weight": (B, K), **columns}, targets)``. The rows stay flat
+    until they are on the device: one transfer moves them, and every kind of network starts from
+    them.
 
     Parameters
     ----------
@@ -95,7 +103,7 @@ class LoRADataset(torch.utils.data.Dataset[Any]):
 
     def __init__(self, data: TrainingData) -> None:
         # By these names skorch finds the classes, and what a scoring callback scores on.
-        self.X, self.y, self.weights = data
+        self.X, self.y, self.weights, self.columns = data
 
     def __len__(self) -> int:
         return len(self.X)
@@ -107,7 +115,8 @@ class LoRADataset(torch.utils.data.Dataset[Any]):
         """Read one batch."""
         picked = np.asarray(indices)
         rows, weight = as_tensor(self.X.read(picked)), torch.from_numpy(self.weights[picked])
-        return {"rows": rows, "weight": weight}, torch.from_numpy(self.y[picked])
+        columns = {name: torch.from_numpy(c[picked]) for name, c in self.columns.items()}
+        return {"rows": rows, "weight": weight, **columns}, torch.from_numpy(self.y[picked])
 
 
 class WeightedForward(nn.Module):
@@ -118,17 +127,17 @@ class WeightedForward(nn.Module):
     net : torch.nn.Module
         The network that is trained.
     forward : callable
-        From flat rows ``(B, width)`` to outputs ``(B, K)``, by way of `net`.
+        From flat rows ``(B, width)``, and further columns, to outputs ``(B, K)``, by way of `net`.
     """
 
-    def __init__(self, net: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, net: nn.Module, forward: Callable[..., Tensor]) -> None:
         super().__init__()
         self.net = net
         self.forward_rows = forward
 
-    def forward(self, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, rows: Tensor, weight: Tensor, **columns: Tensor) -> tuple[Tensor, Tensor]:
         """Give outputs and weights."""
-        return self.forward_rows(rows), weight
+        return self.forward_rows(rows, **columns), weight
 
 
 class WeightedLoss(nn.Module):
@@ -427,7 +436,7 @@ def weighted_moments(
 
 
 @torch.no_grad()
-def calibrate_input(net: GLNet | MLPNet, features: Callable[[], Iterator[WeightedBlock]]) -> None:
+def calibrate_input(net: GLNet | MLPNet, features: Callable[[], Iterable[WeightedBlock]]) -> None:
     """Set the moments by which a network standardises its features and their norm.
 
     Parameters

@@ -12,6 +12,7 @@ import torch
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor, nn
 
+from sklora._base import resolve_device
 from sklora.collection import LoRALayout
 from sklora.estimators._base import BaseNetEstimator
 from sklora.estimators._docs import document
@@ -23,12 +24,11 @@ from sklora.estimators._targets import (
 )
 from sklora.estimators._training import (
     TrainingData,
-    WeightedBlock,
     calibrate_input,
     iter_blocks,
     weighted_moments,
 )
-from sklora.linalg import squared_norm
+from sklora.linalg import spectrum, squared_norm
 from sklora.nets import GLNet
 from sklora.nets.equivariant import GateKind, HeadKind
 
@@ -41,12 +41,14 @@ class _GLNetEstimator(BaseNetEstimator):
         "n_layers": [Interval(Integral, 1, None, closed="left")],
         "nonlinearity": [StrOptions(set(get_args(GateKind)))],
         "head": [StrOptions(set(get_args(HeadKind)))],
+        "spectrum": ["boolean"],
         "mlp_hidden": [Interval(Integral, 1, None, closed="left"), tuple],
     }
     _net_type = GLNet
     _accepted_rank = "any"
 
     head: HeadKind
+    spectrum: bool
     mlp_hidden: int | tuple[int, ...]
 
     def _architecture(self, layout: LoRALayout, n_outputs: int) -> dict[str, Any]:
@@ -63,13 +65,34 @@ class _GLNetEstimator(BaseNetEstimator):
             "mlp_hidden": mlp_hidden,
             "dropout": self.dropout,
             "n_side": layout.n_side,
+            "spectrum": sum(layout.ranks) if self.spectrum else 0,
         }
+
+    def _training_data(self, *args: Any, **kwargs: Any) -> TrainingData:
+        data = super()._training_data(*args, **kwargs)
+        if not self.spectrum:
+            return data
+        # Once a fit: at large ranks, they take as long as a step of the network.
+        loras, device = data.loras, resolve_device(self.device)
+        values = np.empty((len(loras), sum(self.layout_.ranks)), loras.dtype)
+        for rows, block in iter_blocks(loras, device, self._entries_per_adapter(loras.layout)):
+            factors, _ = cut_factors(block, loras.layout)
+            values[rows] = singular_values(factors, self.layout_).cpu().numpy()
+        return data._replace(columns={"spectra": values})
 
     def _forward(
         self, net: nn.Module, layout: LoRALayout, dtype: torch.dtype
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> Callable[..., Tensor]:
         memory: list[Tensor] = []
-        return lambda rows: net(*cut_factors(rows.to(dtype), layout, memory))
+
+        def forward(rows: Tensor, spectra: Tensor | None = None) -> Tensor:
+            factors, side = cut_factors(rows.to(dtype), layout, memory)
+            if net.spectrum and spectra is None:
+                spectra = singular_values(factors, self.layout_)
+            outputs: Tensor = net(factors, side, spectra)
+            return outputs
+
+        return forward
 
     def _calibrate(self, net: nn.Module, data: TrainingData) -> None:
         assert isinstance(net, GLNet)
@@ -88,16 +111,26 @@ class _GLNetEstimator(BaseNetEstimator):
         scale = square.pow(-0.25)
         net.module_scale.copy_(torch.where(square > 0, scale, torch.ones_like(scale)))
 
-        def features() -> Iterator[WeightedBlock]:
-            for rows, pairs, side in factors():
-                yield net.features(pairs, side), weights[rows]
-
-        calibrate_input(net, features)
+        calibrate_input(
+            net, lambda: ((net.features(pairs), weights[rows]) for rows, pairs, _ in factors())
+        )
+        if layout.n_side:
+            calibrate_input(
+                net.side_path,
+                lambda: (
+                    (block[:, layout.side_slice], weights[rows])
+                    for rows, block in iter_blocks(data.loras, device, entries)
+                ),
+            )
+        if net.spectrum:
+            spectra = torch.from_numpy(data.columns["spectra"]).to(device)
+            calibrate_input(net.spectrum_path, lambda: [(spectra, weights)])
 
     def _entries_per_adapter(self, layout: LoRALayout) -> int:
         hidden = 2 * self.hidden_dim * max(layout.ranks)
         products = self.hidden_dim**2 if self.head == "flatten" else 1
-        return 3 * layout.width + layout.n_modules * (4 * hidden + 3 * products)
+        copies = 5 if self.spectrum else 3
+        return copies * layout.width + layout.n_modules * (4 * hidden + 3 * products)
 
 
 def cut_factors(
@@ -143,6 +176,42 @@ def cut_factors(
     return pairs, rows[:, layout.side_slice] if layout.n_side else None
 
 
+def singular_values(factors: Sequence[tuple[Tensor, ...]], layout: LoRALayout) -> Tensor:
+    """Give the singular values of every update, largest first.
+
+    Parameters
+    ----------
+    factors : sequence of (U, V)
+        As :func:`cut_factors` gives them, of any rank.
+    layout : LoRALayout
+        Its largest rank is how many values of a module there are: further ones are left out,
+        missing ones are zero.
+
+    Returns
+    -------
+    Tensor of shape (B, sum of ranks)
+        The modules in the order of the groups.
+
+    Raises
+    ------
+    ValueError
+        When numbers overflow on the way.
+    """
+    columns: list[Tensor] = []
+    for (U, V), group in zip(factors, layout.groups, strict=True):
+        try:
+            values = spectrum(U.transpose(1, 2), V.transpose(1, 2))
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"numbers of module {layout.names[group.index[0]]!r}, or of one of its shape, "
+                "overflow in a decomposition in float64: rescale the adapters, leave out those "
+                "that are far too large, or fit with spectrum=False."
+            ) from error
+        values = nn.functional.pad(values, (0, group.rank))
+        columns += [values[k, :, : layout.ranks[module]] for k, module in enumerate(group.index)]
+    return torch.cat(columns, dim=1)
+
+
 def _of_sizes(sizes: list[int], like: Tensor, memory: list[Tensor]) -> list[Tensor]:
     """Give uninitialised flat tensors, in the memory of the last call if they fit there."""
     if not memory or any(len(m) < size for m, size in zip(memory, sizes, strict=True)):
@@ -168,6 +237,7 @@ class GLNetClassifier(NetClassifier, _GLNetEstimator):
     prediction is that of the update, whichever factors it is given by, of whatever rank.
     Each module is scaled by the training root mean square of ``||U V^T||_F``, and the features that
     the perceptron reads are standardised; all of these are invariant too.
+    With `spectrum`, the singular values of every ``U V^T`` join these, by a path of their own.
 
     Parameters
     ----------
@@ -209,6 +279,7 @@ class GLNetClassifier(NetClassifier, _GLNetEstimator):
         n_layers: int = 1,
         nonlinearity: GateKind = "sigmoid",
         head: HeadKind = "flatten",
+        spectrum: bool = False,
         mlp_hidden: int | tuple[int, ...] = 128,
         dropout: float = 0.5,
         lr: float = 1e-3,
@@ -248,6 +319,7 @@ class GLNetClassifier(NetClassifier, _GLNetEstimator):
             layout=layout,
         )
         self.head = head
+        self.spectrum = spectrum
         self.mlp_hidden = mlp_hidden
         self.class_weight = class_weight
 
@@ -261,6 +333,7 @@ class GLNetRegressor(NetRegressor, _GLNetEstimator):
     prediction is that of the update, whichever factors it is given by, of whatever rank.
     Each module is scaled by the training root mean square of ``||U V^T||_F``, and the features that
     the perceptron reads are standardised; all of these are invariant too.
+    With `spectrum`, the singular values of every ``U V^T`` join these, by a path of their own.
 
     Parameters
     ----------
@@ -295,6 +368,7 @@ class GLNetRegressor(NetRegressor, _GLNetEstimator):
         n_layers: int = 1,
         nonlinearity: GateKind = "sigmoid",
         head: HeadKind = "flatten",
+        spectrum: bool = False,
         mlp_hidden: int | tuple[int, ...] = 128,
         dropout: float = 0.5,
         lr: float = 1e-3,
@@ -333,4 +407,5 @@ class GLNetRegressor(NetRegressor, _GLNetEstimator):
             layout=layout,
         )
         self.head = head
+        self.spectrum = spectrum
         self.mlp_hidden = mlp_hidden

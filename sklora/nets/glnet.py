@@ -15,9 +15,12 @@ from sklora.nets.equivariant import (
     InvariantHead,
 )
 from sklora.nets.feedforward import ModuleLinear, RowNorm, Standardize, feedforward
+from sklora.nets.mlpnet import MLPNet
 
 # Below that of MLPNet, since the features themselves are fitted too; see docs/results.md.
 WIDE = 100
+# The products are to fit the training rows no faster than the singular values, which are few.
+WIDE_BESIDE_SPECTRUM = 30
 
 
 class GLNet(nn.Module):
@@ -51,16 +54,22 @@ class GLNet(nn.Module):
     dropout : float, default=0.0
         Probability of dropping one of its hidden units in training.
     n_side : int, default=0
-        Number of side features, which join the invariant ones.
+        Number of side features.
+    spectrum : int, default=0
+        Number of singular values of the updates, of all modules together.
 
     Attributes
     ----------
     module_scale : Tensor of shape (M,)
         Buffer. What ``U`` and ``V`` of each module are multiplied by, in the order of the groups.
     standardize : Standardize
-        Moments of the invariant and the side features, on the training data at the initial weights.
+        Moments of the invariant features, on the training data at the initial weights.
     row_norm : RowNorm
-        Appends the norm of the standardised features.
+        Appends the norm of the standardised invariant features.
+    side_path, spectrum_path : MLPNet
+        From the side features, linearly, and from the singular values, by one hidden layer, into
+        the first layer of the perceptron. Each has moments, a weight and a norm of its own, and is
+        there only where such columns are.
 
     Raises
     ------
@@ -93,6 +102,7 @@ class GLNet(nn.Module):
         mlp_hidden: Sequence[int] = (128,),
         dropout: float = 0.0,
         n_side: int = 0,
+        spectrum: int = 0,
     ) -> None:
         super().__init__()
         n_modules = sum(members for members, _, _ in groups)
@@ -109,19 +119,29 @@ class GLNet(nn.Module):
         self.register_buffer("module_scale", torch.ones(n_modules))
         per_module = self.head.n_features(hidden_dim, hidden_dim)
         self.n_invariant = n_modules * per_module
-        n_features = self.n_invariant + n_side
-        self.standardize = Standardize(n_features)
-        self.row_norm = RowNorm(n_features, wide=WIDE)
-        self.mlp = feedforward(n_features + 1, n_outputs, mlp_hidden, dropout=dropout)
+        self.standardize = Standardize(self.n_invariant)
+        wide = WIDE_BESIDE_SPECTRUM if spectrum else WIDE
+        self.row_norm = RowNorm(self.n_invariant, wide=wide)
+        self.mlp = feedforward(self.n_invariant + 1, n_outputs, mlp_hidden, dropout=dropout)
         # The first layer is in two parts: that on the invariants works by blocks of modules.
         first = self.mlp[0]
         assert isinstance(first, nn.Linear)
-        by_invariant, by_rest = first.weight.tensor_split([self.n_invariant], dim=1)
+        by_invariant, by_norm = first.weight.tensor_split([self.n_invariant], dim=1)
         self.invariant_map = ModuleLinear(by_invariant, n_modules)
-        first.weight, first.in_features = nn.Parameter(by_rest.detach().clone()), n_side + 1
+        first.weight, first.in_features = nn.Parameter(by_norm.detach().clone()), 1
+        # Among ten thousand invariants, a weight and a start by their number would drown a few
+        # columns more, so each kind has a path of its own.
+        self.spectrum = spectrum
+        if n_side:
+            self.side_path = MLPNet(n_side, first.out_features, n_layers=0)
+        if spectrum:
+            self.spectrum_path = MLPNet(spectrum, first.out_features, n_layers=1, dropout=dropout)
 
     def forward(
-        self, factors: Sequence[tuple[Tensor, Tensor]], side: Tensor | None = None
+        self,
+        factors: Sequence[tuple[Tensor, Tensor]],
+        side: Tensor | None = None,
+        spectra: Tensor | None = None,
     ) -> Tensor:
         """Give the outputs.
 
@@ -132,6 +152,8 @@ class GLNet(nn.Module):
             from group to group.
         side : Tensor of shape (B, n_side), optional
             The side features.
+        spectra : Tensor of shape (B, spectrum), optional
+            The singular values.
 
         Returns
         -------
@@ -140,38 +162,30 @@ class GLNet(nn.Module):
         U, V = self._map(factors)
         members = self.invariant_map.members
         products = map(self.head.by_module, torch.split(U, members), torch.split(V, members))
-        mean, side_mean = self.standardize.mean.tensor_split([self.n_invariant])
-        scale, side_scale = self.standardize.scale.tensor_split([self.n_invariant])
-        hidden, norm = self.invariant_map(products, mean, scale)
-        norm, columns = norm[:, None], []
-        if side is not None:
-            z = ((side - side_mean) / side_scale).to(norm.dtype)
-            norm = torch.linalg.vector_norm(torch.cat([norm, z], dim=1), dim=1, keepdim=True)
-            columns = [self.row_norm.weight * z]
-        rest = torch.cat([*columns, self.row_norm.norm(norm)], dim=1)
+        hidden, norm = self.invariant_map(products, self.standardize.mean, self.standardize.scale)
         # A common weight of all columns is as well put on their sum.
-        outputs: Tensor = self.mlp[1:](self.row_norm.weight * hidden + self.mlp[0](rest))
+        hidden = self.row_norm.weight * hidden + self.mlp[0](self.row_norm.norm(norm[:, None]))
+        if side is not None:
+            hidden = hidden + self.side_path(side)
+        if spectra is not None:
+            hidden = hidden + self.spectrum_path(spectra)
+        outputs: Tensor = self.mlp[1:](hidden)
         return outputs
 
-    def features(
-        self, factors: Sequence[tuple[Tensor, Tensor]], side: Tensor | None = None
-    ) -> Tensor:
-        """Give what the multilayer perceptron reads, not yet standardised.
+    def features(self, factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Give the invariant features that the multilayer perceptron reads, not yet standardised.
 
         Parameters
         ----------
         factors : sequence of (U, V)
             As for :meth:`forward`.
-        side : Tensor of shape (B, n_side), optional
-            The side features.
 
         Returns
         -------
-        Tensor of shape (B, n_invariant + n_side)
-            The invariant features, then the side features.
+        Tensor of shape (B, n_invariant)
         """
-        features = self.head(*self._map(factors))
-        return features if side is None else torch.cat([features, side], dim=1)
+        features: Tensor = self.head(*self._map(factors))
+        return features
 
     def _map(self, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Give the factors after all equivariant layers, ``(M, h, B, r)``."""

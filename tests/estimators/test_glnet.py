@@ -6,8 +6,10 @@ import torch
 
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.estimators import GLNetClassifier, GLNetRegressor
-from sklora.estimators.glnet import cut_factors
+from sklora.estimators.glnet import cut_factors, singular_values
 from sklora.testing import apply_gauge, assert_gauge_invariant
+from sklora.transform import SVDSpectrum
+from tests.stored import assert_same_answers, by_joblib, by_skops
 
 MIXED = [[2, 1, 0], [1, 2, 2], [0, 1, 1], [2, 2, 2]] * 15
 
@@ -78,33 +80,44 @@ class TestCutFactors:
         torch.testing.assert_close(cut_factors(rows, layout)[1], rows[:, -3:])
 
 
+with_and_without_spectrum = pytest.mark.parametrize(
+    "spectrum", [False, True], ids=["products", "spectrum"]
+)
+
+
+@with_and_without_spectrum
 @pytest.mark.parametrize("head", ["flatten", "mean"])
 @pytest.mark.parametrize("nonlinearity", ["sigmoid", "silu", "sign_relu"])
 @pytest.mark.parametrize(
     ("dtype", "condition", "rtol"), [(np.float64, 1e4, 1e-7), (np.float32, 1e2, 1e-3)]
 )
 def test_theorem_1_predictions_are_invariant(
-    head, nonlinearity, dtype, condition, rtol, random_loras, rng, quick
+    head, nonlinearity, dtype, condition, rtol, spectrum, random_loras, rng, quick
 ):
     X = random_loras(rng, 60, rank=MIXED, dtype=dtype)
     y = np.array([sum(np.linalg.norm(U @ V.T) for U, V in adapter.values()) for adapter in X])
-    model = quick(GLNetRegressor, head=head, nonlinearity=nonlinearity, n_layers=3)
+    model = quick(
+        GLNetRegressor, head=head, nonlinearity=nonlinearity, spectrum=spectrum, n_layers=3
+    )
     assert_gauge_invariant(model.fit(X, y), X, condition=condition, rtol=rtol, random_state=0)
 
 
-def test_training_is_invariant(zoo, targets, quick):
-    model = quick(GLNetClassifier, max_epochs=20)
+@with_and_without_spectrum
+def test_training_is_invariant(spectrum, zoo, targets, quick):
+    model = quick(GLNetClassifier, spectrum=spectrum, max_epochs=20)
     moved = apply_gauge(zoo, condition=10.0, random_state=0)
     expected = model.fit(zoo, targets["multilabel"]).predict_proba(zoo)
     found = model.fit(moved, targets["multilabel"]).predict_proba(zoo)
     np.testing.assert_allclose(found, expected, atol=1e-2)
 
 
-def test_statistics_are_invariant(zoo, traces, quick):
+@with_and_without_spectrum
+def test_statistics_are_invariant(spectrum, zoo, traces, quick):
     moved = apply_gauge(zoo, condition=10.0, random_state=0)
-    one, other = (quick(GLNetRegressor).fit(X, traces).weights_ for X in (zoo, moved))
-    statistics = {name for name, _ in quick(GLNetRegressor).fit(zoo, traces).net_.named_buffers()}
-    assert len(statistics) == 6
+    model = quick(GLNetRegressor, spectrum=spectrum)
+    one, other = (model.fit(X, traces).weights_ for X in (zoo, moved))
+    statistics = {name for name, _ in model.net_.named_buffers()}
+    assert len(statistics) == 6 + 5 * spectrum
     for name in statistics:
         np.testing.assert_allclose(one[name], other[name], rtol=1e-3, atol=1e-5)
 
@@ -138,21 +151,26 @@ def test_standardises_by_weighted_moments(zoo, traces, quick):
     np.testing.assert_allclose(model.weights_["row_norm.norm.scale"], [spread], rtol=1e-3)
 
 
-def test_size_of_the_updates_does_not_matter(zoo, traces, quick):
+@with_and_without_spectrum
+def test_size_of_the_updates_does_not_matter(spectrum, zoo, traces, quick):
     large = LoRACollection.from_array(np.asarray(zoo) * 1e3, zoo.layout)
-    one, other = (quick(GLNetRegressor).fit(X, traces).predict(X) for X in (zoo, large))
+    one, other = (
+        quick(GLNetRegressor, spectrum=spectrum).fit(X, traces).predict(X) for X in (zoo, large)
+    )
     np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
-def test_a_module_without_updates(random_loras, rng, quick):
+@with_and_without_spectrum
+def test_a_module_without_updates(spectrum, random_loras, rng, quick):
     X = random_loras(rng, 60, rank=[[2, 0, 1]] * 60, layout=random_loras(rng, 1).layout)
-    model = quick(GLNetRegressor).fit(X, rng.normal(size=60))
+    model = quick(GLNetRegressor, spectrum=spectrum).fit(X, rng.normal(size=60))
     assert all(np.isfinite(weight).all() for weight in model.weights_.values())
     assert np.isfinite(model.predict(X)).all()
 
 
-def test_takes_any_rank_at_predict(zoo, traces, random_loras, rng, quick):
-    model = quick(GLNetRegressor).fit(zoo, traces)
+@with_and_without_spectrum
+def test_takes_any_rank_at_predict(spectrum, zoo, traces, quick):
+    model = quick(GLNetRegressor, spectrum=spectrum).fit(zoo, traces)
     wide = zoo.with_layout(zoo.layout.with_ranks([4, 3, 2]))
     np.testing.assert_allclose(model.predict(wide), model.predict(zoo), rtol=1e-10)
     doubled = [
@@ -164,8 +182,9 @@ def test_takes_any_rank_at_predict(zoo, traces, random_loras, rng, quick):
     np.testing.assert_allclose(model.predict(X), model.predict(zoo), rtol=1e-8)
 
 
-def test_a_missing_module_is_the_zero_update(zoo, traces, quick):
-    model = quick(GLNetRegressor).fit(zoo, traces)
+@with_and_without_spectrum
+def test_a_missing_module_is_the_zero_update(spectrum, zoo, traces, quick):
+    model = quick(GLNetRegressor, spectrum=spectrum).fit(zoo, traces)
     lacking = [{name: pair for name, pair in zoo[i].items() if name != "v"} for i in range(5)]
     zeros = [{name: (U, V * (name != "v")) for name, (U, V) in zoo[i].items()} for i in range(5)]
     one, other = (
@@ -181,6 +200,140 @@ def test_side_features_are_read(zoo, rng, quick):
     X = LoRACollection.from_array(np.hstack([np.asarray(zoo), side]), layout)
     model = quick(GLNetRegressor, max_epochs=100, lr=0.02, early_stopping=False)
     assert model.fit(X, side[:, 0]).score(X, side[:, 0]) > 0.9
+
+
+class TestSpectrum:
+    @pytest.fixture
+    def stretched(self, rng):
+        """Updates of random directions, of unit norm, and the share of the first singular value."""
+        shapes = {"q": (8, 6), "k": (7, 7), "v": (8, 6)}
+        shares = rng.uniform(0.1, 0.9, size=240)
+        factors = [
+            {
+                name: (
+                    np.linalg.qr(rng.normal(size=(n, 2)))[0] * [share**0.5, (1 - share) ** 0.5],
+                    np.linalg.qr(rng.normal(size=(m, 2)))[0],
+                )
+                for name, (n, m) in shapes.items()
+            }
+            for share in shares
+        ]
+        return LoRACollection.from_factors(factors), np.abs(shares - 0.5)
+
+    def test_tells_what_the_products_hide(self, stretched, quick):
+        X, y = stretched
+        scores = [
+            quick(GLNetRegressor, spectrum=spectrum, max_epochs=100, lr=0.01)
+            .fit(X[:160], y[:160])
+            .score(X[160:], y[160:])
+            for spectrum in (False, True)
+        ]
+        assert scores[0] < 0.3
+        assert scores[1] > 0.8
+
+    def test_values_are_those_of_the_spectrum_at_the_ranks_of_the_layout(self, mixed):
+        factors, _ = cut_factors(torch.from_numpy(np.asarray(mixed)), mixed.layout)
+        found = singular_values(factors, mixed.layout)
+        order = np.argsort([i for group in mixed.layout.groups for i in group.index])
+        blocks = np.split(found.numpy(), np.cumsum(self.ranks_by_group(mixed.layout))[:-1], axis=1)
+        expected = SVDSpectrum().fit_transform(mixed)
+        np.testing.assert_allclose(np.hstack([blocks[i] for i in order]), expected, atol=1e-12)
+
+    def ranks_by_group(self, layout):
+        return [layout.ranks[i] for group in layout.groups for i in group.index]
+
+    def test_other_ranks_are_cut_or_padded(self, rng):
+        layout = LoRALayout([("a", 5, 4, 1), ("b", 5, 4, 3)])
+        U, V = torch.randn(2, 5, 6, 4).double(), torch.randn(2, 4, 6, 4).double()
+        values = torch.linalg.svdvals(torch.einsum("anbr,ambr->abnm", U, V))
+        found = singular_values([(U, V)], layout)
+        torch.testing.assert_close(found, torch.cat([values[0, :, :1], values[1, :, :3]], dim=1))
+        values = torch.linalg.svdvals(torch.einsum("anbr,ambr->abnm", U[..., :2], V[..., :2]))
+        found = singular_values([(U[..., :2], V[..., :2])], layout)
+        expected = torch.cat([values[0, :, :1], values[1, :, :3]], dim=1)
+        torch.testing.assert_close(found, expected)
+        assert torch.count_nonzero(found[:, 3]) == 0
+
+    def test_numbers_that_overflow_are_refused(self, zoo, traces, quick):
+        large = LoRACollection.from_array(np.asarray(zoo) * 1e200, zoo.layout)
+        model = quick(GLNetRegressor, spectrum=True)
+        with pytest.raises(ValueError, match=r"module 'q'.* overflow .*spectrum=False"):
+            model.fit(large, traces)
+        model.fit(zoo, traces)
+        with pytest.raises(ValueError, match=r"module 'q'.* overflow .*spectrum=False"):
+            model.predict(large)
+
+    def test_moments_are_weighted(self, zoo, traces, quick):
+        weights = np.linspace(0, 1, 60)
+        model = quick(GLNetRegressor, spectrum=True).fit(zoo, traces, sample_weight=weights)
+        values = SVDSpectrum().fit_transform(zoo)
+        # The layout's order is q, k, v; q and v share a group.
+        values = values[:, [0, 1, 4, 5, 2, 3]]
+        mean = np.average(values, axis=0, weights=weights)
+        scale = np.sqrt(np.average((values - mean) ** 2, axis=0, weights=weights))
+        state = {k.removeprefix("spectrum_path."): v for k, v in model.weights_.items()}
+        np.testing.assert_allclose(state["standardize.mean"], mean, rtol=1e-5)
+        np.testing.assert_allclose(state["standardize.scale"], scale, rtol=1e-5)
+
+    def test_is_found_once_a_fit(self, zoo, traces, quick, monkeypatch):
+        calls = []
+
+        def counted(*args):
+            calls.append(1)
+            return singular_values(*args)
+
+        monkeypatch.setattr("sklora.estimators.glnet.singular_values", counted)
+        counts = []
+        for max_epochs in (1, 5):
+            calls.clear()
+            quick(GLNetRegressor, spectrum=True, max_epochs=max_epochs).fit(zoo, traces)
+            counts.append(len(calls))
+        assert counts == [1, 1]
+
+    def test_training_and_prediction_read_the_same(self, zoo, traces, quick):
+        """Trained on all rows at a rate of next to nothing, the loss is that of the predictions."""
+        model = quick(
+            GLNetRegressor, spectrum=True, lr=1e-9, max_epochs=1, early_stopping=False
+        ).fit(zoo, traces)
+        residual = (model.predict(zoo) - traces) / model.target_scale_
+        assert model.history_[-1]["train_loss"] == pytest.approx(np.mean(residual**2), rel=1e-4)
+
+    def test_one_adapter_is_predicted_as_among_many(self, zoo, traces, quick):
+        model = quick(GLNetRegressor, spectrum=True).fit(zoo, traces)
+        alone = np.concatenate([model.predict(zoo[[i]]) for i in range(len(zoo))])
+        np.testing.assert_allclose(alone, model.predict(zoo), rtol=1e-12)
+
+    def test_goes_on_from_the_last_fit(self, zoo, traces, quick):
+        model = quick(GLNetRegressor, spectrum=True, warm_start=True).fit(zoo, traces)
+        first = model.weights_["spectrum_path.mlp.0.weight"]
+        moments = model.weights_["spectrum_path.standardize.mean"]
+        for again in (model.fit, model.partial_fit):
+            again(zoo[:40], traces[:40])
+            assert np.any(model.weights_["spectrum_path.mlp.0.weight"] != first)
+            np.testing.assert_array_equal(model.weights_["spectrum_path.standardize.mean"], moments)
+        with pytest.raises(ValueError, match=r"spectrum is 0, but .* fitted with 6"):
+            model.set_params(spectrum=False).fit(zoo, traces)
+
+    @pytest.mark.parametrize("store", [by_joblib, by_skops])
+    @pytest.mark.parametrize("estimator", [GLNetClassifier, GLNetRegressor])
+    def test_is_stored(self, estimator, store, zoo, targets, quick):
+        kind = "multiclass" if estimator is GLNetClassifier else "many"
+        model = quick(estimator, spectrum=True).fit(zoo, targets[kind])
+        assert_same_answers(store(model), model, zoo)
+
+    def test_beside_side_features_and_on_plain_rows(self, zoo, rng, quick):
+        layout = LoRALayout(zoo.layout.modules, side=[("magnitude", 2)])
+        side = rng.normal(size=(60, 2))
+        X = LoRACollection.from_array(np.hstack([np.asarray(zoo), side]), layout)
+        model = quick(GLNetRegressor, spectrum=True, max_epochs=100, lr=0.02, early_stopping=False)
+        assert model.fit(X, side[:, 0]).score(X, side[:, 0]) > 0.9
+        rows = rng.normal(size=(60, 5))
+        model.fit(rows, np.linalg.norm(rows, axis=1))
+        np.testing.assert_allclose(
+            model.weights_["spectrum_path.standardize.mean"],
+            [np.linalg.norm(rows, axis=1).mean()],
+            rtol=1e-5,
+        )
 
 
 @pytest.mark.parametrize(
@@ -202,7 +355,8 @@ def test_bad_widths(mlp_hidden, zoo, traces, quick):
 
 
 @pytest.mark.parametrize(
-    ("parameter", "value"), [("head", "max"), ("mlp_hidden", 0), ("n_layers", 0)]
+    ("parameter", "value"),
+    [("head", "max"), ("mlp_hidden", 0), ("n_layers", 0), ("spectrum", "yes")],
 )
 def test_parameters_are_checked(parameter, value, zoo, traces, quick):
     with pytest.raises(ValueError, match=f"'{parameter}' parameter"):

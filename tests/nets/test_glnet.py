@@ -19,7 +19,15 @@ def make_net(dtype=torch.float64, **parameters):
         net.row_norm.norm.set_moments(torch.tensor([3.0]), torch.tensor([2.0]))
         # Whatever the width beyond which rows are weighed down, these are.
         net.row_norm.weight.fill_(0.75)
+        for path in paths(net).values():
+            path.standardize.mean.normal_()
+            path.standardize.scale.uniform_(0.5, 2.0)
+            path.row_norm.norm.set_moments(torch.tensor([1.0]), torch.tensor([0.5]))
     return net.to(dtype)
+
+
+def paths(net):
+    return {name: path for name, path in net.named_children() if name.endswith("_path")}
 
 
 def flat_weight(net):
@@ -28,7 +36,7 @@ def flat_weight(net):
     return torch.cat([*blocks, net.mlp[0].weight], dim=1)
 
 
-def reference(net, factors, gate, side=None):
+def reference(net, factors, gate, side=None, spectra=None):
     """The formulas, one module of one adapter at a time, updates formed."""
     rows = []
     for adapter in range(factors[0][0].shape[2]):
@@ -48,23 +56,29 @@ def reference(net, factors, gate, side=None):
                     v = layer.psi[module] @ (column[:, None] * v)
                 features.append((u @ v.T).flatten())
         rows.append(torch.cat(features))
-    features = torch.stack(rows)
-    if side is not None:
-        features = torch.cat([features, side], dim=1)
-    standardized = (features - net.standardize.mean) / net.standardize.scale
+    standardized = (torch.stack(rows) - net.standardize.mean) / net.standardize.scale
     norm = (standardized.square().sum(1, keepdim=True).sqrt() - 3.0) / 2.0
     columns = torch.cat([0.75 * standardized, norm], dim=1)
-    return net.mlp[1:](columns @ flat_weight(net).T + net.mlp[0].bias)
+    hidden = columns @ flat_weight(net).T + net.mlp[0].bias
+    for name, values in (("side_path", side), ("spectrum_path", spectra)):
+        if values is not None:
+            path = paths(net)[name]
+            z = (values - path.standardize.mean) / path.standardize.scale
+            norm = (z.square().sum(1, keepdim=True).sqrt() - 1.0) / 0.5
+            hidden = hidden + path.mlp(torch.cat([z, norm], dim=1))
+    return net.mlp[1:](hidden)
 
 
 @pytest.mark.parametrize("mlp_hidden", [(), (8,)], ids=str)
-@pytest.mark.parametrize("n_side", [0, 2])
+@pytest.mark.parametrize(("n_side", "spectrum"), [(0, 0), (2, 0), (0, 3), (2, 3)])
 @pytest.mark.parametrize("n_layers", [1, 2, 3])
-def test_batched_by_shape_is_a_loop_over_modules(n_layers, n_side, mlp_hidden, random_factors):
-    net = make_net(n_layers=n_layers, n_side=n_side, mlp_hidden=mlp_hidden)
+def test_batched_by_shape_is_a_loop_over_modules(
+    n_layers, n_side, spectrum, mlp_hidden, random_factors
+):
+    net = make_net(n_layers=n_layers, n_side=n_side, spectrum=spectrum, mlp_hidden=mlp_hidden)
     factors = random_factors(GROUPS, batch=4, rank=3)
-    side = torch.randn(4, 2, dtype=torch.float64) if n_side else None
-    found, expected = net(factors, side), reference(net, factors, torch.sigmoid, side)
+    more = [torch.randn(4, n, dtype=torch.float64) if n else None for n in (n_side, spectrum)]
+    found, expected = net(factors, *more), reference(net, factors, torch.sigmoid, *more)
     torch.testing.assert_close(found, expected)
     parameters = list(net.parameters())
     gradients = [torch.autograd.grad(f.square().sum(), parameters) for f in (found, expected)]
@@ -82,10 +96,10 @@ def test_blocks_make_no_difference(entries, random_factors, block_entries):
 
 def test_weights_start_as_those_of_one_linear_layer():
     torch.manual_seed(0)
-    net = GLNet([(3, 8, 6)], 3, hidden_dim=4, n_layers=1, n_side=2)
+    net = GLNet([(3, 8, 6)], 3, hidden_dim=4, n_layers=1)
     torch.manual_seed(0)
     net.embed[0].__init__(3, 8, 6, 4, 4)
-    expected = torch.nn.Linear(3 * 16 + 2 + 1, 128)
+    expected = torch.nn.Linear(3 * 16 + 1, 128)
     assert torch.equal(flat_weight(net), expected.weight)
     assert torch.equal(net.mlp[0].bias, expected.bias)
 
@@ -151,14 +165,41 @@ def test_every_adapter_stands_alone(random_factors):
     torch.testing.assert_close(net(one), net(factors)[2:3])
 
 
-def test_side_features_join_the_invariants(random_factors):
-    net = make_net(n_side=2)
-    factors = random_factors(GROUPS, batch=4, rank=2)
-    side = torch.randn(4, 2, dtype=torch.float64)
-    features = net.features(factors, side)
-    assert features.shape == (4, 6 * 16 + 2)
-    torch.testing.assert_close(features[:, -2:], side)
-    assert not torch.allclose(net(factors, side), net(factors, side + 1))
+@pytest.mark.parametrize(
+    ("size", "argument"), [("n_side", "side"), ("spectrum", "spectra")], ids=["side", "spectrum"]
+)
+class TestPaths:
+    """Side features and singular values, beside any number of invariants."""
+
+    def test_every_column_is_read(self, size, argument, random_factors):
+        net, factors = make_net(**{size: 2}), random_factors(GROUPS, batch=4, rank=2)
+        columns = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+        net(factors, **{argument: columns}).square().sum().backward()
+        assert torch.count_nonzero(columns.grad) == columns.numel()
+
+    def test_weigh_as_much_beside_many_invariants(self, size, argument, random_factors):
+        factors = random_factors(GROUPS, batch=4, rank=2)
+        changes = []
+        for hidden_dim in (2, 60):
+            torch.manual_seed(0)
+            # One layer, so that outputs are sums of what each path gives.
+            net = GLNet(GROUPS, 200, hidden_dim, 1, mlp_hidden=(), **{size: 2}).double()
+            outputs = [
+                net(factors, **{argument: torch.full((4, 2), value).double()}) for value in (0, 1)
+            ]
+            changes.append((outputs[1] - outputs[0]).square().mean().sqrt())
+        assert 0.8 < changes[0] / changes[1] < 1.25
+
+    def test_other_weights_start_as_without(self, size, argument):
+        nets = []
+        for options in ({}, {size: 2}):
+            torch.manual_seed(0)
+            nets.append(GLNet(GROUPS, 3, **options).state_dict())
+        del nets[0]["row_norm.weight"], nets[1]["row_norm.weight"]
+        assert all(torch.equal(nets[1][name], value) for name, value in nets[0].items())
+        assert {name.split(".")[0] for name in nets[1].keys() - nets[0].keys()} == {
+            f"{argument if argument == 'side' else 'spectrum'}_path"
+        }
 
 
 @pytest.mark.parametrize("head", ["flatten", "mean"])
@@ -178,8 +219,9 @@ def test_gradients(kind, head, random_factors):
 
 
 def test_every_parameter_gets_a_gradient(random_factors):
-    net = make_net(n_layers=3)
-    net(random_factors(GROUPS, batch=4, rank=2)).pow(2).sum().backward()
+    net = make_net(n_layers=3, n_side=2, spectrum=3)
+    more = [torch.randn(4, n, dtype=torch.float64) for n in (2, 3)]
+    net(random_factors(GROUPS, batch=4, rank=2), *more).pow(2).sum().backward()
     assert all(torch.count_nonzero(p.grad) for p in net.parameters())
 
 
@@ -192,6 +234,11 @@ def test_weights_do_not_depend_on_the_rank():
 def test_wide_rows_are_weighed_down():
     narrow, wide = (GLNet([(1, 4, 4)], 1, hidden_dim=h, mlp_hidden=(1,)) for h in (1, 1000))
     assert narrow.row_norm.weight == 1 > 1000 * wide.row_norm.weight > 0
+
+
+def test_products_are_weighed_down_further_beside_a_spectrum():
+    alone, beside = (GLNet([(1, 4, 4)], 1, 100, spectrum=spectrum) for spectrum in (0, 2))
+    assert 0 < beside.row_norm.weight < alone.row_norm.weight
 
 
 def test_learns_under_autocast(random_factors):
