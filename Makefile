@@ -13,12 +13,13 @@ DOCS_READY := .venv/.docs-ready
 PYTEST := OMP_NUM_THREADS=1 SCIPY_ARRAY_API=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs bundled-zoo test test-slow test-gpu bench-guard lint format clean
+.PHONY: help venv demo docs bundled-zoo zoos test test-slow test-gpu bench-guard lint format clean
 
 help:
 	@echo "make demo       compare the five architectures on the bundled LoRAs: a table and a chart"
 	@echo "make docs       build the documentation in docs/_build/html, warnings are errors"
 	@echo "make bundled-zoo  train the bundled LoRAs anew"
+	@echo "make zoos       train the zoos of the paper's tables, or go on with them"
 	@echo "make test       tests and docstring examples, with branch coverage"
 	@echo "make test-slow  the tests that take longer, which 'make test' leaves out"
 	@echo "make test-gpu   the tests that need a CUDA device"
@@ -48,6 +49,9 @@ docs: $(DOCS_READY)
 
 bundled-zoo: $(READY)
 	$(BIN)/python -c "from sklora.datasets._bundle import make_bundle; make_bundle()"
+
+zoos: $(READY)
+	$(BIN)/python examples/zoos/train_twins.py
 
 test: $(READY)
 	$(PYTEST) --cov --numprocesses=auto --dist=worksteal

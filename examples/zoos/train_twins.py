@@ -1,0 +1,45 @@
+"""Train the zoos of the paper's tables, or find them in the data home: ``make zoos``.
+
+Small twins of the paper's zoos, which a CPU trains; see docs/zoos.md. What an interrupted run has
+trained is used by the next.
+
+    python examples/zoos/train_twins.py --n-jobs 2
+"""
+
+import argparse
+import resource
+import time
+
+from sklora import datasets
+
+RANKS = {"digits": (4, 32), "varied_digits": (4, 1, 2, 8, 16, 32), "code": (4,)}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-home", help="where zoos are kept; see sklora.datasets")
+    parser.add_argument("--n-jobs", type=int, default=-1, help="processes; default: all processors")
+    parser.add_argument("--n-adapters", type=int, help="of every zoo; see the fetchers for theirs")
+    args = parser.parse_args(argv)
+    size = {} if args.n_adapters is None else {"n_adapters": args.n_adapters}
+    print(f"{'zoo':15}{'rank':>6}{'adapters':>10}{'numbers each':>14}{'MB':>6}{'s':>7}")
+    for name, ranks in RANKS.items():
+        fetch = getattr(datasets, f"fetch_{name}_loras")
+        for rank in ranks:
+            started = time.perf_counter()
+            X = fetch(rank, data_home=args.data_home, n_jobs=args.n_jobs, **size).data
+            seconds = time.perf_counter() - started
+            n_adapters, width = X.shape
+            print(
+                f"{name:15}{rank:6}{n_adapters:10}{width:14}{X.nbytes / 1e6:6.0f}{seconds:7.0f}",
+                flush=True,
+            )
+    own, child = (
+        resource.getrusage(who).ru_maxrss / 1e6
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    print(f"at most {own:.2f} GB in this process, {child:.2f} GB in each other")
+
+
+if __name__ == "__main__":
+    main()
