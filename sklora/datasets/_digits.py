@@ -28,7 +28,7 @@ from sklora.datasets._zoos import Arrays, Zoo, fetch_zoo, train_zoo
 __all__ = ["fetch_digits_loras", "make_digits_loras"]
 
 N_CLASSES = 10
-N_BASE_STEPS = 2000
+N_BASE_STEPS, FULL_DIM = 2000, 32  # networks narrower than that learn for less long
 FIXED = {"learning_rate": 2e-3, "n_steps": 150, "batch_size": 8}
 N_HELD_OUT = 16  # images of each class behind a loss
 FETCHED: dict[str, Any] = {"dim": 32, "depth": 3, "random_state": 20261126}
@@ -166,6 +166,10 @@ def _batches(
     return draw
 
 
+def base_steps(dim: int) -> int:
+    return max(1, N_BASE_STEPS * min(dim, FULL_DIM) // FULL_DIM)
+
+
 def _subsets(n_adapters: int, rng: np.random.RandomState) -> NDArray[np.bool_]:
     """Presence ``(n_adapters, 10)``: every non-empty subset once before any comes again."""
     n_subsets = 2**N_CLASSES - 1
@@ -221,7 +225,7 @@ def digits_recipe(
         dim=dim,
         depth=depth,
         rank=rank,
-        n_base_steps=N_BASE_STEPS,
+        n_base_steps=base_steps(dim),
         base_seed=base_seed,
         noise_seed=noise_seed,
         plan=list(_plan(presence, pools, rng)),
@@ -423,7 +427,7 @@ def fetch_digits_loras(
             {
                 "n_adapters": n_adapters,
                 "rank": rank,
-                "n_base_steps": N_BASE_STEPS,
+                "n_base_steps": base_steps(FETCHED["dim"]),
                 **FETCHED,
                 **FIXED,
             },

@@ -136,9 +136,9 @@ def evaluate_digits_loras(
     Examples
     --------
     >>> from sklora.datasets import evaluate_digits_loras, make_digits_loras
-    >>> zoo = make_digits_loras(4, random_state=0)  # doctest: +SKIP
-    >>> result = evaluate_digits_loras(zoo.data[:3], zoo.base)  # doctest: +SKIP
-    >>> result.samples.shape, result.class_probabilities.shape  # doctest: +SKIP
+    >>> zoo = make_digits_loras(4, rank=2, dim=8, depth=1, random_state=0)
+    >>> result = evaluate_digits_loras(zoo.data[:3], zoo.base)
+    >>> result.samples.shape, result.class_probabilities.shape
     ((3, 33, 8, 8), (3, 10))
     """
     for name, n, m, _ in X.layout.modules:

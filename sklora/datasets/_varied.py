@@ -137,7 +137,7 @@ def varied_recipe(
         dim=dim,
         depth=depth,
         rank=rank,
-        n_base_steps=_digits.N_BASE_STEPS,
+        n_base_steps=_digits.base_steps(dim),
         base_seed=base_seed,
         noise_seed=noise_seed,
         plan=list(_plan(identities.images[groups], hyper, rng)),
@@ -255,9 +255,9 @@ def make_varied_digits_loras(
     Examples
     --------
     >>> from sklora.datasets import make_varied_digits_loras
-    >>> zoo = make_varied_digits_loras(64, random_state=0)  # doctest: +SKIP
-    >>> zoo.data.shape, zoo.attributes.shape, zoo.score.shape  # doctest: +SKIP
-    ((64, 5376), (64, 5), (64,))
+    >>> zoo = make_varied_digits_loras(3, rank=1, dim=8, depth=1, random_state=0)
+    >>> zoo.data.shape, zoo.attributes.shape, zoo.score.shape
+    ((3, 112), (3, 5), (3,))
     """
     _digits.check_sizes(n_adapters, rank, dim, depth)
     recipe = varied_recipe(n_adapters, rank, dim=dim, depth=depth, random_state=random_state)
@@ -329,7 +329,7 @@ def fetch_varied_digits_loras(
             {
                 "n_adapters": n_adapters,
                 "rank": rank,
-                "n_base_steps": _digits.N_BASE_STEPS,
+                "n_base_steps": _digits.base_steps(FETCHED["dim"]),
                 **FETCHED,
                 "varied": str(VARIED),
             },
