@@ -54,10 +54,15 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Make the figure's numbers, and the figure."""
     parser = protocol.parser(__doc__)
     parser.add_argument("--plot", help="draw the chart into this file")
+    text = "size of the zoos of other ranks, of which the held-out sets are tested; default: 1000"
+    parser.add_argument("--n-tested", type=int, default=1000, help=text)
     run = protocol.Run(parser.parse_args(argv))
     ranks = QUICK_RANKS if run.args.quick else RANKS
-    zoos = {rank: run.zoo("varied_digits", rank) for rank in ranks}
-    zoo = zoos[TRAINED]
+    zoo = run.zoo("varied_digits", TRAINED)
+    zoos = {
+        rank: zoo if rank == TRAINED else run.zoo("varied_digits", rank, run.args.n_tested)
+        for rank in ranks
+    }
     held_out = zoo.groups[protocol.split(len(zoo.data), zoo.groups).test]
     rows = {rank: np.isin(other.groups, held_out) for rank, other in zoos.items()}
     question = Question(

@@ -303,14 +303,15 @@ class Run:
         self.started, self.zoo_seconds = time.perf_counter(), 0.0
         self.results: dict[str, Any] = {}
 
-    def zoo(self, name: str, rank: int = 4) -> Bunch:
-        """Fetch a zoo, or train a tiny one."""
+    def zoo(self, name: str, rank: int = 4, n_adapters: int | None = None) -> Bunch:
+        """Fetch a zoo, of the size that `args` say if none is given, or train a tiny one."""
         started = time.perf_counter()
         if self.args.quick:
             zoo = TINY[name](rank)
         else:
             fetch = getattr(datasets, f"fetch_{name}_loras")
-            options = {} if self.args.n_adapters is None else {"n_adapters": self.args.n_adapters}
+            n_adapters = n_adapters or self.args.n_adapters
+            options = {} if n_adapters is None else {"n_adapters": n_adapters}
             zoo = fetch(rank, data_home=self.args.data_home, n_jobs=self.args.n_jobs, **options)
         self.zoo_seconds += time.perf_counter() - started
         return zoo

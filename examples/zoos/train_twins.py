@@ -12,7 +12,12 @@ import time
 
 from sklora import datasets
 
-RANKS = {"digits": (4, 32), "varied_digits": (4, 1, 2, 8, 16, 32), "code": (4,)}
+# A rank, and the number of adapters if it is not the fetcher's own.
+ZOOS = {
+    "digits": [(4, None), (32, None)],
+    "varied_digits": [(4, None), *((rank, 1000) for rank in (1, 2, 8, 16, 32))],
+    "code": [(4, None)],
+}
 
 
 def main(argv=None):
@@ -21,11 +26,12 @@ def main(argv=None):
     parser.add_argument("--n-jobs", type=int, default=-1, help="processes; default: all processors")
     parser.add_argument("--n-adapters", type=int, help="of every zoo; see the fetchers for theirs")
     args = parser.parse_args(argv)
-    size = {} if args.n_adapters is None else {"n_adapters": args.n_adapters}
     print(f"{'zoo':15}{'rank':>6}{'adapters':>10}{'numbers each':>14}{'MB':>6}{'s':>7}")
-    for name, ranks in RANKS.items():
+    for name, members in ZOOS.items():
         fetch = getattr(datasets, f"fetch_{name}_loras")
-        for rank in ranks:
+        for rank, n_adapters in members:
+            n_adapters = args.n_adapters or n_adapters
+            size = {} if n_adapters is None else {"n_adapters": n_adapters}
             started = time.perf_counter()
             X = fetch(rank, data_home=args.data_home, n_jobs=args.n_jobs, **size).data
             seconds = time.perf_counter() - started

@@ -21,7 +21,7 @@ def test_trains_every_zoo_once(brief, recipe, tmp_path, capsys):
     twins.main(arguments)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines[1:-1]] == [
-        [name, str(rank), "2"] for name, ranks in twins.RANKS.items() for rank in ranks
+        [name, str(rank), "2"] for name, members in twins.ZOOS.items() for rank, _ in members
     ]
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("weights.safetensors")}
     assert len(written) == len(lines) - 2
