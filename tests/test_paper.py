@@ -49,6 +49,7 @@ EXPECTED = {
         "validation loss": (FIVE, REGRESSION),
         "next-token accuracy": (FIVE, REGRESSION),
     },
+    "appendix_e": {f"classes, {method}": (FIVE, {"accuracy"}) for method in ("dora", "lokr")},
     "figure4": {"attributes": (BY_RANK, {f"accuracy, rank {rank}" for rank in (1, 4, 8)})},
     "salama": {
         f"size, rank {rank}": (RECOVERED, {"accuracy", "error in images"}) for rank in (4, 32)

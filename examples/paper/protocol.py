@@ -303,16 +303,18 @@ class Run:
         self.started, self.zoo_seconds = time.perf_counter(), 0.0
         self.results: dict[str, Any] = {}
 
-    def zoo(self, name: str, rank: int = 4, n_adapters: int | None = None) -> Bunch:
+    def zoo(self, name: str, rank: int = 4, n_adapters: int | None = None, **options: Any) -> Bunch:
         """Fetch a zoo, of the size that `args` say if none is given, or train a tiny one."""
         started = time.perf_counter()
         if self.args.quick:
-            zoo = TINY[name](rank)
+            zoo = TINY[name](rank, **options)
         else:
             fetch = getattr(datasets, f"fetch_{name}_loras")
             n_adapters = n_adapters or self.args.n_adapters
-            options = {} if n_adapters is None else {"n_adapters": n_adapters}
-            zoo = fetch(rank, data_home=self.args.data_home, n_jobs=self.args.n_jobs, **options)
+            if n_adapters is not None:
+                options["n_adapters"] = n_adapters
+            options |= {"data_home": self.args.data_home, "n_jobs": self.args.n_jobs}
+            zoo = fetch(rank, **options)
         self.zoo_seconds += time.perf_counter() - started
         return zoo
 
@@ -458,7 +460,7 @@ def cell(answer: Mapping[str, Any], score: str) -> str:
 
 
 # As the fetchers do: a collection of some rank, and what is known of its adapters.
-TINY: dict[str, Callable[[int], Bunch]] = {
+TINY: dict[str, Callable[..., Bunch]] = {
     name: partial(make, 48, dim=8, depth=1, random_state=0, verbose=0)
     for name, make in (
         ("digits", datasets.make_digits_loras),

@@ -367,6 +367,7 @@ def fetch_digits_loras(
     rank: int = 4,
     *,
     n_adapters: int = 2046,
+    method: str = "lora",
     data_home: str | os.PathLike[str] | None = None,
     train_if_missing: bool = True,
     n_jobs: int | None = None,
@@ -384,6 +385,8 @@ def fetch_digits_loras(
         Rank of every update. Each rank is a zoo of its own.
     n_adapters : int, default=2046
         Number of adapters. Each number is a zoo of its own.
+    method : {"lora", "lora+", "pissa", "dora", "lokr"}, default="lora"
+        How adapters are trained; see :func:`make_digits_loras`. Each method is a zoo of its own.
     data_home : str, path-like or None, default=None
         The folder for zoos; see :func:`get_data_home`.
     train_if_missing : bool, default=True
@@ -404,7 +407,7 @@ def fetch_digits_loras(
     Raises
     ------
     ValueError
-        When `rank` or `n_adapters` is below 1.
+        When `rank` or `n_adapters` is below 1, or `method` is none of these.
     OSError
         When the zoo is not there and `train_if_missing` is False.
 
@@ -421,17 +424,19 @@ def fetch_digits_loras(
     ((2046, 5376), (2046, 10))
     """
     check_sizes(n_adapters, rank, FETCHED["dim"], FETCHED["depth"])
+    check_option("method", method, METHODS)
     zoo = make_bunch(
         fetch_zoo(
             "digits",
             {
                 "n_adapters": n_adapters,
                 "rank": rank,
+                "method": method,
                 "n_base_steps": base_steps(FETCHED["dim"]),
                 **FETCHED,
                 **FIXED,
             },
-            lambda: digits_recipe(n_adapters, rank, **FETCHED),
+            lambda: digits_recipe(n_adapters, rank, method=method, **FETCHED),
             data_home=data_home,
             train_if_missing=train_if_missing,
             n_jobs=n_jobs,
