@@ -1,13 +1,79 @@
-"""Adam for a stack of adapters, each with settings of its own."""
+"""Adam (Kingma and Ba, 2015), for a network, and for a stack of adapters each with its settings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+Parameters = dict[str, tuple[Tensor, ...]]
+
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+
+
+def train_network(
+    weights: Mapping[str, Tensor],
+    loss: Callable[[], Tensor],
+    *,
+    learning_rate: float,
+    n_steps: int,
+    progress: Callable[[], object],
+) -> dict[str, Tensor]:
+    """Train all weights of a network in place, with a cosine step size; give them as they are then.
+
+    ``loss()`` is that of a new batch, and `progress` is called after each step.
+    """
+    parameters = [weight.requires_grad_() for weight in weights.values()]
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
+    for _ in range(n_steps):
+        gradients = torch.autograd.grad(loss(), parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        schedule.step()
+        progress()
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+def finetune(
+    parameters: Mapping[str, tuple[Tensor, ...]],
+    losses: Callable[[Parameters, int], Tensor],
+    *,
+    learning_rate: Tensor,
+    n_steps: Tensor,
+    weight_decay: Tensor | None = None,
+    rates: Sequence[float] = (1.0, 1.0),
+) -> Parameters:
+    """Train copies of the parameters of a stack of adapters, as `descend` does.
+
+    Parameters
+    ----------
+    parameters : mapping of str to tuple of Tensor
+        What is trained of every module, where it starts: ``(n_adapters, ...)`` each.
+    losses : callable
+        ``losses(parameters, step)`` of each adapter, for steps 0, 1, ...
+    learning_rate, n_steps, weight_decay
+        See `descend`.
+    rates : sequence of float
+        Times the learning rate, for each parameter of a module.
+
+    Returns
+    -------
+    dict of str to tuple of Tensor
+    """
+    trained = {name: tuple(t.clone() for t in each) for name, each in parameters.items()}
+    flat = [t.requires_grad_() for each in trained.values() for t in each]
+    descend(
+        flat,
+        lambda step: torch.autograd.grad(losses(trained, step).sum(), flat),
+        learning_rate=learning_rate,
+        n_steps=n_steps,
+        weight_decay=weight_decay,
+        rates=[*rates] * len(trained),
+    )
+    return {name: tuple(t.detach() for t in each) for name, each in trained.items()}
 
 
 def descend(
@@ -19,7 +85,7 @@ def descend(
     weight_decay: Tensor | None = None,
     rates: Sequence[float] | None = None,
 ) -> None:
-    """Train parameters in place with Adam (Kingma and Ba, 2015).
+    """Train parameters in place.
 
     Adapters do not meet: ``torch.optim.AdamW`` would do the same to each alone, but it takes one
     learning rate for all.

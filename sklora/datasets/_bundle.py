@@ -20,8 +20,8 @@ from torch import Tensor
 
 from sklora._files import replacing
 from sklora.collection import LoRACollection, LoRALayout
+from sklora.datasets._adam import Parameters
 from sklora.datasets._digits import digits_recipe, make_bunch
-from sklora.datasets._methods import Parameters
 from sklora.datasets._zoos import Zoo, train_zoo
 
 __all__ = ["load_digits_loras"]

@@ -10,7 +10,6 @@ import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,17 +17,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.utils import Bunch, check_random_state
-from sklearn.utils.validation import check_scalar
 from torch import Tensor
 
 from sklora._progress import progress
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.datasets import _language as language
-from sklora.datasets._denoiser import Factors, Weights, init_factors
-from sklora.datasets._zoos import Arrays, Trained, Zoo, fetch_zoo, train_zoo
+from sklora.datasets._denoiser import Factors, Weights
+from sklora.datasets._methods import METHODS
+from sklora.datasets._zoos import Arrays, Trained, Zoo, check_sizes, fetch_zoo, train_zoo
 
 __all__ = ["fetch_code_loras", "make_code_loras"]
 
+LORA = METHODS["lora"]
 KEPT = "asyncio"  # every adapter is trained on it
 SOURCES = (
     *("collections", "concurrent", "ctypes", "email", "encodings", "html", "http", "importlib"),
@@ -154,8 +154,7 @@ class CodeRecipe:
 
     @property
     def layout(self) -> LoRALayout:
-        shapes = language.module_shapes(self.dim, self.depth)
-        return LoRALayout([(name, n, m, self.rank) for name, (n, m) in shapes.items()])
+        return LORA.layout(language.module_shapes(self.dim, self.depth), self.rank)
 
     @property
     def n_steps(self) -> NDArray[np.intp]:
@@ -204,9 +203,9 @@ class CodeRecipe:
         def column(name: str) -> Tensor:
             return torch.from_numpy(self.hyper[name][rows]).float()
 
-        factors = language.finetune(
+        trained = language.finetune(
             weights,
-            init_factors(shapes, len(rows), self.rank, generator),
+            LORA.start(weights, shapes, len(rows), self.rank, generator),
             self._batches(rows),
             n_steps=torch.from_numpy(self.n_steps[rows]),
             generator=generator,
@@ -214,10 +213,10 @@ class CodeRecipe:
             weight_decay=column("weight_decay"),
             lora_dropout=column("lora_dropout"),
         )
-        flat = torch.cat([t.flatten(1) for pair in factors.values() for t in pair], dim=1)
         labels = {name: values[rows] for name, values in self.hyper.items()}
         labels["sources"] = self.membership[rows, :-1].astype(np.int64)
-        return flat.numpy(), labels | self._scores(weights, factors)
+        scores = self._scores(weights, LORA.factors(weights, trained))
+        return LORA.rows(weights, trained).numpy(), labels | scores
 
     def _batches(self, rows: NDArray[np.intp]) -> Callable[[int], Tensor]:
         """Texts of every step; each epoch goes through an adapter's own in an order of its own."""
@@ -246,14 +245,6 @@ class CodeRecipe:
             "loss": source_losses.double().mean(dim=1).numpy(),
             "accuracy": accuracy.double().mean(dim=1).numpy(),
         }
-
-
-def _check_sizes(n_adapters: int, rank: int, dim: int, depth: int) -> None:
-    for name, value in (("n_adapters", n_adapters), ("rank", rank), ("depth", depth)):
-        check_scalar(value, name, Integral, min_val=1)
-    check_scalar(dim, "dim", Integral, min_val=language.HEADS)
-    if dim % language.HEADS:
-        raise ValueError(f"dim is {dim}; the attention heads need a multiple of {language.HEADS}.")
 
 
 def _bunch(zoo: Zoo) -> Bunch:
@@ -363,7 +354,7 @@ def make_code_loras(
     >>> zoo.data.shape, zoo.sources.shape, zoo.accuracy.shape
     ((2, 16), (2, 19), (2,))
     """
-    _check_sizes(n_adapters, rank, dim, depth)
+    check_sizes(n_adapters, rank, dim, depth, heads=language.HEADS)
     recipe = CodeRecipe.draw(n_adapters, rank, dim, depth, check_random_state(random_state))
     zoo = _bunch(train_zoo(recipe, n_jobs=n_jobs, verbose=verbose))
     return (zoo.data, zoo.target) if return_X_y else zoo
@@ -425,7 +416,7 @@ def fetch_code_loras(
     Traceback (most recent call last):
     OSError: The zoo 'code' is not in '/nowhere/code-...
     """
-    _check_sizes(n_adapters, rank, **STANDARD)
+    check_sizes(n_adapters, rank, **STANDARD, heads=language.HEADS)
     settings: dict[str, int | float | str] = {
         "n_adapters": int(n_adapters),
         "rank": int(rank),

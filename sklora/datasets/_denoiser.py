@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sklora.datasets._adam import descend
+from sklora.datasets import _adam as adam
 
 SIDE, PATCH, HEADS = 8, 2, 4
 TOKENS = (SIDE // PATCH) ** 2
@@ -162,19 +162,12 @@ def train_base(
 ) -> dict[str, Tensor]:
     """Train the base network on ``images (n_images, 64)`` with Adam and a cosine step size."""
     base = init_base(dim, depth, generator)
-    parameters = [weight.requires_grad_() for weight in base.values()]
-    optimizer = torch.optim.Adam(parameters, lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
-    for _ in range(n_steps):
+
+    def loss() -> Tensor:
         rows = torch.randint(len(images), (1, batch_size), generator=generator)
-        loss = _loss(base, images[rows], generator).mean()
-        gradients = torch.autograd.grad(loss, parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        schedule.step()
-        progress()
-    return {name: weight.detach() for name, weight in base.items()}
+        return _loss(base, images[rows], generator).mean()
+
+    return adam.train_network(base, loss, learning_rate=2e-3, n_steps=n_steps, progress=progress)
 
 
 def _loss(
@@ -205,12 +198,12 @@ def finetune(
     parameters: Mapping[str, tuple[Tensor, ...]],
     batches: Callable[[], Tensor],
     *,
-    factors: Callable[[dict[str, tuple[Tensor, ...]]], Factors],
+    factors: Callable[[adam.Parameters], Factors],
     rates: Sequence[float],
     learning_rate: Tensor,
     n_steps: Tensor,
     generator: torch.Generator,
-) -> dict[str, tuple[Tensor, ...]]:
+) -> adam.Parameters:
     """Finetune a stack of adapters together, each with its own step size and number of steps.
 
     Parameters
@@ -236,18 +229,10 @@ def finetune(
     -------
     dict of str to tuple of Tensor
     """
-    trained = {name: tuple(t.clone() for t in each) for name, each in parameters.items()}
-    flat = [t.requires_grad_() for each in trained.values() for t in each]
-
-    def gradients(step: int) -> Sequence[Tensor]:
-        loss = _loss(base, batches(), generator, factors(trained))
-        return torch.autograd.grad(loss.sum(), flat)
-
-    descend(
-        flat,
-        gradients,
+    return adam.finetune(
+        parameters,
+        lambda trained, step: _loss(base, batches(), generator, factors(trained)),
         learning_rate=learning_rate,
         n_steps=n_steps,
-        rates=[*rates] * len(trained),
+        rates=rates,
     )
-    return {name: tuple(t.detach() for t in each) for name, each in trained.items()}

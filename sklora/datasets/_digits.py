@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.utils import Bunch, check_random_state
-from sklearn.utils.validation import check_scalar
 from torch import Tensor
 
 from sklora._base import check_option
@@ -22,8 +20,9 @@ from sklora._progress import progress
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.datasets import _denoiser as denoiser
 from sklora.datasets import _evaluation as evaluation
-from sklora.datasets._methods import METHODS, Parameters
-from sklora.datasets._zoos import Arrays, Zoo, fetch_zoo, train_zoo
+from sklora.datasets._adam import Parameters
+from sklora.datasets._methods import METHODS
+from sklora.datasets._zoos import Arrays, Zoo, check_sizes, fetch_zoo, train_zoo
 
 __all__ = ["fetch_digits_loras", "make_digits_loras"]
 
@@ -235,14 +234,6 @@ def digits_recipe(
     )
 
 
-def check_sizes(n_adapters: int, rank: int, dim: int, depth: int) -> None:
-    for name, value in (("n_adapters", n_adapters), ("rank", rank), ("depth", depth)):
-        check_scalar(value, name, Integral, min_val=1)
-    check_scalar(dim, "dim", Integral, min_val=denoiser.HEADS)
-    if dim % denoiser.HEADS:
-        raise ValueError(f"dim is {dim}; the attention heads need a multiple of {denoiser.HEADS}.")
-
-
 def make_bunch(zoo: Zoo) -> Bunch:
     """Give the adapters with all that can be predicted of them."""
     losses, presence = zoo.labels["class_losses"], zoo.labels["presence"].astype(np.int64)
@@ -354,7 +345,7 @@ def make_digits_loras(
     >>> zoo.data.shape, zoo.presence.shape
     ((4, 224), (4, 10))
     """
-    check_sizes(n_adapters, rank, dim, depth)
+    check_sizes(n_adapters, rank, dim, depth, heads=denoiser.HEADS)
     check_option("method", method, METHODS)
     recipe = digits_recipe(
         n_adapters, rank, dim=dim, depth=depth, method=method, random_state=random_state
@@ -423,7 +414,7 @@ def fetch_digits_loras(
     >>> zoo.data.shape, zoo.target.shape  # doctest: +SKIP
     ((2046, 5376), (2046, 10))
     """
-    check_sizes(n_adapters, rank, FETCHED["dim"], FETCHED["depth"])
+    check_sizes(n_adapters, rank, FETCHED["dim"], FETCHED["depth"], heads=denoiser.HEADS)
     check_option("method", method, METHODS)
     zoo = make_bunch(
         fetch_zoo(

@@ -8,13 +8,13 @@ are shared, and the low-rank part is one batched product. LoRA's scale ``alpha /
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sklora.datasets._adam import descend
+from sklora.datasets import _adam as adam
 from sklora.datasets._denoiser import Factors, Weights
 
 HEADS = 2
@@ -130,24 +130,17 @@ def train_base(
     ``texts(n)`` draws training texts of shape ``(n, context + 1)``.
     """
     base = init_base(n_symbols, context, dim, depth, generator)
-    parameters = [weight.requires_grad_() for weight in base.values()]
-    optimizer = torch.optim.Adam(parameters, lr=8e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
-    for _ in range(n_steps):
+
+    def loss() -> Tensor:
         batch = texts(batch_size)[None]
-        loss = losses(logits(base, batch[..., :-1]), batch).sum()
-        gradients = torch.autograd.grad(loss, parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        schedule.step()
-        progress()
-    return {name: weight.detach() for name, weight in base.items()}
+        return losses(logits(base, batch[..., :-1]), batch).sum()
+
+    return adam.train_network(base, loss, learning_rate=8e-3, n_steps=n_steps, progress=progress)
 
 
 def finetune(
     base: Weights,
-    factors: Factors,
+    factors: Mapping[str, tuple[Tensor, ...]],
     batches: Callable[[int], Tensor],
     *,
     learning_rate: Tensor,
@@ -155,7 +148,7 @@ def finetune(
     n_steps: Tensor,
     lora_dropout: Tensor,
     generator: torch.Generator,
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> adam.Parameters:
     """Finetune a stack of adapters together with AdamW, each with its own hyperparameters.
 
     Parameters
@@ -176,29 +169,20 @@ def finetune(
     -------
     dict of str to (U, V)
     """
-    flat = [t.clone().requires_grad_() for pair in factors.values() for t in pair]
-    adapters = dict(zip(factors, zip(flat[::2], flat[1::2], strict=True), strict=True))
     drop = dropout(lora_dropout, generator)
 
-    def gradients(step: int) -> tuple[Tensor, ...]:
+    def loss(trained: adam.Parameters, step: int) -> Tensor:
         texts = batches(step)
-        loss = losses(logits(base, texts[..., :-1], adapters, drop), texts)
-        return torch.autograd.grad(loss.sum(), flat)
+        pairs = {name: (U, V) for name, (U, V) in trained.items()}
+        return losses(logits(base, texts[..., :-1], pairs, drop), texts)
 
-    descend(
-        flat,
-        gradients,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        n_steps=n_steps,
+    return adam.finetune(
+        factors, loss, learning_rate=learning_rate, n_steps=n_steps, weight_decay=weight_decay
     )
-    return {name: (U.detach(), V.detach()) for name, (U, V) in adapters.items()}
 
 
 @torch.no_grad()
-def evaluate(
-    base: Weights, texts: Tensor, factors: Factors, batch_size: int = 64
-) -> tuple[Tensor, Tensor]:
+def evaluate(base: Weights, texts: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
     """Loss in nats and accuracy of the next symbol, of every adapter on every group of texts.
 
     Parameters

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from sklora.collection import LoRALayout
+from sklora.datasets._adam import Parameters
 from sklora.datasets._denoiser import Factors, Weights, init_factors
 
 Shapes = Mapping[str, tuple[int, int]]
-Parameters = dict[str, tuple[Tensor, ...]]
 
 
 class LoRA:

@@ -17,7 +17,8 @@ from sklora.collection import LoRACollection
 from sklora.datasets import _denoiser as denoiser
 from sklora.datasets import _digits, _evaluation
 from sklora.datasets._attributes import ATTRIBUTES, describe
-from sklora.datasets._zoos import Arrays, Zoo, fetch_zoo, train_zoo
+from sklora.datasets._digits import FETCHED
+from sklora.datasets._zoos import Arrays, Zoo, check_sizes, fetch_zoo, train_zoo
 
 __all__ = ["fetch_varied_digits_loras", "make_varied_digits_loras"]
 
@@ -28,7 +29,6 @@ VARIED = {
     "n_steps": (50, 100, 150, 200),
     "batch_size": (4, 8, 16),
 }
-FETCHED: dict[str, Any] = {"dim": 32, "depth": 3, "random_state": 20261126}
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def make_varied_digits_loras(
     >>> zoo.data.shape, zoo.attributes.shape, zoo.score.shape
     ((3, 112), (3, 5), (3,))
     """
-    _digits.check_sizes(n_adapters, rank, dim, depth)
+    check_sizes(n_adapters, rank, dim, depth, heads=denoiser.HEADS)
     recipe = varied_recipe(n_adapters, rank, dim=dim, depth=depth, random_state=random_state)
     zoo = make_bunch(train_zoo(recipe, n_jobs=n_jobs, verbose=verbose))
     return (zoo.data, zoo.target) if return_X_y else zoo
@@ -322,7 +322,7 @@ def fetch_varied_digits_loras(
     >>> zoo.data.shape, zoo.target.shape  # doctest: +SKIP
     ((3900, 5376), (3900, 5))
     """
-    _digits.check_sizes(n_adapters, rank, FETCHED["dim"], FETCHED["depth"])
+    check_sizes(n_adapters, rank, FETCHED["dim"], FETCHED["depth"], heads=denoiser.HEADS)
     zoo = make_bunch(
         fetch_zoo(
             "digits-varied",

@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ import numpy as np
 from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
+from sklearn.utils.validation import check_scalar
 
 from sklora._files import replacing
 from sklora._progress import progress
@@ -134,6 +136,15 @@ def fetch_zoo(
             file.write(text.encode())
         _fill(folder, build(), n_jobs, verbose)
     return Zoo(LoRACollection.open(folder / WEIGHTS), _read(folder / LABELS), _read(folder / BASE))
+
+
+def check_sizes(n_adapters: int, rank: int, dim: int, depth: int, *, heads: int) -> None:
+    """Raise a ValueError that names the size which no zoo of networks with so many heads has."""
+    for name, value in (("n_adapters", n_adapters), ("rank", rank), ("depth", depth)):
+        check_scalar(value, name, Integral, min_val=1)
+    check_scalar(dim, "dim", Integral, min_val=heads)
+    if dim % heads:
+        raise ValueError(f"dim is {dim}; the attention heads need a multiple of {heads}.")
 
 
 def get_data_home(data_home: str | os.PathLike[str] | None = None) -> str:
