@@ -418,8 +418,8 @@ def fetch_code_loras(
     """
     check_sizes(n_adapters, rank, **STANDARD, heads=language.HEADS)
     settings: dict[str, int | float | str] = {
-        "n_adapters": int(n_adapters),
-        "rank": int(rank),
+        "n_adapters": n_adapters,
+        "rank": rank,
         "n_base_steps": BASE_STEPS_PER_DIM * STANDARD["dim"],
         "n_texts": N_OWN,
         "varied": json.dumps(VARIED),

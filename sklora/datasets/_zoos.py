@@ -122,7 +122,7 @@ def fetch_zoo(
     OSError
         When the zoo is not there and `train_if_missing` is False.
     """
-    text = json.dumps(dict(settings), sort_keys=True, indent=1)
+    text = json.dumps(dict(settings), sort_keys=True, indent=1, default=int)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     folder = Path(get_data_home(data_home)) / f"{name}-{digest}"
     if not all(_is_intact(folder / file) for file in (WEIGHTS, LABELS, BASE)):

@@ -124,6 +124,11 @@ class TestFetchZoo:
         fetch_zoo("squares", {**SETTINGS, "random_state": 1}, lambda: other, data_home=tmp_path)
         assert other.calls == ["base", 0, 1, 2]
 
+    def test_numbers_of_numpy_are_numbers(self, tmp_path):
+        self.fetch(tmp_path, Parabola())
+        settings = {name: np.int64(value) for name, value in SETTINGS.items()}
+        check(fetch_zoo("squares", settings, None, data_home=tmp_path, train_if_missing=False))
+
     def test_says_what_is_missing(self, tmp_path):
         with pytest.raises(OSError, match=r"'squares' is not in .*train_if_missing=True"):
             self.fetch(tmp_path, Parabola(), train_if_missing=False)
