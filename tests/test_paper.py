@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from sklearn.utils import Bunch
 
 from sklora.datasets import _code, _digits, _varied, load_digits_loras
 
@@ -283,6 +284,19 @@ def test_equation_38_holds_where_errors_are_independent(paper, rng):
     assert found["presence"] == pytest.approx(0.85, abs=0.005)
     for expected in ("equation 38", "with a rate for each class"):
         assert found["class sum"] == pytest.approx(found[expected], abs=0.01)
+
+
+def test_every_rank_is_tested_on_the_same_sets(paper):
+    zoos = {
+        rank: Bunch(data=X[:n], attributes=np.eye(12)[:n], groups=np.arange(12)[:n] % 4)
+        for (rank, n), (X, _, _) in zip({1: 6, 4: 12}.items(), [some_loras(12)] * 2, strict=True)
+    }
+    tests = paper.figure4.test_sets(zoos, held_out=np.array([1, 3]))
+    assert list(tests) == ["rank 1", "rank 4"]
+    for X, y, groups in tests.values():
+        np.testing.assert_array_equal(groups, [1, 3, 1])
+        np.testing.assert_array_equal(y, np.eye(12)[[1, 3, 5]])
+        np.testing.assert_array_equal(X.ids, zoos[4].data.ids[[1, 3, 5]])
 
 
 def test_neighbours_recover_sizes(paper):

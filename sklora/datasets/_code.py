@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ N_STRETCHES, N_BLOCKS, N_TRAIN = 4, 6, 4
 LENGTH = N_BLOCKS * (N_TRAIN + 2) * (CONTEXT + 1)  # of a stretch
 N_OWN = 32  # texts of a source that an adapter trains on, of 96
 BASE_STEPS_PER_DIM = 96  # wider networks learn for longer
-STANDARD = {"dim": 32, "depth": 3}
+FETCHED: dict[str, Any] = {"dim": 32, "depth": 3, "random_state": 20261126}
 CHUNK = 256  # texts of a step, of all adapters that are trained together
 VARIED = {
     "learning_rate": (1e-3, 2e-2),
@@ -140,9 +140,16 @@ class CodeRecipe:
 
     @classmethod
     def draw(
-        cls, n_adapters: int, rank: int, dim: int, depth: int, rng: np.random.RandomState
+        cls,
+        n_adapters: int,
+        rank: int,
+        *,
+        dim: int,
+        depth: int,
+        random_state: int | np.random.RandomState | None,
     ) -> CodeRecipe:
         """Draw all that is random about a zoo."""
+        rng = check_random_state(random_state)
         stdlib = Path(sysconfig.get_path("stdlib"))
         base_seed = int(rng.randint(2**31))
         membership = rng.randint(2, size=(n_adapters, len(SOURCES) + 1)).astype(bool)
@@ -355,7 +362,7 @@ def make_code_loras(
     ((2, 16), (2, 19), (2,))
     """
     check_sizes(n_adapters, rank, dim, depth, heads=language.HEADS)
-    recipe = CodeRecipe.draw(n_adapters, rank, dim, depth, check_random_state(random_state))
+    recipe = CodeRecipe.draw(n_adapters, rank, dim=dim, depth=depth, random_state=random_state)
     zoo = _bunch(train_zoo(recipe, n_jobs=n_jobs, verbose=verbose))
     return (zoo.data, zoo.target) if return_X_y else zoo
 
@@ -372,8 +379,8 @@ def fetch_code_loras(
 ) -> Bunch | tuple[LoRACollection, NDArray[np.int64]]:
     """Load the standard zoo of LoRAs on Python's library; the first call trains it.
 
-    It is what `make_code_loras` gives with ``random_state=0``, and is kept in the data home. Each
-    minor version of Python has a zoo of its own there, as the library differs.
+    It is what `make_code_loras` gives for one seed, and is kept in the data home. Each minor
+    version of Python has a zoo of its own there, as the library differs.
 
     Parameters
     ----------
@@ -416,20 +423,20 @@ def fetch_code_loras(
     Traceback (most recent call last):
     OSError: The zoo 'code' is not in '/nowhere/code-...
     """
-    check_sizes(n_adapters, rank, **STANDARD, heads=language.HEADS)
+    check_sizes(n_adapters, rank, FETCHED["dim"], FETCHED["depth"], heads=language.HEADS)
     settings: dict[str, int | float | str] = {
         "n_adapters": n_adapters,
         "rank": rank,
-        "n_base_steps": BASE_STEPS_PER_DIM * STANDARD["dim"],
+        "n_base_steps": BASE_STEPS_PER_DIM * FETCHED["dim"],
         "n_texts": N_OWN,
         "varied": json.dumps(VARIED),
         "python": "{}.{}".format(*platform.python_version_tuple()),
-        **STANDARD,
+        **FETCHED,
     }
     zoo = fetch_zoo(
         "code",
         settings,
-        lambda: CodeRecipe.draw(n_adapters, rank, rng=check_random_state(0), **STANDARD),
+        lambda: CodeRecipe.draw(n_adapters, rank, **FETCHED),
         data_home=data_home,
         train_if_missing=train_if_missing,
         n_jobs=n_jobs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,12 +74,13 @@ def _dealt(n_adapters: int, n_identities: int, rng: np.random.RandomState) -> ND
 
 
 def _hyperparameters(n_adapters: int, rng: np.random.RandomState) -> Arrays:
+    learning_rate, *others = rng.uniform(size=(n_adapters, len(VARIED))).T
     low, high = np.log(VARIED["learning_rate"])
-    return {
-        "learning_rate": np.exp(rng.uniform(low, high, n_adapters)),
-        "n_steps": rng.choice(VARIED["n_steps"], n_adapters),
-        "batch_size": rng.choice(VARIED["batch_size"], n_adapters),
-    }
+    drawn = {"learning_rate": np.exp(low + (high - low) * learning_rate)}
+    for name, places in zip(("n_steps", "batch_size"), others, strict=True):
+        values = np.array(VARIED[name])
+        drawn[name] = values[(places * len(values)).astype(np.intp)]
+    return drawn
 
 
 def _chunks(hyper: Arrays) -> Iterator[NDArray[np.intp]]:
@@ -123,15 +125,19 @@ def varied_recipe(
     depth: int,
     random_state: int | np.random.RandomState | None,
 ) -> _digits.DigitsRecipe:
-    """Draw all that is random about a zoo of identities: the same at every rank, but for V."""
+    """Draw all that is random about a zoo of identities: the same at every rank, but for V.
+
+    A smaller zoo has the first identities and hyperparameters of a larger.
+    """
     rng = check_random_state(random_state)
     pools = _digits.split_digits(
         rng, n_finetune=N_FINETUNE, first_of_base=N_FINETUNE + _digits.N_HELD_OUT
     )
     base_seed, noise_seed = int(rng.randint(2**31)), int(rng.randint(2**31))
     identities = _identities(pools)
-    groups = _dealt(n_adapters, len(identities.digit), rng)
-    hyper = _hyperparameters(n_adapters, rng)
+    groups_seed, hyper_seed = rng.randint(2**31, size=2)
+    groups = _dealt(n_adapters, len(identities.digit), np.random.RandomState(groups_seed))
+    hyper = _hyperparameters(n_adapters, np.random.RandomState(hyper_seed))
     return _digits.DigitsRecipe(
         pools=pools,
         dim=dim,
@@ -186,7 +192,8 @@ def make_varied_digits_loras(
     or 200), batch size (4, 8 or 16) and start.
 
     For one `random_state`, networks, identities, hyperparameters and all noise in training are the
-    same at every rank, so that ranks compare.
+    same at every rank, so that ranks compare. A smaller zoo has the identities and hyperparameters
+    of the first adapters of a larger, but other noise.
 
     Parameters
     ----------
@@ -284,7 +291,7 @@ def fetch_varied_digits_loras(
     ----------
     rank : int, default=4
         Rank of every update. Each rank is a zoo of its own; zoos of as many adapters have
-        everything else in common.
+        everything else in common, others the identities and hyperparameters.
     n_adapters : int, default=3900
         Number of adapters. Each number is a zoo of its own.
     data_home : str, path-like or None, default=None
@@ -331,7 +338,7 @@ def fetch_varied_digits_loras(
                 "rank": rank,
                 "n_base_steps": _digits.base_steps(FETCHED["dim"]),
                 **FETCHED,
-                "varied": str(VARIED),
+                "varied": json.dumps(VARIED),
             },
             lambda: varied_recipe(n_adapters, rank, **FETCHED),
             data_home=data_home,

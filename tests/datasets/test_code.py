@@ -91,7 +91,7 @@ def brief(monkeypatch, texts):
 
 @pytest.fixture
 def recipe(brief):
-    return CodeRecipe.draw(12, **TINY, rng=np.random.RandomState(0))
+    return CodeRecipe.draw(12, **TINY, random_state=0)
 
 
 class TestCodeRecipe:
@@ -109,7 +109,7 @@ class TestCodeRecipe:
             assert counts.min() > 0.8 * 2000 / len(values)
 
     def test_packages_are_drawn_at_even_odds(self, brief):
-        drawn = CodeRecipe.draw(2000, **TINY, rng=np.random.RandomState(0)).membership
+        drawn = CodeRecipe.draw(2000, **TINY, random_state=0).membership
         assert drawn[:, -1].all()
         np.testing.assert_allclose(drawn[:, :-1].mean(axis=0), 0.5, atol=0.05)
         off_diagonal = np.corrcoef(drawn[:, :-1].T)[np.triu_indices(19, k=1)]
@@ -231,7 +231,7 @@ class TestMakeCodeLoras:
 class TestFetchCodeLoras:
     @pytest.fixture(autouse=True)
     def tiny(self, monkeypatch):
-        monkeypatch.setattr(_code, "STANDARD", {"dim": 4, "depth": 1})
+        monkeypatch.setattr(_code, "FETCHED", {"dim": 4, "depth": 1, "random_state": 0})
 
     def test_is_trained_once(self, tmp_path, monkeypatch):
         first = fetch_code_loras(2, n_adapters=4, data_home=tmp_path, verbose=0)

@@ -126,6 +126,25 @@ def test_ranks_have_all_but_V_in_common(recipe, zoo):
         assert one.seed_of_V is not None
 
 
+def test_a_smaller_zoo_has_the_first_identities_and_hyperparameters(recipe):
+    smaller = _varied.varied_recipe(7, 2, dim=8, depth=1, random_state=0)
+    assert set(smaller.labels) == set(recipe.labels)
+    for name, values in smaller.labels.items():
+        np.testing.assert_array_equal(values, recipe.labels[name][:7])
+
+
+def test_hyperparameters_fill_their_ranges():
+    drawn = _varied._hyperparameters(2000, np.random.RandomState(0))
+    low, high = _varied.VARIED["learning_rate"]
+    assert low <= drawn["learning_rate"].min() < 1.1 * low
+    assert high >= drawn["learning_rate"].max() > high / 1.1
+    assert np.median(drawn["learning_rate"]) == pytest.approx((low * high) ** 0.5, rel=0.2)
+    for name in ("n_steps", "batch_size"):
+        values, counts = np.unique(drawn[name], return_counts=True)
+        assert tuple(values) == _varied.VARIED[name]
+        assert counts.min() > 0.8 * 2000 / len(values)
+
+
 def test_training_draws_the_same_at_every_rank(recipe, zoo, monkeypatch):
     drawn = []
     loss = denoiser._loss
