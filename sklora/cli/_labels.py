@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sklora.cli._output import CommandError, few
+from sklora.io._errors import counted
+
+# What spreadsheets write in place of commas.
+_OTHER_MARKS = frozenset(";\t|")
 
 
 class Row(NamedTuple):
@@ -82,8 +86,8 @@ def read_labels(
     for line, cells in lines:
         if len(cells) != len(header):
             raise CommandError(
-                f"{path}, line {line} has {len(cells)} cells, but there are {len(header)} columns; "
-                "put quotes around a cell that holds a comma."
+                f"{path}, line {line} has {counted(len(cells), 'cell')}, but there are "
+                f"{counted(len(header), 'column')}; put quotes around a cell that holds a comma."
             )
         row = {name: cells[place].strip() for name, place in places.items()}
         _check_filled(f"{path}, line {line} ({row[id] or 'without a name'})", row)
@@ -128,7 +132,11 @@ def _place(path: str, header: Sequence[str], name: str) -> int:
         return places[0]
     if places:
         raise CommandError(f"{path} has {len(places)} columns {name!r}; rename all but one.")
-    raise CommandError(f"{path} has no column {name!r}; it has {', '.join(map(repr, header))}.")
+    remedy = (
+        "; separate cells by commas" if len(header) == 1 and _OTHER_MARKS & {*header[0]} else ""
+    )
+    there = ", ".join(map(repr, header))
+    raise CommandError(f"{path} has no column {name!r}; it has {there}{remedy}.")
 
 
 def match(labels: Labels, names: Sequence[Iterable[str]]) -> list[int]:

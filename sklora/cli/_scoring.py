@@ -17,6 +17,7 @@ from sklora._progress import track
 from sklora.architectures import make_architecture
 from sklora.cli._output import FAILED, CommandError, say
 from sklora.cli._zoo import LabelledZoo
+from sklora.io._errors import counted
 
 Folds = list[tuple[NDArray[np.intp], NDArray[np.intp]]]
 
@@ -85,12 +86,14 @@ def make_folds(zoo: LabelledZoo, n_folds: int, seed: int) -> Folds:
     # R2 is a share of the variance, which one adapter alone does not have.
     least = n_folds * (2 if zoo.targets.task == "regression" else 1)
     if n_adapters < least:
-        raise CommandError(f"{n_adapters} adapters are too few for --folds {n_folds}; pass fewer.")
+        too_many = counted(n_adapters, "adapter")
+        raise CommandError(f"--folds {n_folds} is too many for {too_many}; pass fewer.")
     X = np.zeros((n_adapters, 1))
     if zoo.groups is not None:
         n_groups = len(set(zoo.groups))
         if n_groups < n_folds:
-            raise CommandError(f"{n_groups} groups are too few for --folds {n_folds}; pass fewer.")
+            too_many = counted(n_groups, "group")
+            raise CommandError(f"--folds {n_folds} is too many for {too_many}; pass fewer.")
         return list(GroupKFold(n_folds).split(X, y, zoo.groups))
     if zoo.targets.classes is None:
         return list(KFold(n_folds, shuffle=True, random_state=seed).split(X))

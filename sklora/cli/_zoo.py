@@ -19,6 +19,7 @@ from sklora.cli._reading import read_together, reading_options
 from sklora.cli._targets import Targets, make_targets
 from sklora.collection import LoRACollection
 from sklora.io import AdapterError
+from sklora.io._errors import counted
 from sklora.io._find import Found, find_each
 from sklora.io._plan import ReadOptions
 
@@ -134,13 +135,14 @@ def _say_unlabelled(names: Sequence[Sequence[str]], places: Sequence[int]) -> No
     left_out = [every[0] for place, every in enumerate(names) if place not in labelled]
     if left_out:
         some = few(left_out, len(left_out))
-        say(f"{len(left_out)} of {len(names)} adapters have no label and are left out: {some}")
+        say(f"left out, for want of a label: {len(left_out)} of {len(names)} adapters, {some}")
 
 
 def _say_what(loras: LoRACollection, labels: Labels, targets: Targets) -> None:
     base_model = loras.layout.base_model
     of = "" if base_model is None else f" of {base_model}"
-    say(f"{len(loras)} adapters{of}, {loras.layout.n_modules} modules")
+    n_adapters, n_modules = len(loras), loras.layout.n_modules
+    say(f"{counted(n_adapters, 'adapter')}{of}, {counted(n_modules, 'module')}")
     say(f"predicts {', '.join(labels.targets)}: {targets.describe()} (--task says otherwise)")
 
 

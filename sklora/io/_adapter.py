@@ -64,8 +64,9 @@ class OpenAdapter(NamedTuple):
     def dtype(self) -> np.dtype[Any]:
         """The dtype in which its numbers are computed with: float32 or float64."""
         names = {self.file.tensors[name].dtype for name in self._tensors()}
-        wide = [DTYPES[name] for name in names if name in FLOAT_DTYPES]
-        return compute_dtype(np.result_type(np.float32, *wide))
+        # One by one, since those of 8 bits have no dtype in common.
+        wide = [compute_dtype(DTYPES[name]) for name in names if name in FLOAT_DTYPES]
+        return np.result_type(np.float32, *wide)
 
     def stored_dtypes(self) -> tuple[str, ...]:
         """The dtypes of its factors as they are stored, by safetensors' names."""

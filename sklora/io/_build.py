@@ -27,6 +27,8 @@ ScaleRule = Callable[[str, Mapping[str, str], int | None], Scale]
 # are as many as their honest uses need; LoKr beyond can be read as lokr="kronecker".
 MAX_EXPANSION = 128
 MIN_NUMBERS = 2**20
+# Names of repositories have at most 96, those of files 255.
+MAX_LABEL = 255
 
 _MAGNITUDES = ("magnitude", "magnitude_out")
 _SIDE_ROLES = ("alpha", *_MAGNITUDES)
@@ -278,7 +280,7 @@ def alpha_over_rank(path: str, tensors: Mapping[str, str], dimension: int | None
 def stated_scale(options: ReadOptions, why: str) -> float:
     """Give the scale that the caller stated, for files that do not tell it themselves."""
     if options.scale is None:
-        raise Refusal(f"{why}; pass scale=, the factor s of the update s B A.")
+        raise Refusal(f"{why} pass scale=, the factor s of the update s B A.")
     return float(options.scale)
 
 
@@ -302,7 +304,22 @@ def base_model_label(value: object) -> str | None:
 
     A folder of the Hugging Face cache becomes the repository's name, another absolute path its last
     component; nothing is ever opened.
+
+    Raises
+    ------
+    Refusal
+        When it is longer than names are, so that a table would be as wide in every line.
     """
+    label = _base_model_label(value)
+    if label is not None and len(label) > MAX_LABEL:
+        raise Refusal(
+            f"the name of its base model {shown(label)} has {len(label)} characters, of at most "
+            f"{MAX_LABEL}; shorten it."
+        )
+    return label
+
+
+def _base_model_label(value: object) -> str | None:
     if not isinstance(value, str) or not value.strip():
         return None
     parts = value.replace("\\", "/").rstrip("/").split("/")

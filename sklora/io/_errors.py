@@ -1,9 +1,14 @@
-"""The one error that a bad adapter file gives."""
+"""The one error that a bad adapter file gives, and how messages count."""
 
 from __future__ import annotations
 
 import os
 from typing import Self
+
+
+def counted(number: int, noun: str) -> str:
+    """Give a number with its noun: 1 tensor, 2 tensors."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 class AdapterError(ValueError):

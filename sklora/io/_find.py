@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sklora._untrusted import Refusal, parse_json
 from sklora.io._errors import AdapterError
-from sklora.io.containers import HEAD_BYTES, holds_pickle, open_regular, sniff
+from sklora.io.containers import HEAD_BYTES, MODEL, holds_pickle, open_regular, sniff
 from sklora.io.containers._zip import ZipArchive
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -226,8 +226,8 @@ def _kind(path: str, root: str) -> str | None:
 
 
 def _kind_of_zip(archive: ZipArchive) -> str | None:
-    if "schema.json" in archive.members:
-        return None  # a model that skops has stored, perhaps beside the zoo that it was fitted on
+    if MODEL in archive.members:
+        return None  # perhaps beside the zoo that it was fitted on
     if holds_pickle(archive):
         return "pickle"
     return "npz" if any(name.endswith(".npy") for name in archive.members) else None

@@ -17,7 +17,7 @@ from sklora._progress import track
 from sklora._untrusted import shown
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.io._adapter import OpenAdapter, opened
-from sklora.io._errors import AdapterError
+from sklora.io._errors import AdapterError, counted
 from sklora.io._find import Found, Paths, find_each
 from sklora.io._plan import ReadOptions
 from sklora.io._store import AdapterFile, AdapterStore, located
@@ -53,7 +53,8 @@ class SkippedAdapterWarning(UserWarning):
     def __init__(self, errors: Sequence[AdapterError]) -> None:
         self.errors = tuple(errors)
         lines = "\n".join(f"- {error}" for error in self.errors)
-        super().__init__(f"{len(self.errors)} files were left out:\n{lines}")
+        were = "was" if len(self.errors) == 1 else "were"
+        super().__init__(f"{counted(len(self.errors), 'file')} {were} left out:\n{lines}")
 
     def __reduce__(self) -> tuple[type[Self], tuple[tuple[AdapterError, ...]]]:
         return type(self), (self.errors,)
@@ -367,7 +368,7 @@ class Reader:
     def _check_against_layout(self, header: _Header) -> None:
         if not self._shapes.keys() & header.modules.keys():
             raise ValueError(
-                f"it has none of the {len(self._shapes)} modules of the layout, such as "
+                "it has no module of the layout, such as "
                 f"{shown(next(iter(self._shapes)))}; its own are such as "
                 f"{shown(next(iter(header.modules)))}."
             )
@@ -375,7 +376,7 @@ class Reader:
         extra += header.side.keys() - self._sides.keys()
         if extra and self._extra_is_error:
             raise ValueError(
-                f"it has {_first_of(extra)}, which the layout lacks; pass on_extra='ignore' to "
+                f"it has {first_of(extra)}, which the layout lacks; pass on_extra='ignore' to "
                 "pass such by."
             )
         self._check_missing(header)
@@ -385,7 +386,7 @@ class Reader:
         missing += self._sides.keys() - header.side.keys()
         if missing and self._missing_is_error:
             raise ValueError(
-                f"it lacks {_first_of(missing)}; pass on_missing='zero' to take such as zero."
+                f"it lacks {first_of(missing)}; pass on_missing='zero' to take such as zero."
             )
 
     def _incomplete(self) -> dict[str, AdapterError]:
@@ -417,8 +418,8 @@ def _header(found: Found, adapter: OpenAdapter) -> _Header:
     return _Header(located(found), id, modules, side, adapter.plan.base_model, adapter.dtype)
 
 
-def _first_of(names: Collection[str]) -> str:
-    more = f" and {len(names) - 1} others" if len(names) > 1 else ""
+def first_of(names: Collection[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return shown(min(names, key=natural_order)) + more
 
 

@@ -13,12 +13,12 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors.numpy import save
 
 from sklora._files import complete_folder, replacing
-from sklora._untrusted import shown
 from sklora.collection import LoRAAdapter, LoRACollection
 from sklora.io._adapter import OpenAdapter, opened
 from sklora.io._errors import AdapterError
 from sklora.io._find import CONFIG, find_files, read_config
 from sklora.io._plan import ModulePlan, ReadOptions
+from sklora.io._read import first_of
 from sklora.io._tensors import check_tensor
 from sklora.io.formats.peft import PREFIX
 
@@ -170,8 +170,9 @@ def _like(
         for name, (U, V) in factors.items():
             if name not in known:
                 raise ValueError(
-                    f"module {name!r} is not in {path!r}, which has {shown(next(iter(known)))} and "
-                    f"{len(plan.modules) - 1} others; leave it out, or pass another like=."
+                    f"module {name!r} is not in {path!r}, which has "
+                    f"{first_of([module.name for module in plan.modules])}; leave it out, or pass "
+                    "another like=."
                 )
             paths[name] = known[name].path.removeprefix(PREFIX)
             tensors |= _shaped(adapter, known[name], U, V)
@@ -183,6 +184,13 @@ def _kept(adapter: OpenAdapter, side: Mapping[str, NDArray[Any]]) -> dict[str, N
     names = [tensor for tensor, _ in adapter.plan.left_out]
     names += [tensor for _, tensor, _ in adapter.plan.side]
     tensors = {name: adapter.file.read(name) for name in names}
+    # PEFT scales the bias of B as well, by what is 1 from here on.
+    scales = {module.path: adapter.scale(module.scale) for module in adapter.plan.modules}
+    for name in names:
+        path, _, ending = name.rpartition(".lora_B.")
+        if path in scales and ending.split(".")[-1] == "bias":
+            bias = tensors[name]
+            tensors[name] = (bias * np.asarray(scales[path], bias.dtype)).astype(bias.dtype)
     places = {name: (tensor, size) for name, tensor, size in adapter.plan.side}
     for name, vector in side.items():
         tensor, size = places.get(name, ("", 0))

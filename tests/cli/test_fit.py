@@ -105,10 +105,10 @@ class TestScores:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (("--folds", "41"), "40 adapters are too few for --folds 41"),
+            (("--folds", "41"), "--folds 41 is too many for 40 adapters"),
             (("--folds", "21"), "no class has 21 adapters"),
-            (("--folds", "11", "--groups", "run"), "10 groups are too few for --folds 11"),
-            (("--folds", "21", "--task", "regression", "--target", "loss"), "too few"),
+            (("--folds", "11", "--groups", "run"), "--folds 11 is too many for 10 groups"),
+            (("--folds", "21", "--task", "regression", "--target", "loss"), "too many for 40"),
         ],
     )
     def test_too_few(self, fit, zoo, options, message):
@@ -136,7 +136,7 @@ class TestIds:
         labels = write_csv(tmp_path / "l.csv", ("file", "style"), rows)
         code, _, err = fit(zoo, labels=labels)
         assert code == 0
-        assert "34 of 40 adapters have no label and are left out: " in err
+        assert "left out, for want of a label: 34 of 40 adapters, " in err
 
     def test_path_from_the_labels(self, fit, zoo, write_csv, tmp_path):
         os.symlink(zoo, tmp_path / "link")

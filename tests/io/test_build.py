@@ -126,10 +126,17 @@ class TestExpansion:
         (None, None),
         (3, None),
         (["x"], None),
+        ("a/" + "b" * 200, "a/" + "b" * 200),
     ],
 )
 def test_base_model_label(value, label):
     assert base_model_label(value) == label
+
+
+@pytest.mark.parametrize("value", ["a" * 256, "/home/me/" + "a" * 256])
+def test_base_model_of_a_long_name_is_refused(value):
+    with pytest.raises(Refusal, match=r"base model 'aaa.*\.\.\. has 256 characters"):
+        base_model_label(value)
 
 
 @pytest.mark.parametrize("value", [None, "1", True, [1], float("nan"), float("inf"), 10**400])

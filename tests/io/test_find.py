@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import save
 
-from sklora.io import AdapterError
+from sklora.io import AdapterError, scan_adapters
 from sklora.io._find import Found, find_each, find_files
 
 WEIGHTS = save({"q.lora_down.weight": np.ones((1, 2)), "q.lora_up.weight": np.ones((3, 1))})
@@ -138,6 +138,8 @@ def test_a_model_that_skops_stored_is_no_adapter(tree):
         archive.writestr("schema.json", "{}")
         archive.writestr("1.npy", b"numbers")
     assert found("zoo") == ["zoo/a.safetensors"]
+    [report] = scan_adapters("zoo/model.skops")
+    assert report.error == "it is a model that skops stored, not an adapter; name adapters."
 
 
 def test_a_zip_file_that_cannot_be_opened_is_taken_for_what_its_name_says(tree):

@@ -27,7 +27,7 @@ KNOWN = {
     "diffusers_old_procs": ({"allow_torch_zip": True}, "diffusers", 1),
 }
 REFUSED = {
-    "misnamed_bin_smolvla": "its 606 tensors are those of no adapter",
+    "misnamed_bin_smolvla": "no adapter that sklora knows has its 606 tensors",
     "safetensors_attack": "the header of 1000 bytes runs past the end of the file",
 }
 

@@ -259,13 +259,34 @@ class TestLike:
         assert sum("lora" in name for name in tensors) == 2
         assert_same(read_adapters("a", names="raw")[0], {PREFIX + "q": X[0][PREFIX + "q"]})
 
+    @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+    @pytest.mark.parametrize("ending", ["lora_B.bias", "lora_B.default.bias"])
+    def test_biases_of_factors_lose_their_scale_to_them(self, factors, ending, dtype):
+        write_adapter("biased", factors({"q": (6, 4), "k": (5, 4)}))
+        tensors = load_file("biased/adapter_model.safetensors")
+        bias, other = np.arange(6).astype(dtype), np.arange(5).astype(np.float32)
+        tensors |= {f"{PREFIX}q.{ending}": bias, f"{PREFIX}q.base_layer.bias": bias}
+        tensors |= {f"{PREFIX}k.{ending}": other}
+        save_file(tensors, "biased/adapter_model.safetensors")
+        config = config_of("biased") | {"lora_alpha": 9, "alpha_pattern": {"k": -1.5}}
+        Path("biased/adapter_config.json").write_text(json.dumps(config))
+        write_adapter("a", read_adapters("biased")[0], like="biased")
+        written = load_file("a/adapter_model.safetensors")
+        assert written[f"{PREFIX}q.{ending}"].dtype == dtype
+        scaled = written[f"{PREFIX}q.{ending}"].astype(float)
+        np.testing.assert_array_equal(scaled, 3 * np.arange(6.0))
+        np.testing.assert_array_equal(written[f"{PREFIX}k.{ending}"], -other / 2)
+        np.testing.assert_array_equal(written[f"{PREFIX}q.base_layer.bias"], bias)
+
     def test_a_base_model_that_is_given_counts(self, like):
         write_adapter("a", read_adapters("like")[0], like="like", base_model="mine")
         assert config_of("a")["base_model_name_or_path"] == "mine"
 
     def test_unknown_modules_and_other_shapes_are_errors(self, like):
         pair = np.ones((6, 1)), np.ones((4, 1))
-        with pytest.raises(ValueError, match=r"module 'k' is not in 'like', which has .* 2 others"):
+        with pytest.raises(
+            ValueError, match=r"module 'k' is not in 'like', which has .* and 2 more;"
+        ):
             write_adapter("a", {"k": pair}, like="like")
         with pytest.raises(ValueError, match=r"'q' has U \(4, 1\) and V \(6, 1\).*\(6, 4\) there"):
             write_adapter("a", {"q": pair[::-1]}, like="like")

@@ -15,8 +15,10 @@ from sklora.io.containers.npz import NpzFile
 from sklora.io.containers.safetensors import LENGTH_BYTES, SafetensorsFile
 from sklora.io.containers.torch_zip import PICKLE, TorchZipFile
 
-__all__ = ["HEAD_BYTES", "holds_pickle", "open_regular", "open_tensor_file", "sniff"]
+__all__ = ["HEAD_BYTES", "MODEL", "holds_pickle", "open_regular", "open_tensor_file", "sniff"]
 
+# What every zip file of skops has, and no other.
+MODEL = "schema.json"
 # How much of a file `sniff` needs.
 HEAD_BYTES = 64
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -150,7 +152,10 @@ def _open(file: BinaryIO, size: int, allow_torch_zip: bool) -> TensorFile:
 
 
 def _open_zip(file: BinaryIO, size: int, allow_torch_zip: bool) -> TensorFile:
-    if not holds_pickle(ZipArchive(file, size)):
+    archive = ZipArchive(file, size)
+    if MODEL in archive.members:
+        raise Refusal("it is a model that skops stored, not an adapter; name adapters.")
+    if not holds_pickle(archive):
         return NpzFile(file, size)
     if not allow_torch_zip:
         raise Refusal(

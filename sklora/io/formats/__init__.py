@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sklora._untrusted import Refusal, shown
+from sklora.io._errors import counted
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Source
 from sklora.io.formats import (
     cloneofsimo,
@@ -38,6 +39,7 @@ FORMATS: tuple[Format, ...] = (
     peft.BARE,
 )
 
+_PACKED = {"weights", "ranks", "ids"}
 _OFT = "OFT rotates the weight, which is no low-rank update"
 # By how a component of a tensor's name begins.
 _REFUSED = {
@@ -78,10 +80,14 @@ def plan_adapter(source: Source, options: ReadOptions) -> AdapterPlan:
                 _refuse_methods(tensor for tensor, _ in plan.left_out)
             return plan
     _refuse_methods(source.tensors)
-    some = ", ".join(shown(name, 60) for name in list(source.tensors)[:3]) or "none"
+    if not source.tensors:
+        raise Refusal("it holds no tensors; download it again.")
+    if source.tensors.keys() == _PACKED:
+        raise Refusal("it is a zoo that LoRACollection.save wrote; use LoRACollection.open.")
+    some = ", ".join(shown(name, 60) for name in list(source.tensors)[:3])
     raise Refusal(
-        f"its {len(source.tensors)} tensors are those of no adapter that sklora knows; the first "
-        f"are {some}. If it is a LoRA with keys of its own, pass keys=('...{{module}}...', ...)."
+        f"no adapter that sklora knows has its {counted(len(source.tensors), 'tensor')}, such as "
+        f"{some}. If it is a LoRA with keys of its own, pass keys=('...{{module}}...', ...)."
     )
 
 

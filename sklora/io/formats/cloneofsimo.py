@@ -27,7 +27,10 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     left_out = []
     if _is_list(source):
         if len(source.tensors) % 2:
-            raise Refusal(f"it lists {len(source.tensors)} tensors, which are no pairs up, down.")
+            raise Refusal(
+                f"it lists an odd number of tensors, {len(source.tensors)} in all, so no pairs up, "
+                "down."
+            )
         for place, name in enumerate(source.tensors):
             add_role(modules, str(place // 2), ("up", "down")[place % 2], name)
     else:

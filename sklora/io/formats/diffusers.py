@@ -20,7 +20,7 @@ from sklora.io._build import (
     make_plan,
 )
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
-from sklora.io.formats.peft import check_patterns, scale_of_config
+from sklora.io.formats.peft import check_patterns, check_update, scale_of_config
 
 _SUFFIXES = {
     "down.weight": "down",
@@ -56,7 +56,8 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     modules, rest = by_module(source.tensors, _SUFFIXES, strip=(".lora", ".lora_linear_layer"))
     settings = _settings(source.metadata)
     for config in settings.values():
-        check_patterns(config, list(modules))
+        check_update(config)
+        check_patterns(config, list(modules), len(settings))
 
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
         for component, config in settings.items():

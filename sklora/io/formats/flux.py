@@ -34,7 +34,7 @@ def _matches_bfl(source: Source, options: ReadOptions) -> bool:
 
 def _plan_bfl(source: Source, options: ReadOptions) -> AdapterPlan:
     modules, rest = by_module(source.tensors, {"lora_A.weight": "down", "lora_B.weight": "up"})
-    value = stated_scale(options, "BFL's adapters do not say their scale (flux's default is 1)")
+    value = stated_scale(options, "BFL's adapters do not say their scale (flux's default is 1);")
     return make_plan(
         source, options, "bfl", modules, lambda *_: Scale(value), left_out=left_out_of(rest)
     )

@@ -53,7 +53,7 @@ def _scale(config: Mapping[str, object] | None, options: ReadOptions) -> float:
         return stated_scale(
             options,
             "it has the keys of mlx-lm, but no adapter_config.json with lora_parameters beside it, "
-            "so its scale is not known; put that file there",
+            "so its scale is not known; put that file there, or",
         )
     if not isinstance(parameters, Mapping):
         raise Refusal(f"lora_parameters is {shown(parameters)}; it must be a mapping.")

@@ -5,7 +5,8 @@ Scale: alpha/r, or alpha/sqrt(r) with ``use_rslora`` (`peft/tuners/lora/layer.py
 (`peft/tuners/adalora/layer.py`, ``get_delta_weight``); LoHa and LoKr alpha/r
 (`peft/tuners/loha/layer.py`, `peft/tuners/lokr/layer.py`). ``alpha_pattern`` wins over
 ``lora_alpha``; its keys are matched as ``(.*\.)?(KEY)$``, the first hit wins
-(`peft/utils/other.py`). r is that of the tensors.
+(`peft/utils/other.py`), with the module's name or, of experts, the parameter's
+(`peft/tuners/tuners_utils.py`, ``_inject_parameters``). r is that of the tensors.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from sklora.io._build import (
     number,
     stated_scale,
 )
+from sklora.io._errors import counted
 from sklora.io._pattern import matches_module, matching_work
 from sklora.io._plan import AdapterPlan, Format, ModulePlan, ReadOptions, Scale, Source
 
@@ -47,6 +49,7 @@ MAX_MATCHING = 2 * 10**7
 _TYPES = ("LORA", "ADALORA", "LOHA", "LOKR")
 # These leave the base model as it is, so that B A is the whole update.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "true", "false")
+_CONV1D = 3
 _OTHER_BASES = ("use_qalora", "kasa_config", "use_bdlora")
 
 
@@ -80,14 +83,16 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
         value = stated_scale(
             options,
             "it has the keys of PEFT, but no adapter_config.json with a peft_type beside it, so "
-            "its scale is not known; put that file there",
+            "its scale is not known; put that file there, or",
         )
         plan = make_plan(
             source, options, "peft", modules, lambda *_: Scale(value), left_out=left_out_of(rest)
         )
+        _check_lokr(source, plan)
         return plan
     _check_config(config)
-    check_patterns(config, list(modules))
+    targets = _targets(config)
+    check_patterns(config, list(modules), max(len(targets), 1))
 
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
         return Scale(_scale(config, path.removeprefix(PREFIX), tensors, dimension))
@@ -96,7 +101,8 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     plan = make_plan(
         source, options, "peft", modules, scale, left_out=left_out_of(rest), base_model=label
     )
-    return _with_experts(plan, config)
+    _check_lokr(source, plan)
+    return _with_experts(plan, config, targets)
 
 
 FORMAT = Format("peft", _matches, _plan)
@@ -116,6 +122,18 @@ def _role_of(name: str) -> tuple[str, str] | None:
     return None
 
 
+def _check_lokr(source: Source, plan: AdapterPlan) -> None:
+    """Refuse LoKr of a Conv1d: PEFT's `make_kron` adds the axis to w1 in front, not at the end."""
+    for module in plan.modules:
+        full = module.tensors.get("lokr_w2")
+        if module.method == "lokr" and full and len(source.tensors[full].shape) == _CONV1D:
+            raise Refusal(
+                f"module {shown(module.path)} has lokr_w2 of shape {source.tensors[full].shape}: "
+                "of a one-dimensional convolution PEFT's update is no Kronecker product, and not "
+                "of low rank; read it with lokr='kronecker'."
+            )
+
+
 def _check_config(config: Mapping[str, Any]) -> None:
     kind = config["peft_type"]
     if kind not in _TYPES:
@@ -124,6 +142,17 @@ def _check_config(config: Mapping[str, Any]) -> None:
             f"peft_type {shown(kind)} is no low-rank update that sklora reads{detail}; it reads "
             f"{', '.join(_TYPES)}."
         )
+    check_update(config)
+
+
+def check_update(config: Mapping[str, Any]) -> None:
+    """Check that ``B A`` is the whole update.
+
+    Raises
+    ------
+    Refusal
+        When the method changes the base model too, or has another update.
+    """
     init = config.get("init_lora_weights")
     if not any(init is plain or init == plain for plain in _PLAIN_INITS):
         raise Refusal(
@@ -200,8 +229,15 @@ def _rank(rank: int | None) -> int:
     return rank
 
 
-def check_patterns(config: Mapping[str, Any], modules: Sequence[str]) -> None:
+def check_patterns(config: Mapping[str, Any], modules: Sequence[str], n_repeats: int = 1) -> None:
     """Check that matching the patterns of a configuration with all modules takes seconds at most.
+
+    Parameters
+    ----------
+    config : mapping
+    modules : sequence of str
+    n_repeats : int, default=1
+        How often all of that may happen: there are many target parameters, or configurations.
 
     Raises
     ------
@@ -210,11 +246,12 @@ def check_patterns(config: Mapping[str, Any], modules: Sequence[str]) -> None:
     """
     tables = [config.get(name) for name in ("rank_pattern", "alpha_pattern")]
     patterns = [key for table in tables if isinstance(table, Mapping) for key in table]
-    work = matching_work(patterns, modules)
+    work = n_repeats * (matching_work(patterns, modules) + len(modules))
     if work > MAX_MATCHING:
         raise Refusal(
             f"its {len(patterns)} patterns of ranks and alphas and {len(modules)} modules take "
-            f"{work:.1e} steps to match, of at most {MAX_MATCHING:.0e}; write shorter patterns."
+            f"{work:.1e} steps to match, of at most {MAX_MATCHING:.0e}; write shorter patterns, or "
+            "fewer target parameters or components."
         )
 
 
@@ -229,41 +266,55 @@ def pattern_value(config: Mapping[str, Any], patterns: str, default: str, module
     return number(config, default)
 
 
-def _with_experts(plan: AdapterPlan, config: Mapping[str, Any]) -> AdapterPlan:
-    """Split the updates of stacked experts (``target_parameters``), which share their tensors."""
+def _targets(config: Mapping[str, Any]) -> list[str]:
+    """Give the ``target_parameters``: stacked experts, of which a module may have several."""
     targets = config.get("target_parameters") or ()
     if not isinstance(targets, (list, tuple)):
         raise Refusal(f"target_parameters is {shown(targets)}; it must be a list of names.")
-    parents = {target.rpartition(".")[0] for target in targets if isinstance(target, str)}
-    if not parents:
+    return [target for target in targets if isinstance(target, str)]
+
+
+def _with_experts(
+    plan: AdapterPlan, config: Mapping[str, Any], targets: Sequence[str]
+) -> AdapterPlan:
+    """Split the updates of stacked experts, which share their tensors."""
+    if not targets:
         return plan
+    parameters: dict[str, set[str]] = {}
+    for target in targets:
+        parent, _, parameter = target.rpartition(".")
+        parameters.setdefault(parent, set()).add(parameter)
     modules: list[ModulePlan] = []
     for module in plan.modules:
-        modules += _experts(module, parents, config)
+        modules += _experts(module, parameters, config)
     return AdapterPlan(plan.format, tuple(modules), plan.side, plan.left_out, plan.base_model)
 
 
 def _experts(
-    module: ModulePlan, parents: set[str], config: Mapping[str, Any]
+    module: ModulePlan, parameters: Mapping[str, set[str]], config: Mapping[str, Any]
 ) -> Iterator[ModulePlan]:
     path = module.path.removeprefix(PREFIX)
     # Further parameters of the same module are wrapped inside each other.
     owner = path
     while owner.endswith(".base_layer"):
         owner = owner.removesuffix(".base_layer")
-    named = any(f".{owner}".endswith(f".{parent}") for parent in parents if parent)
-    rank = int(pattern_value(config, "rank_pattern", "r", owner))
+    parts = owner.split(".")
+    ends = (".".join(parts[start:]) for start in range(len(parts)))
+    named = set[str]().union(*(parameters.get(end, ()) for end in ends))
     # A target without a module is a parameter of any: where the rank is that of several experts.
-    if not named and ("" not in parents or module.rank == rank):
+    loose = parameters.get("", ())
+    if not named and (
+        not loose or module.rank == int(pattern_value(config, "rank_pattern", "r", owner))
+    ):
         yield module
         return
+    rank, value = _settings_of_experts(config, owner, sorted(named.union(loose)))
     if rank < 1 or module.rank % rank or module.method != "lora":
         raise Refusal(
-            f"module {shown(path)} has factors of {module.rank} columns, which are no whole number "
-            f"of experts of rank r={rank}."
+            f"module {shown(path)} has factors of {counted(module.rank, 'column')}, no whole "
+            f"number of experts of rank r={shown(rank)}."
         )
     count = module.rank // rank
-    value = scale_of_config(config, owner, rank)
     for place in range(count):
         yield module._replace(
             path=f"{module.path}.{place}",
@@ -272,3 +323,20 @@ def _experts(
             scale=Scale(value),
             part=(place, count),
         )
+
+
+def _settings_of_experts(
+    config: Mapping[str, Any], owner: str, parameters: Sequence[str]
+) -> tuple[int, float]:
+    """Give the rank of one expert, and the scale."""
+    settings = set()
+    for parameter in parameters:
+        name = f"{owner}.{parameter}"
+        rank = int(pattern_value(config, "rank_pattern", "r", name))
+        settings.add((rank, scale_of_config(config, name, max(rank, 1))))
+    if len(settings) > 1:
+        raise Refusal(
+            f"its patterns of ranks and alphas tell the parameters {shown(parameters)[1:-1]} of "
+            f"module {shown(owner)} apart, but its tensors do not."
+        )
+    return settings.pop()

@@ -162,6 +162,23 @@ class TestScale:
         tensors = self.tensors(pair, "transformer.x")
         assert message in refusal(save(tensors, metadata={"lora_adapter_metadata": text}))
 
+    @pytest.mark.parametrize(
+        "setting",
+        [{"init_lora_weights": "pissa"}, {"use_qalora": True}],
+        ids=lambda x: next(iter(x)),
+    )
+    def test_what_changes_the_base_is_refused(self, pair, save, refusal, setting):
+        [(key, value)] = setting.items()
+        metadata = described(transformer__lora_alpha=3, **{f"transformer__{key}": value})
+        why = refusal(save(self.tensors(pair, "transformer.x"), metadata=metadata))
+        assert why.startswith(key)
+
+    def test_many_components_of_many_modules_are_refused(self, pair, save, refusal):
+        tensors = self.tensors(pair, *(f"transformer.{place}" for place in range(700)))
+        components = {f"c{place}.lora_alpha": 1 for place in range(30_000)}
+        path = save(tensors, metadata={"lora_adapter_metadata": json.dumps(components)})
+        assert "700 modules take 2.1e+07 steps" in refusal(path)
+
     def test_metadata_alone_tell_the_format(self, pair, save, scan):
         path = save(self.tensors(pair, "blocks.0.q"), metadata=described(lora_alpha=6))
         report = scan(path)

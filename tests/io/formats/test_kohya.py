@@ -63,6 +63,21 @@ def test_every_module_has_its_own_rank_and_alpha(normal, save, assert_updates):
     assert_updates(save(everything), expected, names="canonical")
 
 
+@pytest.mark.parametrize(
+    ("narrow", "wide"),
+    [
+        (torch.float8_e4m3fn, torch.float8_e5m2),
+        (torch.float8_e4m3fn, torch.bfloat16),
+        (torch.float16, torch.bfloat16),
+        (torch.float8_e5m2, torch.float64),
+    ],
+)
+def test_dtypes_may_be_mixed(normal, save, assert_updates, narrow, wide):
+    down, up = normal(2, 5, dtype=narrow), normal(7, 2, dtype=wide)
+    path = save({"m.lora_down.weight": down, "m.lora_up.weight": up})
+    assert_updates(path, {"m": up.double() @ down.double()})
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_8_bits(normal, save, assert_updates, scan, dtype):
     A, B = normal(3, 4, dtype=dtype), normal(5, 3, dtype=dtype)

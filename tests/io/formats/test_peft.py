@@ -209,6 +209,17 @@ def test_lokr_of_two_full_matrices_needs_an_r(normal, save, refusal):
     assert "rank 0" in refusal(save(tensors, config | {"r": 0}))
 
 
+def test_lokr_of_a_one_dimensional_convolution_is_refused(normal, save, refusal, scan):
+    """PEFT multiplies other axes than the channels there, and its update has any rank."""
+    tensors = named("q", lokr_w1=normal(2, 3), lokr_w2=normal(4, 5, 3))
+    path = save(tensors, {"peft_type": "LOKR", "r": 16, "alpha": 8})
+    why = refusal(path)
+    assert "'base_model.model.q'" in why
+    assert "(4, 5, 3)" in why
+    assert "lokr='kronecker'" in why
+    assert scan(path, lokr="kronecker").ranks == (1,)
+
+
 @pytest.mark.parametrize("lokr", ["exact", "kronecker"])
 def test_lokr_of_rank_0_is_refused(normal, save, refusal, lokr):
     tensors = named("q", lokr_w1=normal(2, 3), lokr_w2_a=normal(4, 0), lokr_w2_b=normal(0, 5))
@@ -250,8 +261,8 @@ class TestExperts:
     def test_rank_and_alpha_may_be_those_of_patterns(self, normal, save, assert_updates):
         A, B = normal(4, 6), normal(5, 4)
         config = self.CONFIG | {
-            "rank_pattern": {"experts": 2},
-            "alpha_pattern": {"experts": 5},
+            "rank_pattern": {"experts": 1, "experts.(gate_up|down)_proj": 2},
+            "alpha_pattern": {"mlp.experts": 1, r"(\w+)_proj": 5},
             "use_rslora": True,
         }
         path = save(linear("mlp.experts", A, B), config)
@@ -261,9 +272,31 @@ class TestExperts:
         }
         assert_updates(path, expected)
 
-    def test_rank_that_is_no_multiple_is_refused(self, normal, save, refusal):
+    @pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
+    def test_patterns_that_tell_parameters_of_a_module_apart_are_refused(
+        self, normal, save, refusal, setting
+    ):
+        """The file does not say which of them its tensors are of."""
+        path = save(
+            linear("mlp.experts", normal(6, 6), normal(5, 6)),
+            self.CONFIG | {setting: {"down_proj": 2}},
+        )
+        assert "down_proj', 'gate_up_proj' of module 'mlp.experts'" in refusal(path)
+
+    def test_many_targets_of_many_modules_are_refused(self, normal, save, refusal):
+        tensors = {}
+        for place in range(300):
+            tensors |= linear(f"{place}", normal(1, 2), normal(2, 1))
+        targets = [f"{place}.w" for place in range(70_000)]
+        why = refusal(save(tensors, LORA | {"target_parameters": targets}))
+        assert "300 modules" in why
+        assert "2.1e+07 steps" in why
+
+    def test_rank_that_is_no_multiple_is_refused(self, pair, normal, save, refusal):
         path = save(linear("mlp.experts", normal(7, 6), normal(5, 7)), self.CONFIG)
-        assert "7 columns, which are no whole number of experts of rank r=3" in refusal(path)
+        assert "of 7 columns, no whole number of experts of rank r=3" in refusal(path)
+        config = self.CONFIG | {"r": 1e300}
+        assert len(refusal(save(linear("mlp.experts", *pair), config))) < 300
 
     def test_parameter_of_any_module(self, pair, normal, save, assert_updates):
         A, B = normal(6, 4), normal(5, 6)

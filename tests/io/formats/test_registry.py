@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from sklora import LoRACollection
 from sklora.io.formats import FORMATS
 
 LORA = {"lora_unet_x.lora_down.weight": (3, 4), "lora_unet_x.lora_up.weight": (5, 3)}
@@ -35,14 +36,21 @@ def test_other_methods_are_refused_by_name(normal, save, refusal, name, reason, 
 )
 def test_unknown_keys_are_refused_with_some_of_them_and_the_remedy(normal, save, refusal, names):
     why = refusal(save({name: normal(2, 3) for name in names}))
-    assert f"its {len(names)} tensors are those of no adapter" in why
+    tensors = f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+    assert f"no adapter that sklora knows has its {tensors}, such as " in why
     assert names[0][:20] in why
     assert "pass keys=" in why
     assert len(why) < 500
 
 
+def test_packed_zoo_is_refused_by_name(rng, tmp_path, refusal):
+    adapter = {"q": (rng.normal(size=(3, 2)), rng.normal(size=(4, 2)))}
+    LoRACollection.from_factors([adapter]).save(tmp_path / "zoo.safetensors")
+    assert "LoRACollection.open" in refusal(tmp_path / "zoo.safetensors")
+
+
 def test_file_without_tensors_is_refused(save, refusal):
-    assert "its 0 tensors" in refusal(save({}))
+    assert refusal(save({})).startswith("it holds no tensors")
 
 
 @pytest.mark.parametrize(
