@@ -64,6 +64,7 @@ class TestRandomGauge:
     def test_shapes_and_dtype(self):
         assert random_gauge(2).shape == (2, 2)
         assert random_gauge(2, size=3).shape == (3, 2, 2)
+        assert random_gauge(2, size=np.int64(3)).shape == (3, 2, 2)
         assert random_gauge(2, size=(3, 4), dtype=np.float32).shape == (3, 4, 2, 2)
         assert random_gauge(2, dtype=np.float32).dtype == np.float32
 
@@ -72,9 +73,17 @@ class TestRandomGauge:
         np.testing.assert_array_equal(first, second)
         assert not np.array_equal(first, random_gauge(3, random_state=5))
 
-    @pytest.mark.parametrize("arguments", [{"rank": 0}, {"rank": 2, "condition": 0.5}])
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"rank": 0},
+            {"rank": 2, "condition": 0.5},
+            {"rank": 2, "condition": np.nan},
+            {"rank": 2, "condition": np.inf},
+        ],
+    )
     def test_bad_numbers(self, arguments):
-        with pytest.raises(ValueError, match="rank and condition of at least 1, got rank="):
+        with pytest.raises(ValueError, match="of at least 1, which is finite, got rank="):
             random_gauge(**arguments)
 
     def test_unknown_group(self):
@@ -169,6 +178,17 @@ class TestInvariance:
         first = factors(X)
         with pytest.raises(AssertionError, match="off by nan"):
             assert_gauge_invariant(FunctionTransformer(broken), X, random_state=0)
+
+    def test_infinity_that_comes_or_goes_is_a_deviation(self, random_loras, rng):
+        def broken(X, before, after):
+            return np.where(factors(X)[:, :2] == first, before, after)
+
+        X = random_loras(rng)
+        first = factors(X)[:, :2]
+        for before, after in ((np.inf, 1.0), (1.0, np.inf), (np.inf, -np.inf)):
+            model = FunctionTransformer(broken, kw_args={"before": before, "after": after})
+            with pytest.raises(AssertionError, match="off by inf, where at most"):
+                assert_gauge_invariant(model, X, random_state=0)
 
     def test_classifiers(self, random_loras, rng):
         X, y = random_loras(rng), np.array(["cat", "dog"] * 4)

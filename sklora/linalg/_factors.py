@@ -51,7 +51,12 @@ def rounding_level(U: Tensor, V: Tensor) -> Tensor:
 
 
 def column_signs(A: Tensor) -> Tensor:
-    """Signs (..., 1, k) that make the largest entry of each column of ``A`` positive."""
-    largest = A.abs().argmax(dim=-2, keepdim=True)
+    """Signs (..., 1, k) that make the largest entry of each column of ``A`` positive.
+
+    Of entries that are as large to 1e-4 it is the first, so that rounding does not decide.
+    """
+    sizes = A.abs()
+    is_largest = sizes >= (1 - 1e-4) * sizes.amax(dim=-2, keepdim=True)
+    largest = is_largest.to(torch.uint8).argmax(dim=-2, keepdim=True)
     signs = torch.sign(A.gather(-2, largest))
     return torch.where(signs == 0, torch.ones_like(signs), signs)

@@ -61,6 +61,8 @@ def gram(A: Tensor) -> Tensor:
 def cross_product(A: Tensor, B: Tensor) -> Tensor:
     """Give ``A^T B`` as a float64 sum of products of some rows, formed in the factors' dtype.
 
+    Those that are too large or too small for that dtype are formed in float64.
+
     Parameters
     ----------
     A : Tensor of shape (..., n, r)
@@ -73,13 +75,24 @@ def cross_product(A: Tensor, B: Tensor) -> Tensor:
         Right to the rounding of the factors themselves.
     """
     dtype = torch.promote_types(A.dtype, B.dtype)
-    A, B = A.to(dtype), B.to(dtype)
     batch = np.broadcast_shapes(A.shape[:-2], B.shape[:-2])
-    products = A.new_zeros((*batch, A.shape[-1], B.shape[-1]), dtype=torch.float64)
+    # Expanded, matmul makes one batch of the two; a matrix alone it would lay out anew.
+    A, B = A.expand(*batch, -1, -1), B.expand(*batch, -1, -1)
+    products = _sum_of_products(A, B, dtype)
+    if dtype == torch.float64:
+        return products
+    size, limits = products.abs().sum(dim=(-2, -1)), torch.finfo(dtype)
+    beyond = ~((size > limits.tiny / limits.eps) & (size < torch.inf))
+    if beyond.any():
+        products[beyond] = _sum_of_products(A[beyond], B[beyond], torch.float64)
+    return products
+
+
+def _sum_of_products(A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    products = A.new_zeros((*A.shape[:-2], A.shape[-1], B.shape[-1]), dtype=torch.float64)
     for top in range(0, A.shape[-2], _SUMMED_ROWS):
         piece = slice(top, top + _SUMMED_ROWS)
-        # Expanded, matmul makes one batch of the two; a matrix alone it would lay out anew.
-        products += A[..., piece, :].mT @ B[..., piece, :].expand(*batch, -1, -1)
+        products += A[..., piece, :].to(dtype).mT @ B[..., piece, :].to(dtype)
     return products
 
 

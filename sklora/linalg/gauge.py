@@ -59,7 +59,8 @@ def balance(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     With :math:`U = Q_U R_U`, :math:`V = Q_V R_V` and the singular value decomposition
     :math:`R_U R_V^\top = A S B^\top`, the factors are :math:`Q_U A S^{1/2}` and
     :math:`Q_V B S^{1/2}`. They depend on the update alone (for distinct singular values), so
-    balancing is invariant to GL(r). The largest entry of every column of U is positive.
+    balancing is invariant to GL(r). The largest entry of every column of U is positive; of entries
+    as large to 1e-4, the first is.
 
     Parameters
     ----------

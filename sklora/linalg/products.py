@@ -118,6 +118,12 @@ def pairwise_inner_products(U1: Tensor, V1: Tensor, U2: Tensor, V2: Tensor) -> T
     U1, V1 = check_factors(U1, V1)
     U2, V2 = check_factors(U2, V2)
     _check_same_update_shape(U1, V1, U2, V2)
+    for U, V in ((U1, V1), (U2, V2)):
+        if U.shape[:-2] != V.shape[:-2]:
+            raise ValueError(
+                "the factors of a stack have the same leading dimensions, got "
+                f"{tuple(U.shape[:-2])} and {tuple(V.shape[:-2])}."
+            )
     if min(U1.ndim, U2.ndim) < 3 or U1.shape[1:-2] != U2.shape[1:-2]:
         raise ValueError(
             "expected two stacks (N, ..., n, r) with the same middle dimensions, got U1 of shape "
@@ -185,8 +191,9 @@ def add_inner_products(
 def squared_norm(U: Tensor, V: Tensor) -> Tensor:
     r"""Squared Frobenius norm of ``U V^T``, from two r x r Gram matrices.
 
-    :math:`\|U V^\top\|_F^2 = \sum_{ab} (U^\top U)_{ab} (V^\top V)_{ab}`, summed in float64 and
-    never negative. The relative error is about ``1e-16 c^2`` for a gauge of condition ``c``.
+    :math:`\|U V^\top\|_F^2 = \sum_{ab} (U^\top U)_{ab} (V^\top V)_{ab}`, summed in float64. The
+    relative error is about ``1e-16 c^2`` for a gauge of condition ``c``. What is no more than the
+    rounding of the sum, ``4 eps ||U||_F^2 ||V||_F^2``, is zero.
 
     Parameters
     ----------
@@ -297,9 +304,12 @@ def column_sums(U: Tensor, V: Tensor) -> Tensor:
 
 
 def _squared_norm(U: Tensor, V: Tensor) -> Tensor:
-    U, V = U.double(), V.double()
-    # Cancellation under a bad gauge can leave a tiny negative number where the update is zero.
-    return ((U.mT @ U) * (V.mT @ V)).sum(dim=(-2, -1)).clamp(min=0.0)
+    U_gram, V_gram = (A.mT @ A for A in (U.double(), V.double()))
+    norms = (U_gram * V_gram).sum(dim=(-2, -1))
+    # Cancellation leaves rounding of either sign where the update is zero and its factors are not.
+    U_size, V_size = (A.diagonal(dim1=-2, dim2=-1).sum(-1) for A in (U_gram, V_gram))
+    rounding = 4 * torch.finfo(norms.dtype).eps * U_size * V_size
+    return torch.where((norms <= rounding) & norms.isfinite(), 0.0, norms)
 
 
 def _check_same_update_shape(U1: Tensor, V1: Tensor, U2: Tensor, V2: Tensor) -> None:

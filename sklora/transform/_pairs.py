@@ -93,13 +93,39 @@ def squared_norms(X: LoRACollection, *, device: torch.device) -> NDArray[np.floa
     -------
     ndarray of shape (len(X),), of float64
     """
-    norms = np.zeros(len(X))
+    return _sum_over_modules(squared_norm, X, device)
+
+
+def squared_sizes(X: LoRACollection, *, device: torch.device) -> NDArray[np.float64]:
+    """``||U||^2 ||V||^2`` of every adapter, all modules together: what rounding is relative to.
+
+    Parameters
+    ----------
+    X : LoRACollection
+    device : torch.device
+
+    Returns
+    -------
+    ndarray of shape (len(X),), of float64
+        At least the squared norms of the updates; the worse the gauge, the larger.
+    """
+
+    def size(U: Tensor, V: Tensor) -> Tensor:
+        return U.square().sum(dim=(-2, -1)) * V.square().sum(dim=(-2, -1))
+
+    return _sum_over_modules(size, X, device)
+
+
+def _sum_over_modules(
+    function: Callable[[Tensor, Tensor], Tensor], X: LoRACollection, device: torch.device
+) -> NDArray[np.float64]:
+    sums = np.zeros(len(X))
     for rows in _blocks(X):
         read = _reader(X, rows, device)
         for position in range(X.layout.n_modules):
             U, V = read(position)
-            norms[rows] += squared_norm(U.double(), V.double()).cpu().numpy()
-    return norms
+            sums[rows] += function(U.double(), V.double()).cpu().numpy()
+    return sums
 
 
 class KeepsTraining:

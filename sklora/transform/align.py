@@ -69,6 +69,10 @@ class OAlign(WeightsToWeights):
 
     Notes
     -----
+    The result is unique where :math:`U^\top U_0 + V^\top V_0` has the rank of ``U`` and ``V`` as
+    one matrix of ``n + m`` rows. Where columns of the template depend on each other, and those of
+    an adapter do not, it is one of several, and not invariant.
+
     A rank below the template's is aligned to it with orthonormal rows, and is the template's
     afterwards; a rank above it is an error. A collection gives a collection, an array a flat array.
 

@@ -19,7 +19,7 @@ from sklora.linalg import dense_product
 from sklora.linalg._factors import column_signs
 from sklora.linalg._random import gaussian_projections
 from sklora.transform._base import WeightsToFeatures
-from sklora.transform._pairs import KeepsTraining, inner_products
+from sklora.transform._pairs import KeepsTraining, inner_products, squared_sizes
 
 _SKETCH_COMPONENTS = 32
 
@@ -101,9 +101,11 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
     numbers that ``"exact"`` writes, and the work takes scikit-learn's ``working_memory`` beside the
     matrix of inner products in float64. The estimator keeps the training adapters: without a copy
     while X is in memory or in files, and with their weights when it is pickled. An eigenvalue of no
-    more than ``n_training e`` of the largest says nothing and is left out. Of inner products in
-    float64, ``e`` is the rounding, 2.2e-16. Weights in float32 are rounded more, by 1.2e-7; since
-    an eigenvalue is the square of a length, there ``e`` is the square of that, 1.4e-14.
+    more than ``n_training e`` of the largest, or than ``e`` of the sum of all
+    :math:`\|U\|_F^2 \|V\|_F^2`, which is large where gauges are bad, says nothing and is left out.
+    Of inner products in float64, ``e`` is the rounding, 2.2e-16. Weights in float32 are rounded
+    more, by 1.2e-7; since an eigenvalue is the square of a length, there ``e`` is the square of
+    that, 1.4e-14.
 
     Examples
     --------
@@ -165,10 +167,12 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
             self._fit_sketch(X)
 
     def _fit_gram(self, X: LoRACollection) -> None:
-        products = inner_products(X, device=resolve_device(self.device), verbose=self.verbose)
+        device = resolve_device(self.device)
+        products = inner_products(X, device=device, verbose=self.verbose)
         values, vectors = (A.flip(-1) for A in torch.linalg.eigh(torch.from_numpy(products)))
         rounding = max(np.finfo(np.float64).eps, np.finfo(X.dtype).eps ** 2)
-        n_coordinates = int((values > len(X) * rounding * values[0]).sum())
+        size = max(len(X) * float(values[0]), float(squared_sizes(X, device=device).sum()))
+        n_coordinates = int((values > rounding * size).sum())
         if self.n_components is not None:
             n_coordinates = min(n_coordinates, self.n_components)
         # One coordinate stays where all updates are zero: no learner takes none.

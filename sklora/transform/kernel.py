@@ -120,7 +120,8 @@ class UpdateKernel(KeepsTraining, Featurizer):
 
     def _transform_training(self, X: LoRACollection) -> NDArray[Any]:
         products = inner_products(X, device=resolve_device(self.device), verbose=self.verbose)
-        norms = products.diagonal().copy()
+        # The diagonal makes distances to oneself exactly zero, and may be below zero by rounding.
+        norms = products.diagonal().copy() if self.kernel == "rbf" else self._norms
         return self._kernel(products, norms, norms).astype(X.dtype, copy=False)
 
     def _column_names(self) -> list[str]:
@@ -134,11 +135,10 @@ class UpdateKernel(KeepsTraining, Featurizer):
     ) -> NDArray[np.float64]:
         """The kernel, in place of inner products that are not needed after."""
         if self.kernel == "cosine":
-            for values, lengths in (
-                (products.T, np.sqrt(norms)),
-                (products, np.sqrt(training_norms)),
-            ):
+            for values, squares in ((products.T, norms), (products, training_norms)):
+                lengths = np.sqrt(squares)
                 np.divide(values, lengths, out=values, where=lengths > 0)
+                values[:, lengths == 0] = 0.0
         elif self.kernel == "rbf":
             products *= -2
             products += norms[:, None]

@@ -43,6 +43,19 @@ def test_float32_equals_float64_for_cross_products_of_any_condition(make_factors
         np.testing.assert_allclose(Q, expected, atol=1e-6 + 1e-6 * condition)
 
 
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-22, 1e19, 1e30])
+def test_float32_of_any_size(make_factors, scale):
+    """The best rotation does not depend on the size of the factors, whose products overflow."""
+    U, V = make_factors(0, 9, 7, 3, batch=(4,))
+    U0, V0 = make_factors(1, 9, 7, 3)
+    U[1], V[1] = 0, 0  # beside one that is zero anyway
+    small = [(A * scale).float() for A in (U, V, U0, V0)]
+    expected = procrustes(*(A.double() / scale for A in small))
+    found = procrustes(*small)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(procrustes(small[0][2], small[1][2], *small[2:]), found[2])
+
+
 def test_undoes_a_rotation_and_a_reflection_of_the_template(make_factors, dtype):
     U0, V0 = make_factors(2, 9, 7, 4, dtype=dtype)
     R = orthogonal(3, 4, (6,))

@@ -77,6 +77,17 @@ def test_zero_update_from_nonzero_factors_has_no_negative_norm(make_factors, mak
     assert frobenius_norm(torch.zeros_like(U), V) == 0
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-30])
+def test_a_norm_of_rounding_alone_is_zero(make_factors, make_gauge, condition, scale):
+    U, V = (scale * A for A in make_factors(6, 30, 20, 4, batch=(50,)))
+    U[:25, :, 2:], V[:25, :, 2:] = U[:25, :, :2], -V[:25, :, :2]
+    U, V = apply_gauge(U, V, make_gauge(7, 4, condition, batch=(50,)))
+    for function in (squared_norm, frobenius_norm):
+        norms = function(U, V)
+        assert (norms[:25] == 0).all()
+        assert (norms[25:] > 0).all()
+
+
 def test_zero_padding_the_rank_changes_nothing(make_factors, dtype):
     U, V = make_factors(8, 9, 7, 3, batch=(4,), dtype=dtype)
     padded = [torch.nn.functional.pad(factor, (0, 2)) for factor in (U, V)]
@@ -146,6 +157,9 @@ def test_rejects_updates_that_do_not_match(make_factors):
         pairwise_inner_products(U, V, U, V[:, :4])
     with pytest.raises(ValueError, match="same middle dimensions"):
         pairwise_inner_products(U, V, U[0], V[0])
+    for others in ((U[:2], V[:2]), (U, V)):
+        with pytest.raises(ValueError, match=r"same leading dimensions, got \(3,\) and \(4,\)"):
+            pairwise_inner_products(U[:3], V, *others)
     with pytest.raises(ValueError, match="same r"):
         dense_product(U, V[..., :1])
 

@@ -13,6 +13,12 @@ def test_is_invariant_to_orthogonal_gauges(random_loras, rng, dtype, rtol):
     assert_gauge_invariant(OAlign(random_state=0), X, group="O", rtol=rtol, random_state=1)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-23, 1e19, 1e30])
+def test_weights_of_any_size_are_aligned_in_float32(X, scale):
+    sized = LoRACollection.from_array((np.asarray(X) * scale).astype(np.float32), X.layout)
+    assert_gauge_invariant(OAlign(template=0), sized, group="O", rtol=1e-4, random_state=1)
+
+
 def test_mixed_ranks_are_invariant_to_orthogonal_gauges(mixed):
     assert_gauge_invariant(OAlign(template=0), mixed, group="O", rtol=1e-9, random_state=1)
 
@@ -20,6 +26,19 @@ def test_mixed_ranks_are_invariant_to_orthogonal_gauges(mixed):
 def test_is_not_invariant_to_general_gauges(X):
     with pytest.raises(AssertionError, match="not invariant to GL"):
         assert_gauge_invariant(OAlign(template=0), X, condition=10.0, random_state=1)
+
+
+def test_a_template_of_dependent_columns_leaves_the_rotation_of_others_open(X, updates):
+    flat = X.read()
+    for position in range(4):
+        for factor in X.layout._factors_at(flat, position):
+            factor[:, :, 2] = factor[:, :, 1]
+    dependent = LoRACollection.from_array(flat, X.layout)
+    assert_gauge_invariant(OAlign(template=0), dependent, group="O", random_state=1)
+    align = OAlign(template=0).fit(dependent)
+    with pytest.raises(AssertionError, match="not invariant to O"):
+        assert_gauge_invariant(align, X, group="O", random_state=1)
+    np.testing.assert_allclose(updates(align.transform(X), 0), updates(X, 0), atol=1e-12)
 
 
 def test_a_gauge_of_the_template_alone_only_turns_the_result(X, updates):

@@ -13,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.svm import SVC
 
 from sklora import TRUSTED_TYPES, LoRACollection
-from sklora.testing import assert_gauge_invariant
+from sklora.testing import apply_gauge, assert_gauge_invariant
 from sklora.transform import DenseProduct, UpdateKernel, _pairs, pairwise_update_kernel
 
 KERNELS = ("linear", "cosine", "rbf")
@@ -92,6 +92,24 @@ def test_zero_updates(kernel, X):
     np.testing.assert_allclose(pairwise_update_kernel(zero, X, kernel), expected, atol=1e-13)
     among = pairwise_update_kernel(zero, kernel=kernel)
     np.testing.assert_array_equal(among, np.full((2, 2), float(kernel == "rbf")))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_zero_updates_of_factors_that_are_not_zero(random_loras, rng, seed):
+    """What cancels in U V^T leaves rounding of either sign, which no cosine may be made of."""
+    X = random_loras(rng, 6, ((8, 7), (6, 5)), 3)
+    flat = X.read()
+    for U, V in (X.layout._factors_at(flat, position) for position in range(2)):
+        U[:2, :, 1], V[:2, :, 1] = U[:2, :, 0], -V[:2, :, 0]
+        U[:2, :, 2] = 0
+    zero = LoRACollection.from_array(flat, X.layout, ranks=X.ranks)
+    X = apply_gauge(zero, condition=1e4, random_state=seed)
+    fitted = UpdateKernel("cosine").fit(X)
+    for found in (fitted.transform(X), fitted.fit_transform(X)):
+        np.testing.assert_array_equal(found[:2], 0)
+        np.testing.assert_array_equal(found[:, :2], 0)
+        np.testing.assert_allclose(found.diagonal()[2:], 1, atol=1e-6)
+    np.testing.assert_array_equal(UpdateKernel("rbf").fit(X[:2]).gamma_, 1.0)
 
 
 @pytest.mark.parametrize(
