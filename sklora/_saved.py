@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -10,14 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO, NoReturn
 
+import numpy as np
 from sklearn.pipeline import Pipeline
 
 import sklora
 from sklora._base import warn_of_version
 from sklora._files import replacing
+from sklora._stores import check_memory
 from sklora._untrusted import Refusal, parse_json, shown
-from sklora.architectures import ARCHITECTURES
-from sklora.collection import LoRALayout
+from sklora.architectures import ARCHITECTURES, set_both
+from sklora.collection import LoRACollection, LoRALayout
 from sklora.estimators import GLNetClassifier, GLNetRegressor, MLPNetClassifier, MLPNetRegressor
 from sklora.io._plan import ReadOptions
 from sklora.io._read import read_options
@@ -331,10 +334,36 @@ def _fits(model: Any, card: ModelCard) -> bool:
         return False
     if features != "passthrough" and not isinstance(features, known):
         return False
-    estimator._fitted_net()  # raises where weights are missing, or not of the right shape
-    if card.classes is None:
-        return bool(estimator.n_outputs_ == len(card.targets))
-    return bool(estimator.classes_.tolist() == list(card.classes))
+    if card.classes is not None and estimator.classes_.tolist() != list(card.classes):
+        return False
+    return _has_weights_for(estimator) and _answers(model, card)
+
+
+def _has_weights_for(estimator: Any) -> bool:
+    """Tell whether a forged number cannot ask for more layers than a file has weights."""
+    architecture, weights = estimator.architecture_, estimator.weights_
+    n_modules = sum(n_members for n_members, _, _ in architecture.get("groups", ()))
+    if n_modules and n_modules != len(weights["module_scale"]):
+        return False
+    return bool(architecture["n_layers"] <= len(weights))
+
+
+def _answers(model: Pipeline, card: ModelCard) -> bool:
+    """Tell whether a model predicts what its card says, of an adapter without any updates.
+
+    Anything may be raised where an attribute is missing, or is not what it has to be.
+    """
+    # A copy of its steps, for a device that is named may be that of another machine.
+    trial = Pipeline([(name, copy.copy(step)) for name, step in model.steps])
+    set_both(trial, device="cpu")
+    check_memory(1, card.layout.width, np.dtype(np.float64))
+    X = LoRACollection.from_array(np.zeros((1, card.layout.width)), card.layout)
+    n_values = 1 if card.classes is not None else len(card.targets)
+    predicted = trial.predict(X)
+    if card.task == "regression":
+        return bool(predicted.size == n_values and predicted.dtype == np.float64)
+    shares = trial.predict_proba(X)
+    return bool(predicted.size == n_values and shares.size == len(card.classes or card.targets))
 
 
 def _refuse(path: str | os.PathLike[str], reason: str) -> NoReturn:

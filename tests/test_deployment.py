@@ -236,6 +236,14 @@ class TestProgram:
                 result = program(*program_inputs(model, given))
                 np.testing.assert_allclose(result, model.predict_proba(Z), **GAUGE)
 
+    def test_default_device_makes_no_difference(self):
+        rows = np.random.default_rng(0).normal(size=(20, 5))
+        model = GLNetRegressor(max_epochs=1, device="cpu").fit(rows, rows[:, 0])
+        with torch.device("meta"):  # a device that has no numbers
+            program = export_program(model)
+        predicted = program.module()(*program_inputs(model, rows))
+        np.testing.assert_allclose(predicted, model.predict(rows), **PROGRAM)
+
     def test_spectrum_of_plain_rows(self):
         X = np.random.default_rng(0).normal(size=(20, 5))
         model = GLNetRegressor(spectrum=True, max_epochs=1, device="cpu").fit(X, X[:, 0])
@@ -426,6 +434,27 @@ class TestModelCard:
         text = model_card(search, tmp_path / "scores.png").render()
         assert "A multilabel classification model" in text
         assert "Classes" not in text
+
+    def test_classes_are_no_labels(self, zoo, tmp_path):
+        model = GLNetClassifier(max_epochs=1, device="cpu")
+        search = GridSearchCV(model, {}, cv=2).fit(zoo, targets("binary", 30))
+        text = model_card(search, tmp_path / "scores.png", targets=["style", "content"]).render()
+        assert "A classification model" in text
+        assert "Classes: 'no', 'yes'." in text
+
+    def test_one_name_of_a_target_is_no_sequence(self, search, tmp_path):
+        with pytest.raises(ValueError, match=r"targets is 'style'; give a list, \['style'\]"):
+            model_card(search, tmp_path / "scores.png", targets="style")
+        assert os.listdir(tmp_path) == []
+
+    def test_names_from_files_stay_in_their_line(self, zoo, tmp_path):
+        layout = LoRALayout(zoo.layout.modules, side=zoo.layout.side, base_model="tiny\n\n# Safe")
+        X = LoRACollection.from_array(np.asarray(zoo), layout)
+        model = GLNetClassifier(max_epochs=1, device="cpu")
+        search = GridSearchCV(model, {}, cv=2).fit(X, targets("binary", 30))
+        text = model_card(search, tmp_path / "scores.png").render()
+        assert "# Safe" not in text.splitlines()
+        assert text.count(r"'tiny\n\n# Safe'") == 2
 
     def test_one_fold(self, zoo, tmp_path):
         model = GLNetClassifier(max_epochs=1, device="cpu")

@@ -14,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 import sklora
 from sklora import ARCHITECTURES, TRUSTED_TYPES, make_architecture
 from sklora._base import VersionWarning
+from sklora._layout import LoRALayout
 from sklora._saved import CARD, ModelCard, layout_of, load_model, save_model
 from sklora.io._plan import ReadOptions
 from tests.stored import TARGETS, assert_same_answers, by_joblib, fitted
@@ -90,6 +91,16 @@ class TestFile:
         for _ in range(2):
             save_model(tmp_path / "m.skops", model, card_of(model))
         assert os.listdir(tmp_path) == ["m.skops"]
+
+    def test_device_of_another_machine(self, tmp_path, make_model, loras):
+        model = make_model()
+        expected = model.predict(loras)
+        model.set_params(features__device="cuda:99", model__device="cuda:99")
+        save_model(tmp_path / "m.skops", model, card_of(model))
+        loaded, _ = load_model(tmp_path / "m.skops")
+        assert loaded["features"].device == loaded["model"].device == "cuda:99"
+        loaded.set_params(features__device="cpu", model__device="cpu")
+        np.testing.assert_array_equal(loaded.predict(loras), expected)
 
     def test_other_minor_version_warns(self, tmp_path, make_model):
         model = make_model()
@@ -246,6 +257,61 @@ class TestHostile:
         else:
             model["model"].weights_[name] = np.zeros((3, 3))
         self.swap(good, model)
+
+    @pytest.mark.parametrize(
+        ("kind", "changes"),
+        [
+            ("multiclass", {"n_outputs_": 7}),
+            ("multiclass", {"multilabel_": True}),
+            ("multilabel", {"multilabel_": False}),
+            ("one number", {"target_mean_": np.zeros(2), "target_scale_": np.ones(2)}),
+            ("one number", {"target_mean_": None}),
+            ("one number", {"target_mean_": np.array("zero")}),
+            ("one number", {"target_mean_": np.array(1j)}),
+            ("two numbers", {"target_scale_": np.ones((2, 1))}),
+        ],
+        ids=str,
+    )
+    def test_what_outputs_mean(self, tmp_path, make_model, kind, changes):
+        model = make_model("gl-net", kind)
+        card = card_of(model, kind, architecture="gl-net")
+        vars(model["model"]).update(changes)
+        save_model(tmp_path / "m.skops", model, card)
+        assert "its pipeline is not what" in self.refusal(tmp_path / "m.skops")
+
+    @pytest.mark.parametrize("classes", ["ab", "abcd"])
+    def test_classes_that_no_output_is_for(self, tmp_path, make_model, classes):
+        model = make_model("gl-net")
+        model["model"].classes_ = np.array(list(classes))
+        save_model(tmp_path / "m.skops", model, card_of(model, architecture="gl-net"))
+        assert "its pipeline is not what" in self.refusal(tmp_path / "m.skops")
+
+    def test_featurizer_that_is_not_fitted(self, good, make_model):
+        model = make_model()
+        del model["features"].n_values_
+        self.swap(good, model)
+
+    def test_net_of_another_width(self, good, make_model):
+        model = make_model()
+        model["model"].layout_ = LoRALayout.rows(3)
+        self.swap(good, model)
+
+    @pytest.mark.parametrize(
+        ("architecture", "changes"),
+        [
+            ("svd", {"n_layers": 10**12}),
+            ("gl-net", {"n_layers": 10**12}),
+            # At this width, every module is a block of its own.
+            ("gl-net", {"groups": ((10**12, 8, 6),), "hidden_dim": 2**11}),
+        ],
+        ids=str,
+    )
+    def test_sizes_that_no_weights_are_for(self, tmp_path, make_model, architecture, changes):
+        """They are refused before anything is built of them."""
+        model = make_model(architecture)
+        model["model"].architecture_ |= changes
+        save_model(tmp_path / "m.skops", model, card_of(model, architecture=architecture))
+        assert "its pipeline is not what" in self.refusal(tmp_path / "m.skops")
 
     def swap(self, path, model):
         """Put another model under the card."""

@@ -73,7 +73,7 @@ def model_card(
     sklearn.exceptions.NotFittedError
         When the search is not fitted.
     ValueError
-        When no part of the best model was fitted on adapters.
+        When no part of the best model was fitted on adapters, or `targets` is a string.
 
     Examples
     --------
@@ -101,6 +101,8 @@ def model_card(
     from sklora.inspection._plotting import save_figure, windowless_axes
 
     check_is_fitted(search, "best_estimator_")
+    if isinstance(targets, str):
+        raise ValueError(f"targets is {targets!r}; give a list, {[targets]!r}.")
     model = search.best_estimator_
     layout, where = _layout_of(model)
     axes = windowless_axes("model_card")
@@ -151,7 +153,7 @@ def _description(search: Any, layout: LoRALayout, targets: Sequence[str] | None)
     model = search.best_estimator_
     model = model[-1] if isinstance(model, Pipeline) else model
     # Of labels, `classes_` holds the places.
-    is_multilabel = getattr(model, "multilabel_", False) or (targets and len(targets) > 1)
+    is_multilabel = getattr(model, "multilabel_", targets is not None and len(targets) > 1)
     if is_multilabel and task == "classification":
         task = "multilabel classification"
     text = f"A {task} model for LoRA adapters"
@@ -181,8 +183,9 @@ def _scores(display: Any) -> dict[str, list[Any]]:
 
 def _about(layout: LoRALayout) -> str:
     side = f", and {layout.n_side} columns of side features" if layout.n_side else ""
+    base_model = "not named" if layout.base_model is None else repr(layout.base_model)
     return (
-        f"Base model: {layout.base_model or 'not named'}. {layout.n_modules} modules{side}. Every "
+        f"Base model: {base_model}. {layout.n_modules} modules{side}. Every "
         "update is `U V^T`, `U (n, rank)` and `V (m, rank)`; ranks are the largest of training."
     )
 

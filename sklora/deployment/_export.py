@@ -17,6 +17,7 @@ import sklora
 from sklora._files import replacing
 from sklora.collection import LoRACollection, LoRALayout, check_loras
 from sklora.estimators import GLNetClassifier, GLNetRegressor
+from sklora.estimators._training import plain_torch
 from sklora.estimators.glnet import singular_values
 
 if TYPE_CHECKING:
@@ -179,8 +180,9 @@ def export_program(estimator: GLNetEstimator) -> torch.export.ExportedProgram:
         )
     check_is_fitted(estimator, "weights_")
     layout = estimator.layout_
-    program = _Program(estimator)
-    return torch.export.export(program, _example(layout), dynamic_shapes=_free(layout))
+    with plain_torch():
+        program = _Program(estimator)
+        return torch.export.export(program, _example(layout), dynamic_shapes=_free(layout))
 
 
 def export_onnx(estimator: GLNetEstimator, path: str | os.PathLike[str]) -> None:

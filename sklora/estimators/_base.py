@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
@@ -27,6 +28,7 @@ from sklora.estimators._training import (
     TrainingData,
     TrainingSettings,
     iter_blocks,
+    plain_torch,
     seeded,
     split_validation,
     train,
@@ -229,13 +231,18 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
     ) -> tuple[History, OptimizerState]:
         device = resolve_device(self.device)
         random_state = check_random_state(self.random_state)
-        # A call that goes on from earlier ones is not to repeat their order and dropout.
-        seed = random_state.randint(np.iinfo(np.int32).max) + (self.n_iter_ if resume else 0)
+        seed = random_state.randint(np.iinfo(np.int32).max)
+        if resume:
+            # A call that goes on from earlier ones is not to repeat their order and dropout.
+            seed += self.n_iter_ + zlib.crc32(list(self.weights_.values())[-1].tobytes())
         data = self._training_data(X, y, sample_weight, classes, reset=not resume)
+        # Those of one part of the data are to be compared with those of the others.
+        weights = data.weights if one_epoch else _of_mean_one(data.weights)
+        data = data._replace(weights=weights.astype(np.float32))
         training, validation = data, None
         if self.early_stopping and not one_epoch:
             training, validation = self._split(data, random_state)
-        with seeded(seed, device):
+        with plain_torch(), seeded(seed, device):
             net = self._resumed_net() if resume else self._new_net(data, device)
             result = train(
                 net.to(device),
@@ -281,7 +288,6 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
         if len(kept) < len(weights):
             # Not read at all, so that a weight of zero is the same as leaving the row out.
             loras, targets, loss_weights = loras[kept], targets[kept], loss_weights[kept]
-        loss_weights = (loss_weights / loss_weights.mean()).astype(np.float32)
         return TrainingData(loras, targets, loss_weights)
 
     def _split(
@@ -346,7 +352,7 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
         # On the meta device, weights that are replaced at once cost no time and no random numbers.
         with torch.device("meta"):
             net = self._net_type(**self.architecture_)
-        state = {name: torch.tensor(value) for name, value in self.weights_.items()}
+        state = {name: torch.tensor(value, device="cpu") for name, value in self.weights_.items()}
         net.load_state_dict(state, assign=True)
         return net
 
@@ -370,3 +376,15 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
                 "numbers, or the network's, are too large. Leave it out."
             )
         return outputs
+
+
+def _of_mean_one(weights: NDArray[Any]) -> NDArray[Any]:
+    with np.errstate(over="ignore"):
+        mean = weights.mean()
+    if not np.isfinite(mean):
+        raise ValueError(
+            "the weights of the adapters, sample_weight times class_weight, are NaN, infinite or "
+            "too large."
+        )
+    scaled: NDArray[Any] = weights / mean
+    return scaled

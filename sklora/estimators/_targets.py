@@ -51,7 +51,7 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
             All the classes that will come; needed in the first call, unless `y` is an indicator
             matrix.
         sample_weight : array-like of shape (n_adapters,), optional
-            Weights of the adapters in the loss.
+            Weights of the adapters in the loss, to be compared with those of other calls.
 
         Returns
         -------
@@ -193,6 +193,10 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
                 "y is multiclass-multioutput, several classes for one adapter. Fit one classifier "
                 "for each column, as sklearn.multioutput.MultiOutputClassifier does."
             )
+        if kind == "multilabel-indicator" and not np.isin(y, (0, 1)).all():
+            raise ValueError(
+                f"y holds {np.unique(y).tolist()}, but an indicator matrix of labels holds 0 and 1."
+            )
         targets: NDArray[Any] = y if kind == "multilabel-indicator" else column_or_1d(y, warn=True)
         return targets
 
@@ -202,6 +206,13 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
         self.multilabel_ = y.ndim == 2
         if self.multilabel_:
             self.classes_ = np.arange(y.shape[1])
+            # `np.unique` of an indicator matrix gives its two values, and is what others expect.
+            given = self.classes_ if classes is None else np.unique(classes)
+            if not any(np.array_equal(given, known) for known in (self.classes_, [0, 1])):
+                raise ValueError(
+                    f"classes={classes!r} are not the numbers of the {y.shape[1]} labels of y; "
+                    "leave them out."
+                )
             return
         self.classes_ = np.unique(y if classes is None else np.asarray(classes))
         seen = np.unique(y[weights > 0]) if classes is None else self.classes_
@@ -222,7 +233,7 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
                 f"of shape {expected}, or fit anew."
             )
         if self.multilabel_:
-            return y.astype(np.float32), weights[:, None] * self._label_weights(y)
+            return y.astype(np.float32), weights[:, None] * self._label_weights(y, weights)
         unknown = np.setdiff1d(y, self.classes_)
         if len(unknown):
             raise ValueError(
@@ -234,10 +245,10 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
             raise ValueError(
                 "class_weight is a list, which is for multilabel y. Give a dict or 'balanced'."
             )
-        per_class = compute_class_weight(self.class_weight, classes=self.classes_, y=y)
+        per_class = _class_weights(self.class_weight, self.classes_, codes, weights)
         return codes, (weights * per_class[codes])[:, None]
 
-    def _label_weights(self, y: NDArray[Any]) -> NDArray[np.float64]:
+    def _label_weights(self, y: NDArray[Any], weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """Give the weights ``(N, n_labels)`` of presence and absence, label by label."""
         n_labels = y.shape[1]
         if self.class_weight is None or isinstance(self.class_weight, str):
@@ -249,17 +260,33 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
                 f"class_weight is {self.class_weight!r}; for {n_labels} labels give a list of as "
                 "many dicts, or 'balanced'."
             )
-        weights = np.ones(y.shape)
+        label_weights = np.ones(y.shape)
         for label, class_weight in enumerate(class_weights):
             present, codes = np.unique(y[:, label], return_inverse=True)
-            per_class = compute_class_weight(class_weight, classes=present, y=y[:, label])
-            weights[:, label] = per_class[codes]
-        return weights
+            label_weights[:, label] = _class_weights(class_weight, present, codes, weights)[codes]
+        return label_weights
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_label = True
         return tags
+
+
+def _class_weights(
+    class_weight: Any,
+    classes: NDArray[Any],
+    codes: NDArray[np.intp],
+    weights: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Give the weight of every class; adapters of weight zero do not count."""
+    if class_weight != "balanced":
+        given: NDArray[np.float64] = compute_class_weight(class_weight, classes=classes, y=classes)
+        return given
+    counted = codes[weights > 0]
+    present = np.unique(counted)
+    per_class = np.ones(len(classes))
+    per_class[present] = compute_class_weight("balanced", classes=present, y=counted)
+    return per_class
 
 
 class NetRegressor(MultiOutputMixin, RegressorMixin, BaseNetEstimator):
@@ -282,7 +309,7 @@ class NetRegressor(MultiOutputMixin, RegressorMixin, BaseNetEstimator):
         y : array-like of shape (n_adapters,) or (n_adapters, n_targets)
             Targets.
         sample_weight : array-like of shape (n_adapters,), optional
-            Weights of the adapters in the loss.
+            Weights of the adapters in the loss, to be compared with those of other calls.
 
         Returns
         -------
@@ -338,8 +365,13 @@ class NetRegressor(MultiOutputMixin, RegressorMixin, BaseNetEstimator):
     def _learn_targets(
         self, y: NDArray[Any], weights: NDArray[np.float64], classes: ArrayLike | None
     ) -> None:
-        self.target_mean_ = np.asarray(np.average(y, axis=0, weights=weights))
-        variance = np.asarray(np.average((y - self.target_mean_) ** 2, axis=0, weights=weights))
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.target_mean_ = np.asarray(np.average(y, axis=0, weights=weights))
+            variance = np.asarray(np.average((y - self.target_mean_) ** 2, axis=0, weights=weights))
+        if not np.isfinite(variance).all():
+            raise ValueError(
+                "the mean and spread of y, weighted by sample_weight, overflow: rescale them."
+            )
         # A constant target, up to rounding, has no scale of its own.
         rounding = 100 * np.finfo(np.float64).eps * np.abs(self.target_mean_)
         scale = np.sqrt(variance)

@@ -8,7 +8,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -278,8 +278,11 @@ def _optimizer_state(optimizer: torch.optim.Optimizer) -> OptimizerState:
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, state: OptimizerState) -> None:
     moments: dict[int, dict[str, Tensor]] = {}
+    is_sgd = isinstance(optimizer, torch.optim.SGD)
     for name, value in state.items():
         parameter, moment = name.split("/")
+        if (moment == "momentum_buffer") != is_sgd:
+            return  # the state of another optimizer
         moments.setdefault(int(parameter), {})[moment] = torch.tensor(value)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
 
@@ -317,7 +320,8 @@ def split_validation(
     Returns
     -------
     training, validation : ndarray of int
-        Sorted. `validation` is None when there are too few rows to spare any.
+        Sorted. `validation` is None when there are too few rows, of all or of each class, to spare
+        any.
     """
     n_rows = len(keys)
     n_validation = max(round(fraction * n_rows), _MIN_VALIDATION_ROWS)
@@ -330,6 +334,8 @@ def split_validation(
     chosen[ordered[np.floor(steps * n_rows / n_validation).astype(np.intp)]] = True
     if classes:
         chosen &= np.isin(keys[:, 0], keys[~chosen, 0])
+    if not chosen.any():
+        return np.arange(n_rows), None
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
 
@@ -380,6 +386,16 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Undo, inside the block, what surrounds it: inference mode, and a default device."""
+    default = torch.get_default_device()
+    # Only where it is needed, as it takes a little of each call of torch.
+    device = nullcontext() if default.type == "cpu" else torch.device("cpu")
+    with torch.inference_mode(False), device:
         yield
 
 

@@ -107,6 +107,12 @@ class _GLNetEstimator(BaseNetEstimator):
         square, _ = weighted_moments(
             (_mean_square_entries(pairs), weights[rows]) for rows, pairs, _ in factors()
         )
+        if not torch.isfinite(square).all():
+            names = [layout.names[i] for group in layout.groups for i in group.index]
+            raise ValueError(
+                f"updates of module {names[int(torch.isfinite(square).int().argmin())]!r} overflow "
+                "in float32: rescale the adapters, or leave out those that are far too large."
+            )
         # Each factor takes half of what makes the entries of U V^T have unit size.
         scale = square.pow(-0.25)
         net.module_scale.copy_(torch.where(square > 0, scale, torch.ones_like(scale)))

@@ -146,6 +146,21 @@ class TestRandomness:
             torch.set_default_dtype(torch.float32)
         assert all(w.dtype == np.float32 for w in model.weights_.values())
 
+    @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+    def test_autograd_mode_makes_no_difference(self, mode, case, zoo, quick, same_state):
+        expected = quick(case[0]).fit(zoo, case[1])
+        with mode():
+            model = quick(case[0]).fit(zoo, case[1])
+            np.testing.assert_array_equal(model.predict(zoo), expected.predict(zoo))
+        assert same_state(model, expected)
+
+    def test_default_device_makes_no_difference(self, case, zoo, quick, same_state):
+        expected = quick(case[0]).fit(zoo, case[1])
+        with torch.device("meta"):  # a device that has no numbers
+            model = quick(case[0]).fit(zoo, case[1])
+            np.testing.assert_array_equal(model.predict(zoo), expected.predict(zoo))
+        assert same_state(model, expected)
+
 
 class TestPrediction:
     def test_one_row_is_many(self, case, zoo, quick):
@@ -241,6 +256,19 @@ class TestGoingOn:
         assert model.n_iter_ == before.n_iter_ + 1
         assert not hasattr(model.fit(zoo, case[1]), "optimizer_state_")
 
+    @pytest.mark.parametrize(("first", "second"), [("sgd", "adam"), ("adamw", "sgd")])
+    def test_partial_fit_with_another_optimizer_begins_with_no_moments(
+        self, first, second, case, zoo, quick, same_state
+    ):
+        classes = {"classes": np.unique(case[1])} if case[1].dtype.kind == "U" else {}
+        model = quick(case[0], optimizer=first).partial_fit(zoo, case[1], **classes)
+        twin = copy.deepcopy(model)
+        del twin.optimizer_state_
+        for one in (model, twin):
+            one.set_params(optimizer=second).partial_fit(zoo, case[1])
+        assert same_state(model, twin)
+        assert model.optimizer_state_.keys() == twin.optimizer_state_.keys()
+
     def test_partial_fit_draws_another_order_each_time(self, case, zoo, quick):
         model = quick(case[0], batch_size=8, weight_decay=0.0).fit(zoo, case[1])
         losses = []
@@ -250,6 +278,24 @@ class TestGoingOn:
             losses.append(model.history_[-1]["train_loss"])
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
         assert losses[0] != losses[1]
+
+    def test_warm_start_draws_another_order_each_time(self, case, zoo, quick):
+        orders = []
+
+        class Order(Callback):
+            def __deepcopy__(self, memo):
+                return self
+
+            def on_batch_begin(self, net, batch, training, **kwargs):
+                orders[-1].append(batch[0]["rows"][0, 0].item())
+
+        model = quick(
+            case[0], warm_start=True, max_epochs=1, early_stopping=False, callbacks=[Order()]
+        )
+        for _ in range(4):
+            orders.append([])
+            model.fit(zoo, case[1])
+        assert len(set(map(tuple, orders))) == 4
 
     def test_warm_start_goes_on(self, case, zoo, quick):
         cold = quick(case[0], lr=0.01, max_epochs=10).fit(zoo, case[1])
@@ -297,6 +343,15 @@ class TestWeights:
         )
         np.testing.assert_allclose(one._outputs(zoo), other._outputs(zoo), rtol=1e-4, atol=1e-5)
 
+    def test_weights_of_parts_compare_from_call_to_call(self, case, zoo, quick, same_state):
+        estimator, y = case
+        classes = {"classes": np.unique(y)} if y.dtype.kind == "U" else {}
+        model = quick(estimator).partial_fit(zoo, y, **classes)
+        one, same, other = copy.deepcopy(model), copy.deepcopy(model), copy.deepcopy(model)
+        one.partial_fit(zoo, y)
+        assert same_state(one, same.partial_fit(zoo, y, sample_weight=np.ones(60)))
+        assert not same_state(one, other.partial_fit(zoo, y, sample_weight=np.full(60, 0.01)))
+
     def test_weights_matter(self, case, zoo, quick, same_state):
         estimator, y = case
         weights = np.linspace(0.1, 2, 60)
@@ -310,6 +365,7 @@ class TestWeights:
             (-np.ones(60), "[Nn]egative"),
             (np.ones(59), "sample_weight"),
             (np.full(60, np.nan), "sample_weight contains NaN"),
+            (np.full(60, 1e308), "sample_weight.*(too large|overflow)"),
         ],
     )
     def test_bad_weights(self, weights, message, case, zoo, quick):

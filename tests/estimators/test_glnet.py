@@ -161,6 +161,17 @@ def test_size_of_the_updates_does_not_matter(spectrum, zoo, traces, quick):
 
 
 @with_and_without_spectrum
+def test_updates_that_overflow_in_float32_are_refused(spectrum, zoo, traces, quick):
+    """Rather than a network that reads nothing of the module, because of one adapter."""
+    flat = np.asarray(zoo).copy()
+    for columns in zoo.layout.factor_slices[1]:
+        flat[7, columns] *= 1e20
+    bad = LoRACollection.from_array(flat, zoo.layout)
+    with pytest.raises(ValueError, match=r"module 'k' overflow in float32.*leave out"):
+        quick(GLNetRegressor, spectrum=spectrum).fit(bad, traces)
+
+
+@with_and_without_spectrum
 def test_a_module_without_updates(spectrum, random_loras, rng, quick):
     X = random_loras(rng, 60, rank=[[2, 0, 1]] * 60, layout=random_loras(rng, 1).layout)
     model = quick(GLNetRegressor, spectrum=spectrum).fit(X, rng.normal(size=60))

@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 from scipy.special import expit, softmax
+from sklearn.base import clone
 from sklearn.exceptions import DataConversionWarning
 from sklearn.model_selection import cross_val_predict
 from sklearn.utils import get_tags
@@ -111,6 +112,8 @@ class TestClassifier:
             (lambda traces: np.column_stack([traces, traces]), "Unknown label type"),
             (lambda traces: np.arange(120).reshape(60, 2) % 3, "multiclass-multioutput.*Fit one"),
             (lambda traces: np.where(traces > 0, np.nan, 1.0), "Input y contains NaN"),
+            (lambda traces: np.arange(120).reshape(60, 2) % 2 + 1, r"holds \[1, 2\].*0 and 1"),
+            (lambda traces: np.arange(120).reshape(60, 2) % 2 * 2 - 1, r"holds \[-1, 1\].*0 and 1"),
         ],
     )
     def test_targets_of_another_kind(self, make, message, classifier, zoo, traces, quick):
@@ -136,6 +139,25 @@ class TestClassWeight:
         )
         assert same_state(one, other)
         assert not same_state(one, quick(classifier).fit(zoo, y))
+
+    @pytest.mark.parametrize("kind", ["binary", "multilabel"])
+    def test_balanced_counts_no_adapters_of_weight_zero(
+        self, kind, classifier, zoo, targets, quick, same_state
+    ):
+        y = targets[kind]
+        kept = np.flatnonzero((np.arange(60) % 2 == 0) | (y.reshape(60, -1)[:, 0] == y.flat[0]))
+        weights = np.bincount(kept, minlength=60)
+        model = quick(classifier, class_weight="balanced")
+        one, other = (clone(model).fit(zoo, y, weights), clone(model).fit(zoo[kept], y[kept]))
+        assert same_state(one, other)
+
+    def test_balanced_without_adapters_of_some_class(self, classifier, zoo, targets, quick):
+        y = targets["multiclass"]
+        model = quick(classifier, class_weight="balanced", warm_start=True)
+        model.fit(zoo, y, sample_weight=y != "low")
+        assert model.classes_.tolist() == ["low", "mid", "top"]
+        model.fit(zoo[y != "mid"], y[y != "mid"])
+        assert model.classes_.tolist() == ["low", "mid", "top"]
 
     def test_weight_zero_is_leaving_out_of_the_loss(self, classifier, zoo, targets, quick):
         y = targets["multiclass"]
@@ -174,6 +196,8 @@ class TestClassWeight:
             ("multilabel", {0: 1, 1: 2}, "for 3 labels give a list of as many dicts"),
             ("multilabel", [{0: 1}], "for 3 labels give a list of as many dicts"),
             ("multiclass", "even", "'class_weight' parameter"),
+            ("multiclass", {"low": np.nan}, "weights.*class_weight.*NaN, infinite or too large"),
+            ("multiclass", {"low": np.inf}, "weights.*class_weight.*NaN, infinite or too large"),
         ],
     )
     def test_bad_ones(self, kind, class_weight, message, classifier, zoo, targets, quick):
@@ -193,6 +217,25 @@ class TestPartialFit:
     def test_labels_need_no_classes(self, classifier, zoo, targets, quick):
         model = quick(classifier).partial_fit(zoo, targets["multilabel"])
         assert model.predict(zoo[:4]).shape == (4, 3)
+
+    def test_class_weights_compare_from_call_to_call(self, classifier, zoo, targets, quick):
+        y = targets["binary"]
+        models = [
+            quick(classifier, class_weight=class_weight, lr=0.01, optimizer="sgd")
+            for class_weight in ({"no": 10}, None, {"yes": 10})
+        ]
+        for model in models:
+            for label in ("no", "yes", "no", "yes"):
+                model.partial_fit(zoo[y == label], y[y == label], classes=["no", "yes"])
+        shares = [model.predict_proba(zoo)[:, 1].mean() for model in models]
+        assert shares[0] < shares[1] < shares[2]
+
+    def test_classes_of_labels_are_their_numbers(self, classifier, zoo, targets, quick):
+        y = targets["multilabel"]
+        for classes in ([0, 1, 2], np.unique(y)):
+            quick(classifier).partial_fit(zoo, y, classes=classes)
+        with pytest.raises(ValueError, match=r"classes=\['no', 'yes'\].*3 labels"):
+            quick(classifier).partial_fit(zoo, y, classes=["no", "yes"])
 
     @pytest.mark.parametrize(
         ("kind", "change", "message"),
@@ -274,6 +317,8 @@ class TestRegressor:
             (lambda y: np.where(y > 0, np.inf, y), "Input y contains infinity"),
             (lambda y: y[:, None, None], r"y has shape \(60, 1, 1\)"),
             (lambda y: np.where(y > 0, "a", "b"), "could not convert string to float"),
+            (lambda y: 1e200 * y, "mean and spread of y.*overflow"),
+            (lambda y: np.full(60, np.finfo(float).max), "mean and spread of y.*overflow"),
         ],
     )
     def test_bad_targets(self, make, message, regressor, zoo, traces, quick):

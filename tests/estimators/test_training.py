@@ -151,6 +151,11 @@ class TestSplitValidation:
         _, validation = self.split(labels)
         np.testing.assert_array_equal(np.bincount(labels[validation]), [20, 10, 2])
 
+    def test_classes_of_one_row_each_leave_none_to_validate_on(self):
+        training, validation = self.split(np.arange(60))
+        assert validation is None
+        np.testing.assert_array_equal(training, np.arange(60))
+
     def test_quantiles_keep_their_shares(self):
         values = np.random.default_rng(0).normal(size=500)
         _, validation = self.split(values, classes=False)
