@@ -103,12 +103,13 @@ def flat_from_factors(
     layout : LoRALayout
     ranks : ndarray of shape (N, n_modules)
     """
-    adapters = [_checked(row, mapping) for row, mapping in enumerate(factors)]
-    sides = (
-        [{}] * len(adapters)
-        if side is None
-        else [_vectors(row, mapping) for row, mapping in enumerate(side)]
-    )
+    adapters: list[Adapter] = []
+    own: list[Mapping[str, ArrayLike]] = []
+    for row, mapping in enumerate(factors):
+        adapters.append(_checked(row, mapping))
+        own.append(mapping.side if isinstance(mapping, LoRAAdapter) else {})
+    side = own if side is None else side
+    sides = [_vectors(row, vectors) for row, vectors in enumerate(side)]
     if len(sides) != len(adapters):
         raise ValueError(f"{len(adapters)} adapters have side features of {len(sides)}.")
     if layout is None:
@@ -118,6 +119,8 @@ def flat_from_factors(
             f"base_model={base_model!r}, but the layout is of {layout.base_model!r}; "
             "pass one of the two."
         )
+    elif base_model is not None and not layout.has_plain_rows:
+        layout = LoRALayout(layout.modules, side=layout.side, base_model=base_model)
     target = _common_dtype(adapters, sides) if dtype is None else np.dtype(dtype)
     compute_dtype(target)
     flat = np.zeros((len(adapters), layout.width), target)
@@ -136,6 +139,8 @@ def flat_from_factors(
 
 def _place(row: NDArray[Any], layout: LoRALayout, position: int, factors: Factors) -> None:
     with np.errstate(over="ignore"):
+        if layout.has_plain_rows:
+            factors = factors[0].astype(row.dtype) * factors[1], factors[1]
         for place, factor in zip(layout._factors_at(row, position), factors, strict=True):
             place[0, :, : factor.shape[1]] = factor
 
@@ -152,11 +157,12 @@ def _checked(row: int, mapping: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Ad
 def _checked_factors(row: int, name: str, pair: tuple[ArrayLike, ArrayLike]) -> Factors:
     where = f"module {name!r} of adapter {row}"
     try:
-        U, V = (np.asarray(factor) for factor in pair)
+        U, V = pair
     except (TypeError, ValueError):
         raise ValueError(
             f"{where} is no pair of factors; pass (U, V) with U (n, r) and V (m, r)."
         ) from None
+    U, V = _as_array(where, U), _as_array(where, V)
     shapes = f"U {U.shape} and V {V.shape}"
     if U.ndim != 2 or V.ndim != 2:
         raise ValueError(f"{where} has {shapes}; factors are matrices U (n, r) and V (m, r).")
@@ -176,6 +182,18 @@ def _checked_factors(row: int, name: str, pair: tuple[ArrayLike, ArrayLike]) -> 
                 f"{where} with {shapes} has NaN or infinity; leave the adapter out, or mend it."
             )
     return U, V
+
+
+def _as_array(where: str, factor: ArrayLike) -> NDArray[Any]:
+    try:
+        return np.asarray(factor)
+    # What torch raises for a tensor that NumPy has no numbers for: bfloat16, CUDA, gradients.
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where} has a factor of type {type(factor).__name__}, which is no array: "
+            f"{str(error).rstrip('.')}. Pass NumPy arrays; of a tensor of torch, "
+            "tensor.detach().cpu().float().numpy()."
+        ) from error
 
 
 def _vectors(row: int, mapping: Mapping[str, ArrayLike]) -> Side:
@@ -244,7 +262,7 @@ def _side_row(row: int, vectors: Side, layout: LoRALayout) -> NDArray[Any]:
     if sizes != dict(layout.side):
         raise ValueError(
             f"adapter {row} has side features {sizes}, but {dict(layout.side)} are expected; every "
-            "adapter needs all of them."
+            "adapter needs all of them, and no others."
         )
     parts = [vectors[name] for name, _ in layout.side]
     return np.concatenate(parts) if parts else np.empty(0)

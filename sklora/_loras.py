@@ -108,7 +108,7 @@ class LoRACollection:
         ids : array-like of shape (n_adapters,) or None, default=None
             What the adapters are called; by default 0, 1, 2, ...
         side : iterable of {name: vector} or None, default=None
-            For every adapter its side features; every adapter must have the same ones.
+            Side features of every adapter, all the same; None for those of each `LoRAAdapter`.
         base_model : str or None, default=None
             What the adapters were trained on.
         dtype : dtype or None, default=None
@@ -188,7 +188,7 @@ class LoRACollection:
         >>> LoRACollection.from_array(np.ones((7, 5)), layout).shape
         (7, 5)
         """
-        return cls(store_of_array(np.asanyarray(X), layout, ranks, ids))
+        return cls(store_of_array(X, layout, ranks, ids))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> LoRACollection:

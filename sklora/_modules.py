@@ -114,7 +114,10 @@ def raise_first_difference(expected: LoRALayout, found: LoRALayout) -> None:
             f"plain rows of {layout.width} features" if layout.has_plain_rows else repr(layout)
             for layout in (expected, found)
         )
-        raise ValueError(f"the weights are {given}, but {wanted} is expected. {_REMEDY}")
+        raise ValueError(
+            f"the weights are {given}, but {wanted} is expected. Fit on a collection, or pass "
+            "layout=X.layout to the estimator and fit again."
+        )
     for wanted_module, module in zip(expected.modules, found.modules, strict=False):
         if wanted_module[:3] != module[:3]:
             _raise_other_module(wanted_module, module)

@@ -10,6 +10,7 @@ import ml_dtypes  # noqa: F401  (tells NumPy that bfloat16 casts safely to float
 import numpy as np
 import sklearn
 from numpy.typing import ArrayLike, DTypeLike, NDArray
+from sklearn.utils.validation import _get_feature_names
 
 from sklora._layout import Factors, LoRALayout
 from sklora._pages import MappedRows, Rows, owner_of_map
@@ -175,7 +176,14 @@ class FileSpan(NamedTuple):
     def open(self) -> NDArray[Any]:
         """Map the file, read only; nothing is read yet."""
         file = np.memmap(self.path, dtype=np.uint8, mode="r")
-        return np.ndarray(self.shape, self.dtype, file, self.offset, self.strides)
+        try:
+            return np.ndarray(self.shape, self.dtype, file, self.offset, self.strides)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{self.path} has {len(file)} bytes, and has no room for the array of shape "
+                f"{self.shape} that was in it when the collection was pickled; make it again "
+                "from the file that is there now."
+            ) from None
 
 
 class MemmapStore:
@@ -285,14 +293,26 @@ def blocks(n_rows: int, bytes_per_row: float) -> Iterator[slice]:
         yield slice(start, min(start + size, n_rows))
 
 
+def check_order(X: Any, layout: LoRALayout) -> None:
+    """Raise if the names of a data frame are those of the layout, but stand elsewhere."""
+    names = _get_feature_names(X)
+    if names is None or layout.has_plain_rows:
+        return
+    expected = layout.feature_names()
+    if names.tolist() != expected and set(names) == set(expected):
+        raise ValueError(
+            "X has the columns of the layout in another order; pass X[layout.feature_names()]."
+        )
+
+
 def store_of_array(
-    array: NDArray[Any], layout: LoRALayout, ranks: ArrayLike | None, ids: ArrayLike | None
+    X: NDArray[Any], layout: LoRALayout, ranks: ArrayLike | None, ids: ArrayLike | None
 ) -> Store:
     """Check an array and what is said of it, as for `LoRACollection.from_array`.
 
     Parameters
     ----------
-    array : ndarray of shape (N, width)
+    X : ndarray of shape (N, width)
         In memory, or a view of a memory map.
     layout : LoRALayout
     ranks : array-like of shape (N, n_modules) or None
@@ -303,6 +323,8 @@ def store_of_array(
     -------
     Store
     """
+    check_order(X, layout)
+    array = np.asanyarray(X)
     compute_dtype(array.dtype)
     layout._check_width(array)
     ids = checked_ids(ids, len(array))

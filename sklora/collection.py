@@ -8,13 +8,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import issparse
-from sklearn.utils.validation import _get_feature_names, validate_data
+from sklearn.utils.validation import validate_data
 
 from sklora._factors import LoRAAdapter
 from sklora._layout import LoRALayout
 from sklora._loras import LoRACollection
 from sklora._modules import LoRAModule, ModuleGroup, check_room
-from sklora._stores import Store
+from sklora._stores import Store, check_order
 
 __all__ = [
     "LoRACollection",
@@ -134,20 +134,8 @@ def _check_array(estimator: Any, X: Any, *, reset: bool) -> LoRACollection:
             f"the first of which is {layout.modules[0]}, take {layout.width}; pass the layout of "
             "X, or layout=None if each row is one plain update."
         )
-    _check_order(X, layout)
+    check_order(X, layout)
     return LoRACollection.from_array(array, layout)
-
-
-def _check_order(X: Any, layout: LoRALayout) -> None:
-    """Raise if the names of a data frame are those of the layout, but stand elsewhere."""
-    names = _get_feature_names(X)
-    if names is None or layout.has_plain_rows:
-        return
-    expected = layout.feature_names()
-    if names.tolist() != expected and set(names) == set(expected):
-        raise ValueError(
-            "X has the columns of the layout in another order; pass X[layout.feature_names()]."
-        )
 
 
 def check_numbers(loras: LoRACollection, rows: slice, flat: NDArray[Any]) -> None:

@@ -5,8 +5,11 @@ from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
+import pandas as pd
+import polars as pl
 import pytest
 import sklearn
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,6 +49,31 @@ class TestFromFactors:
         twin = LoRACollection.from_factors(X, layout=X.layout)
         np.testing.assert_array_equal(twin.read(), X.read())
         np.testing.assert_array_equal(twin.ranks, X.ranks)
+
+    def test_adapters_bring_their_side_features(self):
+        X = LoRACollection.from_factors(
+            [{"q": pair()}, {"v": pair()}], side=[{"a": [1.0, 2.0]}, {"a": [3.0, 4.0]}]
+        )
+        twin = LoRACollection.from_factors([*X])
+        assert twin.layout == X.layout
+        np.testing.assert_array_equal(twin.read(), X.read())
+        assert not LoRACollection.from_factors(map(dict, X)).layout.side
+        other = LoRACollection.from_factors(X, side=[{"b": 1.0}, {"b": 2.0}])
+        assert other.layout.side == (("b", 1),)
+        with pytest.raises(ValueError, match=r"adapter 1 has side features \{\}, but \{'a': 2\}"):
+            LoRACollection.from_factors([X[0], dict(X[1])])
+
+    def test_plain_rows_are_whole_updates(self):
+        factors = [{"row": (np.array([[1.0], [2.0]]), np.array([[3.0]]))}]
+        X = LoRACollection.from_factors(factors, layout=LoRALayout.rows(2))
+        np.testing.assert_array_equal(X.read(), [[3, 6]])
+
+    def test_a_base_model_completes_a_declared_layout(self):
+        layout = LoRALayout([("q", 3, 2, 2)], side=[("a", 1)])
+        X = LoRACollection.from_factors(
+            [{"q": pair()}], layout=layout, side=[{"a": 1.0}], base_model="sd"
+        )
+        assert X.layout == LoRALayout(layout.modules, side=layout.side, base_model="sd")
 
     def test_a_declared_layout_orders_and_makes_room(self):
         layout = LoRALayout([("v", 3, 2, 3), ("q", 3, 2, 3)])
@@ -124,6 +152,19 @@ class TestRefusedFactors:
     def test_factors(self, factors, message):
         with pytest.raises(ValueError, match=message):
             LoRACollection.from_factors([{"q": pair()}, factors])
+
+    @pytest.mark.parametrize(
+        ("factor", "reason"),
+        [
+            (torch.ones(3, 2, dtype=torch.bfloat16), "BFloat16"),
+            (torch.ones(3, 2, requires_grad=True), "requires grad"),
+            ([[1.0, 2.0], [3.0], [4.0]], "inhomogeneous"),
+        ],
+    )
+    def test_what_numpy_does_not_take(self, factor, reason):
+        message = rf"module 'q' of adapter 0 has a factor of type .*{reason}.*\.float\(\)"
+        with pytest.raises(ValueError, match=message):
+            LoRACollection.from_factors([{"q": (factor, np.ones((2, 2)))}])
 
     def test_what_is_no_mapping(self):
         with pytest.raises(TypeError, match=r"adapter 0 is a ndarray; .*from_array"):
@@ -215,6 +256,13 @@ class TestFromArray:
     def test_refused(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             LoRACollection.from_array(**{"X": ROWS, "layout": LAYOUT, **arguments})
+
+    @pytest.mark.parametrize("frame", [pd.DataFrame, pl.DataFrame])
+    def test_columns_of_a_frame_in_another_order(self, frame):
+        named = frame(dict(zip(LAYOUT.feature_names(), ROWS.T, strict=True)))
+        np.testing.assert_array_equal(LoRACollection.from_array(named, LAYOUT).read(), ROWS)
+        with pytest.raises(ValueError, match="columns of the layout in another order"):
+            LoRACollection.from_array(named[LAYOUT.feature_names()[::-1]], LAYOUT)
 
 
 class TestArrayLike:

@@ -129,6 +129,13 @@ class TestMemmaps:
         with pytest.raises(FileNotFoundError):
             pickle.loads(pickled)
 
+    def test_a_file_that_has_become_shorter(self, tmp_path):
+        array = np.memmap(tmp_path / "rows", np.float32, "w+", shape=ROWS.shape)
+        pickled = pickle.dumps(LoRACollection.from_array(array, LAYOUT))
+        (tmp_path / "rows").write_bytes(b"1234")
+        with pytest.raises(ValueError, match=r"rows .* 4 bytes.* make it again"):
+            pickle.loads(pickled)
+
     def test_changed_files_have_other_hashes(self, tmp_path):
         array = np.memmap(tmp_path / "rows", np.float32, "w+", shape=ROWS.shape)
         X = LoRACollection.from_array(array, LAYOUT)

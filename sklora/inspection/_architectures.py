@@ -13,7 +13,14 @@ from sklearn.utils.validation import check_is_fitted
 
 from sklora.estimators import MLPNetClassifier, MLPNetRegressor
 from sklora.estimators._base import BaseNetEstimator
-from sklora.inspection._plotting import BLACK, BLUE, axes_of, check_matplotlib, plain_labels
+from sklora.inspection._plotting import (
+    BLACK,
+    BLUE,
+    axes_of,
+    check_matplotlib,
+    plain_labels,
+    styled,
+)
 from sklora.transform import DenseProduct, OAlign, SVDSpectrum, UpdateKernel
 
 if TYPE_CHECKING:
@@ -276,7 +283,8 @@ class ArchitectureComparisonDisplay:
         if not n_tasks or not all(self.scores.values()):
             raise ValueError("there are no scores to plot; pass at least one architecture's.")
         if n_tasks == 1 or ax is not None:
-            found = [axes_of(self, ax, (6.5, self._height()))] if _is_one(ax) else list(ax)
+            one = _is_one(ax)
+            found = [axes_of(self, ax, (6.5, self._height()))] if one else list(np.ravel(ax))
             if len(found) != n_tasks:
                 raise ValueError(
                     f"there are {n_tasks} tasks, {', '.join(map(repr, self.scores))}, but "
@@ -296,6 +304,8 @@ class ArchitectureComparisonDisplay:
     def _plot_task(
         self, axes: Axes, task: str, errorbar_kw: dict[str, Any], fold_kw: dict[str, Any]
     ) -> None:
+        from matplotlib.lines import Line2D
+
         scores = self.scores[task]
         rows = np.arange(len(scores))
         means = np.array([np.mean(one) for one in scores.values()])
@@ -303,11 +313,11 @@ class ArchitectureComparisonDisplay:
         folds = np.concatenate(list(scores.values()))
         rows_of_folds = np.repeat(rows, [len(one) for one in scores.values()])
         ring = {"marker": "o", "linestyle": "", "markersize": 5, "color": BLUE}
-        style = {"fmt": "D", "color": BLACK, "markersize": 5, "capsize": 4, "zorder": 3}
-        self.folds_ += axes.plot(
-            folds, rows_of_folds, **{**ring, "markerfacecolor": "none", "alpha": 0.8, **fold_kw}
-        )
-        self.errorbars_.append(axes.errorbar(means, rows, xerr=spreads, **{**style, **errorbar_kw}))
+        ring |= {"markerfacecolor": "none", "alpha": 0.8}
+        style: dict[str, Any] = {"fmt": "D", "color": BLACK, "markersize": 5, "capsize": 4}
+        self.folds_ += axes.plot(folds, rows_of_folds, **styled(ring, fold_kw, Line2D))
+        style = styled({**style, "zorder": 3}, errorbar_kw, Line2D)
+        self.errorbars_.append(axes.errorbar(means, rows, xerr=spreads, **style))
         plain_labels(axes.yaxis, rows, scores)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.locator_params(axis="x", nbins=4)  # numbers may be long

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 
 from sklora._files import replacing
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
@@ -65,6 +66,28 @@ def axes_of(display: object, ax: Axes | None, size: tuple[float, float] | None =
 
     _, new = plt.subplots(figsize=size, layout="constrained")
     return new
+
+
+def styled(
+    style: Mapping[str, Any], given: Mapping[str, Any] | None, artist: type[Artist]
+) -> dict[str, Any]:
+    """Override a style by what the user gave, under any of its names: ``c`` is ``color``.
+
+    Parameters
+    ----------
+    style : dict
+        By the names that matplotlib documents first.
+    given : dict or None
+    artist : type
+        What is drawn, which has the names.
+
+    Returns
+    -------
+    dict
+    """
+    from matplotlib.cbook import normalize_kwargs
+
+    return {**style, **normalize_kwargs(dict(given or {}), artist)}
 
 
 def windowless_axes(caller: str, size: tuple[float, float] | None = None) -> Axes:

@@ -15,6 +15,7 @@ from sklora.inspection._plotting import (
     VERMILLION,
     axes_of,
     check_matplotlib,
+    styled,
     whole_numbers,
 )
 
@@ -84,17 +85,19 @@ class TrainingCurveDisplay:
         self : object
         """
         self.ax_ = axes_of(self, ax, (6.0, 4.0))
+        from matplotlib.lines import Line2D
+
         self.figure_ = self.ax_.figure
         train = np.asarray(self.train_losses, dtype=float)
         epochs = np.arange(1, len(train) + 1)
-        self.best_epoch_, self.best_, kw = None, None, line_kw or {}
+        self.best_epoch_, self.best_ = None, None
         style = {"color": BLUE, "linestyle": "--", "label": "training"}
         style["marker"] = "o" if len(train) == 1 else ""  # one point makes no line
-        self.lines_ = self.ax_.plot(epochs, train, **{**style, **kw})
+        self.lines_ = self.ax_.plot(epochs, train, **styled(style, line_kw, Line2D))
         valid = np.asarray([] if self.valid_losses is None else self.valid_losses, dtype=float)
         if not np.isnan(valid).all():
             style = {"color": VERMILLION, "linestyle": "-", "label": "validation"}
-            self.lines_ += self.ax_.plot(epochs, valid, **{**style, **kw})
+            self.lines_ += self.ax_.plot(epochs, valid, **styled(style, line_kw, Line2D))
             self._mark_best(valid)
         whole_numbers(self.ax_.xaxis)
         self.ax_.set_xlabel("epoch")

@@ -20,6 +20,7 @@ from sklora.inspection._plotting import (
     axes_of,
     check_matplotlib,
     shortened,
+    styled,
 )
 from sklora.transform import pairwise_update_kernel
 
@@ -117,14 +118,20 @@ class ZooMapDisplay:
         self.ax_ = axes_of(self, ax, (6.5, 5.0))
         self.figure_ = self.ax_.figure
         self.legend_, self.colorbar_ = None, None
-        style: dict[str, Any] = {"s": 20, "linewidths": 0.4, "edgecolors": "0.2", "alpha": 0.85}
-        style |= scatter_kw or {}
-        if self.labels is None:
-            self.scatters_ = [self.ax_.scatter(*self.points.T, **{"color": BLUE, **style})]
+        from matplotlib.collections import Collection
+
+        style: dict[str, Any] = {"s": 20, "linewidth": 0.4, "edgecolor": "0.2", "alpha": 0.85}
+        style = styled(style, scatter_kw, Collection)
+        labels = None if self.labels is None else _one_each(self.labels)
+        if labels is not None and _is_numeric(labels):
+            self._plot_numbers(labels, style)
         else:
-            labels = _one_each(self.labels)
-            plot = self._plot_numbers if _is_numeric(labels) else self._plot_categories
-            plot(labels, style)
+            if "c" in style:
+                style["color"] = style.pop("c")
+            if labels is None:
+                self.scatters_ = [self.ax_.scatter(*self.points.T, **{"color": BLUE, **style})]
+            else:
+                self._plot_categories(labels, style)
         for axis, number in ((self.ax_.xaxis, 0), (self.ax_.yaxis, 1)):
             share = "" if self.shares is None else f" ({self.shares[number]:.0%} of variance)"
             axis.set_label_text(f"component {number + 1}{share}")
@@ -233,7 +240,7 @@ class ZooMapDisplay:
 
     def _plot_numbers(self, labels: NDArray[Any], style: dict[str, Any]) -> None:
         known = np.isfinite(labels)
-        missing = {**style, "color": "white", "edgecolors": "0.6"}
+        missing = {**style, "color": "white", "edgecolor": "0.6"}
         self.scatters_ = [
             self.ax_.scatter(
                 *self.points[known].T, **{"c": labels[known], "cmap": COLORMAP, **style}

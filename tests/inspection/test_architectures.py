@@ -177,12 +177,29 @@ class TestFromCVResults:
         with pytest.raises(ValueError, match="1 tasks"):
             ArchitectureComparisonDisplay.from_cv_results({"a": results}, ax=axes)
 
+    @pytest.mark.parametrize("shape", [(2, 2), (1, 4), (4, 1)])
+    def test_axes_of_a_grid(self, results, shape):
+        _, axes = plt.subplots(*shape, squeeze=False)
+        four = dict.fromkeys("abcd", results)
+        display = ArchitectureComparisonDisplay.from_cv_results(four, ax=axes)
+        assert list(display.axes_) == list(axes.flat)
+        display = ArchitectureComparisonDisplay.from_cv_results({"a": results}, ax=axes[:1, :1])
+        assert display.ax_ is axes[0, 0]
+
     def test_styles(self, results):
         display = ArchitectureComparisonDisplay.from_cv_results(
             {"loss": results}, errorbar_kw={"capsize": 9}, fold_kw={"marker": "x"}
         )
         assert display.folds_[0].get_marker() == "x"
         assert display.errorbars_[0][1][0].get_markersize() == 18
+
+    def test_styles_by_any_name(self, results):
+        display = ArchitectureComparisonDisplay.from_cv_results(
+            {"loss": results}, errorbar_kw={"c": "red", "ms": 9}, fold_kw={"c": "red", "mfc": "red"}
+        )
+        assert display.folds_[0].get_color() == display.folds_[0].get_markerfacecolor() == "red"
+        assert display.errorbars_[0][0].get_color() == "red"
+        assert display.errorbars_[0][0].get_markersize() == 9
 
     def test_refused(self, results):
         with pytest.raises(ValueError, match="'ridge' for 'loss' has no 'test_score'"):

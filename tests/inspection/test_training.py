@@ -63,6 +63,13 @@ def test_best_epoch():
     assert display.best_.get_label() in [t.get_text() for t in display.ax_.get_legend().get_texts()]
 
 
+def test_styles_by_any_name():
+    style = {"c": "red", "ls": ":", "lw": 3}
+    display = TrainingCurveDisplay(train_losses=[2, 1], valid_losses=[2, 1]).plot(line_kw=style)
+    for line in display.lines_:
+        assert (line.get_color(), line.get_linestyle(), line.get_linewidth()) == ("red", ":", 3)
+
+
 def test_one_epoch():
     display = TrainingCurveDisplay(train_losses=[1.0]).plot()
     display.figure_.draw_without_rendering()

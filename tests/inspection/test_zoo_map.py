@@ -174,6 +174,23 @@ class TestLabels:
         assert display.scatters_[0].get_sizes() == [3]
         assert display.legend_ is display.colorbar_ is None
 
+    @pytest.mark.parametrize("labels", [None, list("aabb"), [0.5, 1.5, 2.5, 3.5]])
+    @pytest.mark.parametrize("name", ["edgecolor", "edgecolors", "ec"])
+    def test_styles_by_any_name(self, labels, name):
+        display = ZooMapDisplay(points=points(4), labels=labels).plot(
+            scatter_kw={name: "red", "lw": 3}
+        )
+        for scatter in display.scatters_:
+            assert to_hex(scatter.get_edgecolor()[0]) == "#ff0000"
+            assert scatter.get_linewidth() == [3]
+
+    @pytest.mark.parametrize("labels", [None, list("aabb")])
+    @pytest.mark.parametrize("name", ["c", "color"])
+    def test_one_colour_for_all(self, labels, name):
+        display = ZooMapDisplay(points=points(4), labels=labels).plot(scatter_kw={name: "red"})
+        for scatter in display.scatters_:
+            assert to_hex(scatter.get_facecolor()[0]) == "#ff0000"
+
     def test_refused(self):
         with pytest.raises(ValueError, match=r"points of shape \(3, 3\)"):
             ZooMapDisplay(points=np.eye(3)).plot()
