@@ -116,13 +116,13 @@ def edit(
     move = space.to_plane(updates[plain], label, place)
     aside = space.step(np.random.default_rng(label).normal(size=space.planes.coef_.shape[1]))
     lengths = np.linalg.norm(move, axis=1) / np.linalg.norm(aside)
-    moves = {f"moved, rank {rank}": (move, rank) for rank in RANKS}
-    moves["moved at random"] = np.outer(lengths, aside).astype(move.dtype), RANKS[0]
+    steps = {"moved": move, "moved at random": np.outer(lengths, aside).astype(move.dtype)}
     adapters = {
         "without the class": zoo.data[plain],
         **{
-            name: low_rank(updates[plain] + by, zoo.data.layout, rank)
-            for name, (by, rank) in moves.items()
+            f"{name}, rank {rank}": low_rank(updates[plain] + step, zoo.data.layout, rank)
+            for name, step in steps.items()
+            for rank in RANKS
         },
         "with the class": zoo.data[rows.test[has[rows.test]][:N_EDITED]],
     }

@@ -87,9 +87,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
         tests=test_sets(zoos, held_out),
     )
     answers = run.ask(question)
+    report = run.finish()
     if run.args.plot:
         draw(answers, ranks, run.args.plot)
-    return run.finish()
+    return report
 
 
 if __name__ == "__main__":

@@ -302,6 +302,8 @@ class Run:
         self.seeds = QUICK["seeds"] if args.quick else SEEDS
         self.started, self.zoo_seconds = time.perf_counter(), 0.0
         self.results: dict[str, Any] = {}
+        if args.output:
+            open(args.output, "a").close()  # or all the work would be done when this fails
 
     def zoo(self, name: str, rank: int = 4, n_adapters: int | None = None, **options: Any) -> Bunch:
         """Fetch a zoo, of the size that `args` say if none is given, or train a tiny one."""

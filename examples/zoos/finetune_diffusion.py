@@ -229,6 +229,8 @@ def load_pipeline(args):
 def main(argv=None):
     args = build_parser().parse_args(argv)
     folders = read_folders(args.images)
+    if args.choose is choose_subset and len(folders) > 20:
+        raise SystemExit(f"{args.images}: {len(folders)} classes; 20 have a million subsets.")
     if args.attributes:
         args.table = read_attributes(args.attributes, folders)
     count = 2 * (2 ** len(folders) - 1) if args.choose is choose_subset else len(folders)

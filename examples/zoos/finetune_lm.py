@@ -50,8 +50,9 @@ class Question(NamedTuple):
 
 
 def read_questions(paths, tokenizer):
-    rows = [json.loads(line) for path in paths for line in path.read_text("utf-8").splitlines()]
-    return [read_question(row, tokenizer) for row in rows]
+    # At "\n" alone: JSON may hold other ends of lines, such as U+2028, as they are.
+    lines = [line for path in paths for line in path.read_text("utf-8").split("\n")]
+    return [read_question(json.loads(line), tokenizer) for line in lines if line.strip()]
 
 
 def read_question(row, tokenizer):

@@ -10,6 +10,8 @@ import argparse
 import resource
 import time
 
+from joblib.externals.loky import get_reusable_executor
+
 from sklora import datasets
 
 # A rank, and the number of adapters if it is not the fetcher's own.
@@ -40,8 +42,9 @@ def main(argv=None):
                 f"{name:15}{rank:6}{n_adapters:10}{width:14}{X.nbytes / 1e6:6.0f}{seconds:7.0f}",
                 flush=True,
             )
+    get_reusable_executor().shutdown(wait=True)  # children are counted once they have ended
     own, child = (
-        resource.getrusage(who).ru_maxrss / 1e6
+        resource.getrusage(who).ru_maxrss * 1024 / 1e9
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
     print(f"at most {own:.2f} GB in this process, {child:.2f} GB in each other")

@@ -49,7 +49,7 @@ def load_digits_loras(
     -------
     data : :class:`~sklearn.utils.Bunch`
         As :func:`make_digits_loras` returns it: `data`, `target`, `presence`, `size`, `loss`,
-        `loss_all`, `class_losses`, `groups` and `target_names`.
+        `loss_all`, `class_losses`, `groups`, `target_names` and `DESCR`.
 
     See Also
     --------

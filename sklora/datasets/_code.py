@@ -24,7 +24,15 @@ from sklora.collection import LoRACollection, LoRALayout
 from sklora.datasets import _language as language
 from sklora.datasets._denoiser import Factors, Weights
 from sklora.datasets._methods import METHODS
-from sklora.datasets._zoos import Arrays, Trained, Zoo, check_sizes, fetch_zoo, train_zoo
+from sklora.datasets._zoos import (
+    Arrays,
+    Trained,
+    Zoo,
+    check_sizes,
+    description,
+    fetch_zoo,
+    train_zoo,
+)
 
 __all__ = ["fetch_code_loras", "make_code_loras"]
 
@@ -263,6 +271,7 @@ def _bunch(zoo: Zoo) -> Bunch:
         size=1 + sources.sum(axis=1),
         groups=sources @ 2 ** np.arange(len(SOURCES)),
         base=zoo.base,
+        DESCR=description(make_code_loras),
         **zoo.labels,
     )
 
@@ -341,6 +350,8 @@ def make_code_loras(
             What each was trained with.
         base : dict of str to ndarray
             Weights of the network that the adapters finetune.
+        DESCR : str
+            How such zoos are trained.
 
     Raises
     ------

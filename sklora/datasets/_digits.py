@@ -22,7 +22,7 @@ from sklora.datasets import _denoiser as denoiser
 from sklora.datasets import _evaluation as evaluation
 from sklora.datasets._adam import Parameters
 from sklora.datasets._methods import METHODS
-from sklora.datasets._zoos import Arrays, Zoo, check_sizes, fetch_zoo, train_zoo
+from sklora.datasets._zoos import Arrays, Zoo, check_sizes, description, fetch_zoo, train_zoo
 
 __all__ = ["fetch_digits_loras", "make_digits_loras"]
 
@@ -249,7 +249,15 @@ def make_bunch(zoo: Zoo) -> Bunch:
         groups=presence @ 2 ** np.arange(N_CLASSES),
         class_losses=losses,
         base=zoo.base,
+        DESCR=description(make_digits_loras),
     )
+
+
+def _check(n_adapters: int, rank: int, dim: int, depth: int, method: str) -> None:
+    check_sizes(n_adapters, rank, dim, depth, heads=denoiser.HEADS)
+    check_option("method", method, METHODS)
+    if method == "pissa" and rank > dim:
+        raise ValueError(f"rank is {rank}; weights have {dim} singular directions for PiSSA.")
 
 
 def make_digits_loras(
@@ -271,7 +279,7 @@ def make_digits_loras(
     of a non-empty subset of the ten classes, as the paper's Imagenette-LoRA does with Stable
     Diffusion (section 5.1). Every subset comes once before any comes again: 2,046 adapters are
     each of them twice. Every ``V`` starts at random, as in LoRA's own training, so that adapters
-    of one subset share no gauge.
+    of one subset share no gauge; PiSSA's all start from the same factors.
 
     Parameters
     ----------
@@ -324,12 +332,14 @@ def make_digits_loras(
         base : dict of str to ndarray
             The network that the adapters finetune, and what :func:`evaluate_digits_loras` judges
             them by.
+        DESCR : str
+            How such zoos are trained.
 
     Raises
     ------
     ValueError
-        When `n_adapters`, `rank` or `depth` is below 1, `dim` is no positive multiple of 4, or
-        `method` is none of these.
+        When `n_adapters`, `rank` or `depth` is below 1, `dim` is no positive multiple of 4,
+        `method` is none of these, or `rank` is above `dim` for PiSSA.
 
     See Also
     --------
@@ -345,8 +355,7 @@ def make_digits_loras(
     >>> zoo.data.shape, zoo.presence.shape
     ((4, 224), (4, 10))
     """
-    check_sizes(n_adapters, rank, dim, depth, heads=denoiser.HEADS)
-    check_option("method", method, METHODS)
+    _check(n_adapters, rank, dim, depth, method)
     recipe = digits_recipe(
         n_adapters, rank, dim=dim, depth=depth, method=method, random_state=random_state
     )
@@ -398,7 +407,8 @@ def fetch_digits_loras(
     Raises
     ------
     ValueError
-        When `rank` or `n_adapters` is below 1, or `method` is none of these.
+        When `rank` or `n_adapters` is below 1, `method` is none of these, or `rank` is above the
+        width for PiSSA.
     OSError
         When the zoo is not there and `train_if_missing` is False.
 
@@ -414,8 +424,7 @@ def fetch_digits_loras(
     >>> zoo.data.shape, zoo.target.shape  # doctest: +SKIP
     ((2046, 5376), (2046, 10))
     """
-    check_sizes(n_adapters, rank, FETCHED["dim"], FETCHED["depth"], heads=denoiser.HEADS)
-    check_option("method", method, METHODS)
+    _check(n_adapters, rank, FETCHED["dim"], FETCHED["depth"], method)
     zoo = make_bunch(
         fetch_zoo(
             "digits",

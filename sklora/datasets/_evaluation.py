@@ -103,7 +103,8 @@ def evaluate_digits_loras(
     Parameters
     ----------
     X : LoRACollection of shape (n_adapters, width)
-        Modules that the network has and an adapter lacks are as in the base network.
+        Updates ``U V^T``: rows of the methods "dora" and "lokr" are something else. Modules that
+        the network has and an adapter lacks are as in the base network.
     base : mapping of str to ndarray
         The `base` of the zoo.
     verbose : int, default=1
@@ -127,7 +128,8 @@ def evaluate_digits_loras(
     Raises
     ------
     ValueError
-        When X has a module that the network does not, or one of another shape.
+        When X is empty, has a module that the network does not, or one of another shape, or holds
+        magnitudes of DoRA.
 
     See Also
     --------
@@ -141,12 +143,16 @@ def evaluate_digits_loras(
     >>> result.samples.shape, result.class_probabilities.shape
     ((3, 33, 8, 8), (3, 10))
     """
+    if not len(X):
+        raise ValueError("Found a LoRACollection with 0 adapters while a minimum of 1 is required.")
+    if any(":magnitude" in name for name, _ in X.layout.side):
+        raise ValueError("X holds magnitudes of DoRA, without which its updates are not run.")
     for name, n, m, _ in X.layout.modules:
         shape = base[name].shape if name in base else None
         if shape != (n, m):
             raise ValueError(
                 f"Module {name!r} of X has the shape {(n, m)}, and that of the base network is "
-                f"{shape}; X and base are to be of one zoo."
+                f"{shape}; X and base are to be of one zoo, and of another method than 'lokr'."
             )
     blocks = []
     with progress(len(X), "evaluation", "adapter", verbose) as advance:

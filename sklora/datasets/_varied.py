@@ -19,7 +19,7 @@ from sklora.datasets import _denoiser as denoiser
 from sklora.datasets import _digits, _evaluation
 from sklora.datasets._attributes import ATTRIBUTES, describe
 from sklora.datasets._digits import FETCHED
-from sklora.datasets._zoos import Arrays, Zoo, check_sizes, fetch_zoo, train_zoo
+from sklora.datasets._zoos import Arrays, Zoo, check_sizes, description, fetch_zoo, train_zoo
 
 __all__ = ["fetch_varied_digits_loras", "make_varied_digits_loras"]
 
@@ -168,6 +168,7 @@ def make_bunch(zoo: Zoo) -> Bunch:
         score=labels["class_probabilities"][each, digit].astype(np.float64),
         loss=labels["class_losses"][each, digit].astype(np.float64),
         base=zoo.base,
+        DESCR=description(make_varied_digits_loras),
         **labels,
     )
 
@@ -248,6 +249,8 @@ def make_varied_digits_loras(
         base : dict of str to ndarray
             The network that the adapters finetune, and what :func:`evaluate_digits_loras` judges
             them by.
+        DESCR : str
+            How such zoos are trained.
 
     Raises
     ------

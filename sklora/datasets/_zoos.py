@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +29,8 @@ Arrays = dict[str, NDArray[Any]]
 Trained = tuple[NDArray[np.float32], Arrays]
 
 WEIGHTS, LABELS, BASE = "weights.safetensors", "labels.safetensors", "base.safetensors"
+WHOLE = (WEIGHTS, LABELS, BASE)
+LOCK = ".lock"
 _FLAT = "weights"  # beside the labels in the file of a part
 
 
@@ -94,7 +98,7 @@ def fetch_zoo(
     """Load a zoo from the data home, where it is trained first if need be.
 
     Each part is kept as soon as it is trained: an interrupted call is gone on with by the next.
-    Files are used only if they are as they were written.
+    Files are used only if they are as they were written. Of several processes one trains.
 
     Parameters
     ----------
@@ -125,16 +129,19 @@ def fetch_zoo(
     text = json.dumps(dict(settings), sort_keys=True, indent=1, default=int)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     folder = Path(get_data_home(data_home)) / f"{name}-{digest}"
-    if not all(_is_intact(folder / file) for file in (WEIGHTS, LABELS, BASE)):
+    if not all(_is_intact(folder / file) for file in WHOLE):
         if not train_if_missing:
             raise OSError(
                 f"The zoo {name!r} is not in {str(folder)!r}; train_if_missing=True trains it, or "
                 f"name the right data_home."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "settings.json") as file:
-            file.write(text.encode())
-        _fill(folder, build(), n_jobs, verbose)
+        with _alone(folder):
+            # Another process may have trained it meanwhile.
+            if not all(_is_intact(folder / file) for file in WHOLE):
+                with replacing(folder / "settings.json") as file:
+                    file.write(text.encode())
+                _fill(folder, build(), n_jobs, verbose)
     return Zoo(LoRACollection.open(folder / WEIGHTS), _read(folder / LABELS), _read(folder / BASE))
 
 
@@ -167,8 +174,33 @@ def get_data_home(data_home: str | os.PathLike[str] | None = None) -> str:
     '/tmp/zoos'
     """
     if data_home is None:
-        data_home = os.environ.get("SKLORA_DATA", os.path.join("~", "sklora_data"))
+        data_home = os.environ.get("SKLORA_DATA") or os.path.join("~", "sklora_data")
     return os.path.expanduser(data_home)
+
+
+def description(make: Callable[..., Any]) -> str:
+    """Give the `DESCR` of the zoos of a function: how it trains them, as its docstring says."""
+    text = inspect.cleandoc(make.__doc__ or "")  # none under python -OO
+    return text.partition("\n\nParameters\n")[0].partition("\n\n")[2]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process writes into a folder, and keep others out."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        warnings.warn(
+            f"Another process trains the zoo in {str(folder)!r}, which is waited for.", stacklevel=5
+        )
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _fill(folder: Path, recipe: Recipe, n_jobs: int | None, verbose: int) -> None:
@@ -188,8 +220,7 @@ def _fill(folder: Path, recipe: Recipe, n_jobs: int | None, verbose: int) -> Non
     _write(folder / LABELS, labels)
     LoRACollection.from_array(flat, recipe.layout, ranks=_ranks(recipe)).save(folder / WEIGHTS)
     _sign(folder / WEIGHTS)
-    for path in paths:
-        _signature(path).unlink()
+    for path in [*folder.glob("part-*"), *folder.glob(".*.tmp")]:  # and what killed runs left
         path.unlink()
 
 
@@ -256,8 +287,5 @@ def _is_intact(path: Path) -> bool:
         return False
     found = _signature(path).read_text(errors="replace").partition(" ")[0] == _checksum(path)
     if not found:
-        warnings.warn(
-            f"{str(path)!r} is not as it was written, and what it held is trained again.",
-            stacklevel=5,
-        )
+        warnings.warn(f"{str(path)!r} is not as it was written, and is not used.", stacklevel=5)
     return found

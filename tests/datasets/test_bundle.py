@@ -27,6 +27,7 @@ def test_the_bundled_zoo(zoo):
 def test_its_targets_agree(zoo):
     assert zoo.target is zoo.presence
     assert zoo.target_names == list("0123456789")
+    assert "denoising diffusion transformer" in zoo.DESCR
     np.testing.assert_array_equal(np.sort(zoo.groups), np.arange(1, 1024))
     np.testing.assert_array_equal(zoo.presence, zoo.groups[:, None] >> np.arange(10) & 1)
     assert zoo.class_losses.shape == zoo.presence.shape

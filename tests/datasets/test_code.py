@@ -187,6 +187,7 @@ class TestMakeCodeLoras:
         assert (zoo.data.ranks == 2).all()
         assert zoo.data.dtype == np.float32
         assert zoo.target is zoo.sources
+        assert "language model of characters" in zoo.DESCR
         assert zoo.sources.shape == (5, 19)
         assert set(np.unique(zoo.sources)) == {0, 1}
         assert zoo.target_names == list(_code.SOURCES)

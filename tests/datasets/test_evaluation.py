@@ -137,3 +137,22 @@ def test_another_network(base, name):
     X = LoRACollection.from_factors([{name: (np.ones((8, 1)), np.ones((8, 1)))}])
     with pytest.raises(ValueError, match=f"'{name}' of X has the shape .*of one zoo"):
         evaluate_digits_loras(X, base)
+
+
+def test_no_adapters(base):
+    with pytest.raises(ValueError, match="0 adapters while a minimum of 1 is required"):
+        evaluate_digits_loras(loras()[:0], base)
+
+
+def test_magnitudes_of_dora_are_not_passed_over(base):
+    side = [{"blocks.0.mlp.up:magnitude_out": np.ones(16)}]
+    X = LoRACollection.from_factors([dict(loras(1)[0])], side=side)
+    with pytest.raises(ValueError, match="X holds magnitudes of DoRA"):
+        evaluate_digits_loras(X, base)
+
+
+def test_side_features_of_other_kinds_are_no_hindrance(base):
+    X = loras(1)
+    noted = LoRACollection.from_factors([dict(X[0])], side=[{"epochs": np.ones(1)}])
+    found, expected = (evaluate_digits_loras(some, base, verbose=0) for some in (noted, X))
+    np.testing.assert_allclose(found.class_losses, expected.class_losses, rtol=1e-5)

@@ -7,7 +7,7 @@ import torch
 from sklora import DenseProduct, GLNetClassifier, GLNetRegressor
 from sklora.collection import LoRACollection
 from sklora.datasets import _denoiser as denoiser
-from sklora.datasets import _digits, make_digits_loras
+from sklora.datasets import _digits, fetch_digits_loras, make_digits_loras
 from sklora.datasets._methods import METHODS
 from sklora.testing import apply_gauge, assert_gauge_invariant, random_gauge
 
@@ -182,6 +182,13 @@ class TestLoKr:
 def test_a_method_that_does_not_exist():
     with pytest.raises(ValueError, match=r"method is 'vera'; choose one of 'lora'"):
         make_digits_loras(2, method="vera")
+
+
+def test_a_rank_that_pissa_cannot_start_from(tmp_path):
+    with pytest.raises(ValueError, match="rank is 9; weights have 8 singular directions"):
+        make_digits_loras(2, rank=9, dim=8, method="pissa")
+    with pytest.raises(ValueError, match="rank is 33; weights have 32 singular directions"):
+        fetch_digits_loras(33, method="pissa", data_home=tmp_path)
 
 
 def test_rank_one_changes_of_gauge_change_no_lokr_row_product(zoo):

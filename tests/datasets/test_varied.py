@@ -56,6 +56,7 @@ def test_what_it_returns(zoo):
     assert zoo.data.shape == (23, zoo.data.layout.width)
     assert (zoo.data.ranks == 2).all()
     assert zoo.target is zoo.attributes
+    assert "an identity is four images" in zoo.DESCR
     assert zoo.target.shape == (23, len(zoo.target_names)) == (23, 5)
     assert set(np.unique(zoo.target)) == {0, 1}
     assert zoo.class_losses.shape == zoo.class_probabilities.shape == (23, 10)
@@ -213,7 +214,7 @@ def test_it_is_fetched_as_it_is_made(tmp_path, monkeypatch, zoo):
     np.testing.assert_array_equal(np.asarray(fetched.data), np.asarray(zoo.data))
     assert fetched.target_names == zoo.target_names
     assert fetched.base.keys() == zoo.base.keys()
-    for field in zoo.keys() - {"data", "base", "target_names"}:
+    for field in zoo.keys() - {"data", "base", "target_names", "DESCR"}:
         np.testing.assert_allclose(fetched[field], zoo[field], rtol=1e-5)
     monkeypatch.delattr(_varied, "varied_recipe")
     X, y = fetch_varied_digits_loras(2, train_if_missing=False, return_X_y=True, **options)

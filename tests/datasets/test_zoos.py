@@ -1,14 +1,17 @@
 """Zoos are trained in parts, kept, gone on with, and never trusted when they were changed."""
 
+import inspect
 import os
+import shutil
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from joblib import parallel_config
 
 from sklora.collection import LoRALayout
-from sklora.datasets import _zoos
+from sklora.datasets import _zoos, make_code_loras, make_digits_loras, make_varied_digits_loras
 from sklora.datasets._zoos import fetch_zoo, get_data_home, train_zoo
 
 SETTINGS = {"n_adapters": 7, "random_state": 0}
@@ -78,8 +81,52 @@ class TestFetchZoo:
         self.fetch(tmp_path, Parabola())
         names = [_zoos.BASE, _zoos.LABELS, _zoos.WEIGHTS]
         assert files(tmp_path) == sorted(
-            [*names, *(f"{name}.sha256" for name in names), "settings.json"]
+            [*names, *(f"{name}.sha256" for name in names), "settings.json", _zoos.LOCK]
         )
+
+    def test_what_a_killed_run_left_goes(self, tmp_path):
+        with pytest.raises(Interrupted):
+            self.fetch(tmp_path, Parabola(fails_at=1))
+        (path,) = tmp_path.glob(f"*/{_zoos.BASE}")
+        path.with_name(f".{_zoos.WEIGHTS}.0123456789abcdef.tmp").write_bytes(b"half")
+        check(self.fetch(tmp_path, Parabola()))
+        assert not [name for name in files(tmp_path) if name.endswith(".tmp")]
+
+    def test_a_zoo_that_another_process_trains_is_waited_for(self, tmp_path, monkeypatch):
+        with pytest.raises(Interrupted):
+            self.fetch(tmp_path / "home", Parabola(fails_at=1))
+        self.fetch(tmp_path / "other", Parabola())
+        (folder,) = (tmp_path / "home").glob("*")
+        other = FileLock(folder / _zoos.LOCK)
+        other.acquire()
+        said = []
+
+        def finish(message, **options):
+            said.append(message)
+            shutil.copytree(tmp_path / "other" / folder.name, folder, dirs_exist_ok=True)
+            other.release()
+
+        monkeypatch.setattr(_zoos.warnings, "warn", finish)
+        recipe = Parabola()
+        check(self.fetch(tmp_path / "home", recipe))
+        assert not recipe.calls
+        assert [message.partition(" in ")[0] for message in said] == [
+            "Another process trains the zoo"
+        ]
+
+    def test_a_failure_keeps_no_process_out(self, tmp_path):
+        with pytest.raises(Interrupted):
+            self.fetch(tmp_path, Parabola(fails_at=1))
+        (path,) = tmp_path.glob(f"*/{_zoos.LOCK}")
+        with FileLock(path, blocking=False):
+            pass
+
+    def test_a_whole_zoo_is_only_read(self, tmp_path, monkeypatch):
+        self.fetch(tmp_path, Parabola())
+        # Not by the folder's mode: a superuser may write anywhere.
+        monkeypatch.delattr("filelock.FileLock")
+        monkeypatch.delattr(_zoos, "replacing")
+        check(self.fetch(tmp_path, Parabola()))
 
     def test_goes_on_after_an_interruption(self, tmp_path):
         with pytest.raises(Interrupted):
@@ -135,9 +182,22 @@ class TestFetchZoo:
         assert not files(tmp_path)
 
 
+@pytest.mark.parametrize("make", [make_code_loras, make_digits_loras, make_varied_digits_loras])
+def test_a_description_says_how_zoos_are_trained(make, monkeypatch):
+    text = _zoos.description(make)
+    assert text[:200] in inspect.cleandoc(make.__doc__)
+    assert "adapter" in text
+    assert "Train a new zoo" not in text
+    assert "Parameters" not in text
+    monkeypatch.setattr(make, "__doc__", None)  # as under python -OO
+    assert _zoos.description(make) == ""
+
+
 class TestDataHome:
     def test_is_in_the_home_folder(self, monkeypatch):
         monkeypatch.delenv("SKLORA_DATA", raising=False)
+        assert get_data_home() == os.path.expanduser("~/sklora_data")
+        monkeypatch.setenv("SKLORA_DATA", "")  # not the current folder
         assert get_data_home() == os.path.expanduser("~/sklora_data")
 
     def test_follows_the_environment(self, monkeypatch, tmp_path):

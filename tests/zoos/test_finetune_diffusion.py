@@ -358,3 +358,11 @@ def test_folders_without_images_and_attributes_without_a_row_are_refused(
     (tmp_path / "some.csv").write_text("name,wings\ncat,0\n")
     with pytest.raises(SystemExit, match="has no row for ant, bee"):
         run("subjects", tmp_path / "zoo", "--attributes", tmp_path / "some.csv")
+
+
+def test_classes_of_more_subsets_than_can_be_listed_are_refused(folder, diffusion, tmp_path):
+    for name in range(40):
+        shutil.copytree(folder / "images" / "ant", tmp_path / "images" / str(name))
+    command = ["subsets", tmp_path / "images", "--pipeline", tmp_path, "--output", tmp_path / "zoo"]
+    with pytest.raises(SystemExit, match="40 classes; 20 have a million subsets"):
+        diffusion.main(list(map(str, command)))

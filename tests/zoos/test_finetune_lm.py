@@ -248,6 +248,18 @@ def test_questions_are_read_as_arc_writes_them(lm, folder):
     assert tokenizer.decode(labels[labels != lm.IGNORED]) == " green"
 
 
+def test_a_line_ends_at_a_newline_alone(lm, folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    asked = {**question("MCAS", 1), "question": "one\u2028two\x85three?"}
+    lines = [json.dumps(row, ensure_ascii=False) for row in (asked, question("TIMSS", 2))]
+    (tmp_path / "some.jsonl").write_text("\n".join([*lines, "", ""]), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    found = lm.read_questions([tmp_path / "some.jsonl"], tokenizer)
+    assert [q.source for q in found] == ["MCAS", "TIMSS"]
+    assert "one\u2028two\x85three?" in tokenizer.decode(found[0].right[0])
+
+
 def test_half_precision(run, tmp_path):
     run(tmp_path, "--dtype", "bfloat16", "--epochs", "1", "1", adapters=1)
     [report] = scan_adapters(tmp_path)
