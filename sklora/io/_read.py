@@ -102,7 +102,8 @@ def read_adapters(
         passed by: trainers save the same weights twice.
     layout : LoRALayout or None, default=None
         The modules to read, such as ``estimator.layout_``; ranks may exceed those of the layout,
-        and the collection then has room for them. By default all modules of all files, by name.
+        and the collection then has room for them. By default all modules of all files, by name, in
+        the shape that they have in the first file that has them: others do not fit.
     on_missing : {"zero", "raise"}, default="zero"
         What becomes of a module or side feature that a file lacks: the zero update, or an error.
     on_extra : {"ignore", "raise"}, default="ignore"
