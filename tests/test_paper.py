@@ -51,7 +51,10 @@ EXPECTED = {
         "next-token accuracy": (FIVE, REGRESSION),
     },
     "appendix_e": {f"classes, {method}": (FIVE, {"accuracy"}) for method in ("dora", "lokr")},
-    "figure4": {"attributes": (BY_RANK, {f"accuracy, rank {rank}" for rank in (1, 4, 8)})},
+    "figure4": {
+        "attributes": (BY_RANK, {f"accuracy, rank {rank}" for rank in (1, 4, 8)}),
+        "accuracy lost from rank 4": (BY_RANK, {f"rank {rank}" for rank in (1, 4, 8)}),
+    },
     "salama": {
         f"size, rank {rank}": (RECOVERED, {"accuracy", "error in images"}) for rank in (4, 32)
     },
@@ -310,6 +313,17 @@ def test_every_rank_is_tested_on_the_same_sets(paper):
         np.testing.assert_array_equal(groups, [1, 3, 1])
         np.testing.assert_array_equal(y, np.eye(12)[[1, 3, 5]])
         np.testing.assert_array_equal(X.ids, zoos[4].data.ids[[1, 3, 5]])
+
+
+def test_what_is_lost_between_ranks_is_paired(paper):
+    y, groups = np.zeros((6, 2)), np.repeat(np.arange(3), 2)
+    tests = {f"rank {rank}": paper.protocol.TestSet(None, y, groups) for rank in (1, 4)}
+    wrong = y.copy()
+    wrong[::2, 0] = 1  # one label of one adapter in every group
+    answer = paper.protocol.Answer(predictions=[{"rank 1": wrong, "rank 4": y}] * 2)
+    lost = paper.figure4.lost_accuracy(SimpleNamespace(test_sets=tests), {"svd": answer})["svd"]
+    assert lost.scores == {"rank 1": [0.25, 0.25], "rank 4": [0.0, 0.0]}
+    assert lost.test_errors == {"rank 1": 0.0, "rank 4": 0.0}
 
 
 def test_neighbours_recover_sizes(paper):

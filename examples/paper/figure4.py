@@ -63,6 +63,23 @@ def test_sets(zoos: Mapping[int, Bunch], held_out: NDArray[Any]) -> dict[str, Te
     return tests
 
 
+def lost_accuracy(question: Question, answers: Mapping[str, Answer]) -> dict[str, Answer]:
+    """Give how much less often models are right than at the rank they learnt from, set by set."""
+    home = f"rank {TRAINED}"
+    lost = {name: Answer() for name in answers}
+    for rank, test in question.test_sets.items():
+        for name, answer in answers.items():
+            differences = []
+            for predicted in answer.predictions:
+                there, here = ((test.y == predicted[of]).mean(axis=1) for of in (home, rank))
+                differences.append(there - here)
+            lost[name].scores[rank] = [float(one.mean()) for one in differences]
+            lost[name].test_errors[rank] = protocol.bootstrap(
+                test, differences, lambda _, difference: float(difference.mean())
+            )
+    return lost
+
+
 def main(argv: Sequence[str] | None = None) -> dict:
     """Make the figure's numbers, and the figure."""
     parser = protocol.parser(__doc__)
@@ -87,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         tests=test_sets(zoos, held_out),
     )
     answers = run.ask(question)
+    run.keep(f"accuracy lost from rank {TRAINED}", lost_accuracy(question, answers))
     report = run.finish()
     if run.args.plot:
         draw(answers, ranks, run.args.plot)
