@@ -93,7 +93,11 @@ def squared_norms(X: LoRACollection, *, device: torch.device) -> NDArray[np.floa
     -------
     ndarray of shape (len(X),), of float64
     """
-    return _sum_over_modules(squared_norm, X, device)
+
+    def norm(U: Tensor, V: Tensor) -> Tensor:
+        return squared_norm(U.double(), V.double())
+
+    return _sum_over_modules(norm, X, device)
 
 
 def squared_sizes(X: LoRACollection, *, device: torch.device) -> NDArray[np.float64]:
@@ -111,7 +115,10 @@ def squared_sizes(X: LoRACollection, *, device: torch.device) -> NDArray[np.floa
     """
 
     def size(U: Tensor, V: Tensor) -> Tensor:
-        return U.square().sum(dim=(-2, -1)) * V.square().sum(dim=(-2, -1))
+        # No copy in float64: nobody asks for digits of this.
+        u: Tensor = torch.linalg.vector_norm(U, dim=(-2, -1)).double()
+        v: Tensor = torch.linalg.vector_norm(V, dim=(-2, -1)).double()
+        return (u * v).square()
 
     return _sum_over_modules(size, X, device)
 
@@ -124,7 +131,7 @@ def _sum_over_modules(
         read = _reader(X, rows, device)
         for position in range(X.layout.n_modules):
             U, V = read(position)
-            sums[rows] += function(U.double(), V.double()).cpu().numpy()
+            sums[rows] += function(U, V).cpu().numpy()
     return sums
 
 
