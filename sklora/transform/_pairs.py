@@ -97,41 +97,30 @@ def squared_norms(X: LoRACollection, *, device: torch.device) -> NDArray[np.floa
     def norm(U: Tensor, V: Tensor) -> Tensor:
         return squared_norm(U.double(), V.double())
 
-    return _sum_over_modules(norm, X, device)
+    return sum_over_modules(norm, X, device=device)
 
 
-def squared_sizes(X: LoRACollection, *, device: torch.device) -> NDArray[np.float64]:
-    """``||U||^2 ||V||^2`` of every adapter, all modules together: what rounding is relative to.
+def sum_over_modules(
+    function: Callable[[Tensor, Tensor], Tensor], X: LoRACollection, *, device: torch.device
+) -> NDArray[np.float64]:
+    """Add up what a function gives of ``U`` and ``V`` of one module, over the modules.
 
     Parameters
     ----------
+    function : callable
+        Of stacks of factors; gives a number for each adapter.
     X : LoRACollection
     device : torch.device
 
     Returns
     -------
     ndarray of shape (len(X),), of float64
-        At least the squared norms of the updates; the worse the gauge, the larger.
     """
-
-    def size(U: Tensor, V: Tensor) -> Tensor:
-        # No copy in float64: nobody asks for digits of this.
-        u: Tensor = torch.linalg.vector_norm(U, dim=(-2, -1)).double()
-        v: Tensor = torch.linalg.vector_norm(V, dim=(-2, -1)).double()
-        return (u * v).square()
-
-    return _sum_over_modules(size, X, device)
-
-
-def _sum_over_modules(
-    function: Callable[[Tensor, Tensor], Tensor], X: LoRACollection, device: torch.device
-) -> NDArray[np.float64]:
     sums = np.zeros(len(X))
     for rows in _blocks(X):
         read = _reader(X, rows, device)
         for position in range(X.layout.n_modules):
-            U, V = read(position)
-            sums[rows] += function(U, V).cpu().numpy()
+            sums[rows] += function(*read(position)).cpu().numpy()
     return sums
 
 

@@ -19,7 +19,7 @@ from sklora.linalg import dense_product
 from sklora.linalg._factors import column_signs
 from sklora.linalg._random import gaussian_projections
 from sklora.transform._base import WeightsToFeatures
-from sklora.transform._pairs import KeepsTraining, inner_products, squared_sizes
+from sklora.transform._pairs import KeepsTraining, inner_products, sum_over_modules
 
 _SKETCH_COMPONENTS = 32
 
@@ -171,7 +171,8 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
         products = inner_products(X, device=device, verbose=self.verbose)
         values, vectors = (A.flip(-1) for A in torch.linalg.eigh(torch.from_numpy(products)))
         rounding = max(np.finfo(np.float64).eps, np.finfo(X.dtype).eps ** 2)
-        size = max(len(X) * float(values[0]), float(squared_sizes(X, device=device).sum()))
+        sizes = sum_over_modules(_squared_size, X, device=device)
+        size = max(len(X) * float(values[0]), float(sizes.sum()))
         n_coordinates = int((values > rounding * size).sum())
         if self.n_components is not None:
             n_coordinates = min(n_coordinates, self.n_components)
@@ -239,3 +240,11 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
                 for matrices, A in ((self.left_, U), (self.right_, V))
             )
         return dense_product(U, V).flatten(-2)
+
+
+def _squared_size(U: Tensor, V: Tensor) -> Tensor:
+    """``||U||^2 ||V||^2``, what rounding is relative to: the worse the gauge, the larger."""
+    # No copy in float64: nobody asks for digits of this.
+    u: Tensor = torch.linalg.vector_norm(U, dim=(-2, -1)).double()
+    v: Tensor = torch.linalg.vector_norm(V, dim=(-2, -1)).double()
+    return (u * v).square()
