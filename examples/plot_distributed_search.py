@@ -8,7 +8,7 @@ worker processes stand for the cluster here. For one of many machines, start ``d
 ``dask worker`` there, connect with ``Client("tcp://scheduler:8786")``, and put the zoo's file where
 all of them see it; the rest stays as it is.
 
-Needs ``pip install sklora[dask]``.
+Needs the extra ``dask``: ``pip install ".[dask]"`` in a clone of the repository.
 """
 
 # %%

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from io import StringIO
 
 import torch
 
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 when all is well, 1 when some or all of the work failed, 2 when the command
         was called wrongly.
     """
+    # Whoever closed a stream, for which Python has None, wants nothing of it.
+    sys.stdout, sys.stderr = sys.stdout or StringIO(), sys.stderr or StringIO()
     try:
         args = build_parser().parse_args(argv)
     except SystemExit as stop:

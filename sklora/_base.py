@@ -190,10 +190,11 @@ def _exists(device: torch.device) -> bool:
 
 
 def as_tensor(block: NDArray[Any]) -> torch.Tensor:
-    """Give an array as a tensor that shares its memory, or as a copy if it is read-only."""
+    """Give an array as a tensor that shares its memory, or as a copy if that cannot be."""
     import torch
 
-    return torch.from_numpy(block if block.flags.writeable else block.copy())
+    even = all(stride >= 0 and stride % block.itemsize == 0 for stride in block.strides)
+    return torch.from_numpy(block if even and block.flags.writeable else block.copy())
 
 
 def check_option(name: str, value: object, options: Iterable[str]) -> None:

@@ -121,8 +121,7 @@ def flat_from_factors(
         )
     elif base_model is not None and not layout.has_plain_rows:
         layout = LoRALayout(layout.modules, side=layout.side, base_model=base_model)
-    target = _common_dtype(adapters, sides) if dtype is None else np.dtype(dtype)
-    compute_dtype(target)
+    target = _common_dtype(adapters, sides) if dtype is None else _checked_dtype(dtype)
     flat = np.zeros((len(adapters), layout.width), target)
     ranks = np.zeros((len(adapters), layout.n_modules), np.intp)
     for row, (adapter, vectors) in enumerate(zip(adapters, sides, strict=True)):
@@ -162,7 +161,7 @@ def _checked_factors(row: int, name: str, pair: tuple[ArrayLike, ArrayLike]) -> 
         raise ValueError(
             f"{where} is no pair of factors; pass (U, V) with U (n, r) and V (m, r)."
         ) from None
-    U, V = _as_array(where, U), _as_array(where, V)
+    U, V = (_as_array(f"a factor of {where}", factor) for factor in (U, V))
     shapes = f"U {U.shape} and V {V.shape}"
     if U.ndim != 2 or V.ndim != 2:
         raise ValueError(f"{where} has {shapes}; factors are matrices U (n, r) and V (m, r).")
@@ -184,27 +183,31 @@ def _checked_factors(row: int, name: str, pair: tuple[ArrayLike, ArrayLike]) -> 
     return U, V
 
 
-def _as_array(where: str, factor: ArrayLike) -> NDArray[Any]:
+def _as_array(what: str, numbers: ArrayLike) -> NDArray[Any]:
     try:
-        return np.asarray(factor)
+        return np.asarray(numbers)
     # What torch raises for a tensor that NumPy has no numbers for: bfloat16, CUDA, gradients.
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{where} has a factor of type {type(factor).__name__}, which is no array: "
+            f"{what} is given as a {type(numbers).__name__}, which is no array: "
             f"{str(error).rstrip('.')}. Pass NumPy arrays; of a tensor of torch, "
             "tensor.detach().cpu().float().numpy()."
         ) from error
 
 
 def _vectors(row: int, mapping: Mapping[str, ArrayLike]) -> Side:
-    vectors = {name: np.asarray(values).reshape(-1) for name, values in mapping.items()}
-    for name, vector in vectors.items():
+    if not isinstance(mapping, Mapping):
+        raise TypeError(
+            f"side features of adapter {row} are a {type(mapping).__name__}; pass a sequence of "
+            "mappings {name: vector}, one for every adapter."
+        )
+    vectors = {}
+    for name, values in mapping.items():
+        what = f"side feature {name!r} of adapter {row}"
+        vector = vectors[name] = _as_array(what, values).reshape(-1)
         compute_dtype(vector.dtype)
         if not np.isfinite(vector).all():
-            raise ValueError(
-                f"side feature {name!r} of adapter {row} has NaN or infinity; leave the adapter "
-                "out, or mend it."
-            )
+            raise ValueError(f"{what} has NaN or infinity; leave the adapter out, or mend it.")
     return vectors
 
 
@@ -232,12 +235,23 @@ def _inferred_layout(
     return LoRALayout(modules, side=widths.items(), base_model=base_model)
 
 
+def _checked_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    checked = np.dtype(dtype)
+    compute_dtype(checked)
+    if checked.kind in "iub":
+        raise ValueError(f"dtype={checked} rounds weights; pass a floating-point one, or None.")
+    return checked
+
+
 def _common_dtype(adapters: Sequence[Adapter], sides: Sequence[Side]) -> np.dtype[Any]:
     dtypes = {factor.dtype for adapter in adapters for pair in adapter.values() for factor in pair}
     if not dtypes:
         return np.dtype(np.float32)
-    common = np.result_type(*dtypes, *({v.dtype for side in sides for v in side.values()}))
-    return common if common.kind not in "iub" else compute_dtype(common)
+    dtypes |= {vector.dtype for side in sides for vector in side.values()}
+    if len(dtypes) == 1 and (only := np.result_type(*dtypes)).kind not in "iub":
+        return only
+    # NumPy knows no common type of float16 and bfloat16.
+    return np.result_type(*map(compute_dtype, dtypes))
 
 
 def _check_against(row: int, adapter: Adapter, layout: LoRALayout) -> None:

@@ -7,6 +7,8 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import EEXIST
+from pathlib import PurePath
 from typing import BinaryIO
 
 
@@ -27,8 +29,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises
     ------
     OSError
-        When the file cannot be written.
+        When the file cannot be written, or is a device or pipe.
     """
+    # Renaming would put a file in the place of a device, such as the null device.
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise FileExistsError(EEXIST, "it is no regular file", os.fspath(path))
     temporary = unfinished(path)
     file = open(temporary, "xb")  # noqa: SIM115 (closed below, before it is renamed)
     try:
@@ -81,5 +86,5 @@ def unfinished(path: str | os.PathLike[str]) -> str:
     Beside the final place, because renaming works within one disk alone; hidden, so that what a
     killed process leaves is never taken for an adapter of its folder.
     """
-    folder, name = os.path.split(os.path.normpath(path))
+    folder, name = os.path.split(PurePath(path))
     return os.path.join(folder, f".{name}.{secrets.token_hex(8)}.tmp")

@@ -296,8 +296,9 @@ class LoRALayout:
         Returns
         -------
         ndarray of shape (N, n_modules), of intp
-            The place of the last column that is not zero in both factors; 0 where there is none,
-            which is the zero update of a module that the adapter lacks. Plain rows have rank 1.
+            The place of the last column that is not zero in one factor or the other; 0 where there
+            is none, which is the zero update of a module that the adapter lacks. Plain rows have
+            rank 1.
 
         Raises
         ------

@@ -112,8 +112,8 @@ class LoRACollection:
         base_model : str or None, default=None
             What the adapters were trained on.
         dtype : dtype or None, default=None
-            How weights are stored; by default the common dtype of the factors. float16 and bfloat16
-            are read as float32.
+            How weights are stored; by default the common dtype of factors and side features, of
+            which Python's floats are float64. float16 and bfloat16 are read as float32.
 
         Returns
         -------
@@ -124,9 +124,9 @@ class LoRACollection:
         ValueError
             When factors are no matrices, have different inner ranks, rank 0, NaN or infinity; when
             a module has different shapes in different adapters or does not fit `layout`; when side
-            features or ids are missing. The message names adapter, module, shapes and remedy.
+            features or ids are missing, or `dtype` is one of integers. The message says where.
         TypeError
-            When an adapter is no mapping.
+            When an adapter, or its side features, are no mapping.
 
         Examples
         --------

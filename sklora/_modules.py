@@ -94,11 +94,14 @@ def checked_modules(modules: Iterable[Sequence[Any]]) -> tuple[LoRAModule, ...]:
 
 def checked_side(side: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
     """Check descriptions ``(name, size)`` of side features, as for `LoRALayout`."""
-    checked = tuple(
-        (name, _checked_size(size, f"size of side feature {name!r}")) for name, size in side
-    )
+    checked = []
+    for feature in side:
+        if len(feature) != 2:
+            raise ValueError(f"a side feature is described by (name, size), got {feature!r}.")
+        name, size = feature
+        checked.append((name, _checked_size(size, f"size of side feature {name!r}")))
     _check_names("side feature", [name for name, _ in checked])
-    return checked
+    return tuple(checked)
 
 
 def raise_first_difference(expected: LoRALayout, found: LoRALayout) -> None:

@@ -385,24 +385,43 @@ def _checked_ranks(ranks: ArrayLike, n_adapters: int, layout: LoRALayout) -> NDA
     return checked
 
 
-def check_memory(n_rows: int, width: int, dtype: np.dtype[Any]) -> None:
-    """Check that the flat array of some adapters fits into memory."""
+_READ_IN_BLOCKS = (
+    "Give the collection itself to a step of sklora, such as SVDSpectrum, which reads it in "
+    "blocks, or take fewer adapters."
+)
+
+
+def check_memory(
+    n_rows: int,
+    width: int,
+    dtype: np.dtype[Any],
+    *,
+    what: str = "the flat array",
+    remedy: str = _READ_IN_BLOCKS,
+) -> None:
+    """Check that an array with a row for each of some adapters fits into memory."""
     needed = n_rows * width * dtype.itemsize
     available = available_memory()
     if available is not None and needed > available:
         raise MemoryError(
-            f"the flat array of {n_rows} adapters x {width} columns takes "
-            f"{needed / 2**30:.1f} GiB as {dtype}, but {available / 2**30:.1f} GiB are free. Give "
-            "the collection itself to a step of sklora, such as SVDSpectrum, which reads it in "
-            "blocks, or take fewer adapters."
+            f"{what} of {n_rows} adapters x {width} columns takes {needed / 2**30:.1f} GiB as "
+            f"{dtype}, but {available / 2**30:.1f} GiB are free. {remedy}"
         )
 
 
 def available_memory() -> int | None:
-    """Give the bytes of memory that can be had without swapping; None where that is unknown."""
+    """Give the bytes of memory that can be had without swapping; None where that is unknown.
+
+    It is no more than what the control group of this process, such as a container, is allowed.
+    """
     try:
         with open("/proc/meminfo") as file:
             lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        available = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
+    try:
+        with open("/sys/fs/cgroup/memory.max") as file:
+            return min(available, int(file.read()))
+    except (OSError, ValueError):  # there is no such file, or it says "max"
+        return available

@@ -104,7 +104,7 @@ def open_zoo(path: str | os.PathLike[str]) -> Store:
     ValueError
         When the file is no zoo, or damaged. Nothing that it says is taken on trust.
     """
-    path = os.path.abspath(path)
+    path = os.path.realpath(path)
     metadata, tensors, data_start = _read_header(path)
     if metadata.get("format") != _FORMAT:
         raise ValueError(

@@ -52,11 +52,14 @@ def check_loras(
         Whether any rank will do, in which case the layout of the result may have other ranks than
         `layout_`, or ranks have to be at most those of `layout_`, in which case the result is laid
         out by it.
+    numbers : bool, default=True
+        Whether to look for NaN and infinity in a collection now. With False, whoever reads it
+        passes each block to `check_numbers`.
 
     Returns
     -------
     LoRACollection
-        Of at least one adapter, without NaN or infinity.
+        Of at least one adapter, without NaN or infinity unless `numbers` is False.
 
     Raises
     ------

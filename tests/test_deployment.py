@@ -20,7 +20,7 @@ from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, GroupKFold
-from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline
 
 import sklora
 from sklora import (
@@ -29,6 +29,8 @@ from sklora import (
     LoRACollection,
     LoRALayout,
     MLPNetClassifier,
+    MLPNetRegressor,
+    SVDSpectrum,
     architecture_grid,
     make_architecture,
 )
@@ -310,6 +312,18 @@ class TestOnnx:
         else:
             assert "classes" not in metadata
 
+    def test_classes_of_any_type(self, tmp_path):
+        X = np.random.default_rng(0).normal(size=(20, 5))
+        days = np.array(["2026-11-01", "2026-11-26"], "datetime64[D]")
+        model = GLNetClassifier(max_epochs=1, device="cpu").fit(X, days[np.arange(20) % 2])
+        export_onnx(model, tmp_path / "model.onnx")
+        [classes] = [
+            entry.value
+            for entry in onnx.load(tmp_path / "model.onnx").metadata_props
+            if entry.key == "classes"
+        ]
+        assert json.loads(classes) == ["2026-11-01", "2026-11-26"]
+
     def test_is_plain(self, exported):
         """In float64, whole in one file, and of no custom operators."""
         model = onnx.load(exported.onnx_path, load_external_data=False)
@@ -404,8 +418,12 @@ class TestModelCard:
             make_architecture("mlp", device="cpu").set_params(model__max_epochs=1),
             GLNetClassifier(max_epochs=1, device="cpu"),
             Pipeline([("features", architecture_grid()[-1]["features"][0]), ("m", Ridge())]),
+            make_pipeline(
+                FeatureUnion([("pca", PCA(2)), ("svd", SVDSpectrum(device="cpu"))]),
+                MLPNetClassifier(max_epochs=1, device="cpu"),
+            ),
         ],
-        ids=["svd", "mlp", "no pipeline", "nested"],
+        ids=["svd", "mlp", "no pipeline", "nested", "union"],
     )
     def test_code_of_the_card_runs(self, model, tmp_path, monkeypatch):
         ranks = np.full((30, len(SHAPES)), 2)
@@ -456,6 +474,25 @@ class TestModelCard:
         assert "# Safe" not in text.splitlines()
         assert text.count(r"'tiny\n\n# Safe'") == 2
 
+    def test_names_are_no_markup(self, tmp_path):
+        factors = np.ones((30, 3, 1)) * np.arange(30)[:, None, None]
+        X = LoRACollection.from_factors(
+            ({"a|b": (U, U), "<img src=x>": (U, U)} for U in factors), base_model="<b>tiny</b>"
+        )
+        model = GLNetClassifier(max_epochs=1, device="cpu")
+        search = GridSearchCV(model, {}, cv=2).fit(X, np.where(np.arange(30) % 2, "*x*", "<y>"))
+        text = model_card(search, tmp_path / "my scores.png", targets=np.array(["`t`"])).render()
+        assert "which predicts '&#96;t&#96;'." in text
+        assert "Classes: '&#42;x&#42;', '&#60;y&#62;'." in text
+        assert text.count("'&#60;b&#62;tiny&#60;/b&#62;'") == 2
+        assert [line.count("|") for line in text.splitlines() if "&#124;" in line] == [5]
+        assert "<img" not in text
+        assert "![Comparison](my%20scores.png)" in text
+
+    def test_no_targets(self, search, tmp_path):
+        text = model_card(search, tmp_path / "scores.png", targets=[]).render()
+        assert "A classification model for LoRA adapters. The" in text
+
     def test_one_fold(self, zoo, tmp_path):
         model = GLNetClassifier(max_epochs=1, device="cpu")
         split = [(np.arange(20), np.arange(20, 30))]
@@ -479,6 +516,11 @@ class TestModelCard:
         with pytest.raises(NotFittedError):
             model_card(search, tmp_path / "scores.png")
         search.fit(np.asarray(zoo), targets("one number", 30))
+        with pytest.raises(ValueError, match="no part of Pipeline was fitted on adapters"):
+            model_card(search, tmp_path / "scores.png")
+        # Behind the step that forgets what the columns are, there are rows of numbers.
+        model = make_pipeline(PCA(2), MLPNetRegressor(max_epochs=1, device="cpu"))
+        search = GridSearchCV(model, {}, cv=2).fit(zoo, targets("one number", 30))
         with pytest.raises(ValueError, match="no part of Pipeline was fitted on adapters"):
             model_card(search, tmp_path / "scores.png")
         assert os.listdir(tmp_path) == []

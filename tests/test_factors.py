@@ -60,6 +60,7 @@ class TestFromFactors:
         X = LoRACollection.from_factors([{"q": pair(rank=1)}], layout=layout)
         assert X.layout == layout
         assert X.ranks.tolist() == [[0, 1]]
+        assert not X.ranks.flags.writeable
 
     def test_a_declared_layout_allows_for_no_adapters(self):
         X = LoRACollection.from_factors([], layout=LAYOUT)
@@ -105,6 +106,16 @@ class TestFromFactors:
         X = LoRACollection.from_factors([{"q": (U.astype(np.float16), V.astype(np.float32))}])
         assert X._store.array.dtype == np.float32
 
+    @pytest.mark.parametrize("other", [np.float16, np.int8, np.int64, np.float64])
+    def test_every_dtype_mixes_with_bfloat16(self, other):
+        """Of most of them NumPy knows no common type."""
+        brain = tuple(factor.astype(ml_dtypes.bfloat16) for factor in pair(fill=3))
+        factors = [{"q": brain}, {"q": tuple(factor.astype(other) for factor in pair(fill=5))}]
+        X = LoRACollection.from_factors(factors)
+        wide = other in (np.int64, np.float64)
+        assert X._store.array.dtype == (np.float64 if wide else np.float32)
+        assert [adapter["q"][0][0, 0] for adapter in X] == [3, 5]
+
     def test_the_dtype_can_be_chosen(self):
         X = LoRACollection.from_factors([{"q": pair()}], dtype=np.float16)
         assert X._store.array.dtype == np.float16
@@ -142,7 +153,7 @@ class TestRefusedFactors:
         ],
     )
     def test_what_numpy_does_not_take(self, factor, reason):
-        message = rf"module 'q' of adapter 0 has a factor of type .*{reason}.*\.float\(\)"
+        message = rf"a factor of module 'q' of adapter 0 is given as a .*{reason}.*\.float\(\)"
         with pytest.raises(ValueError, match=message):
             LoRACollection.from_factors([{"q": (factor, np.ones((2, 2)))}])
 
@@ -183,6 +194,22 @@ class TestRefusedFactors:
         with pytest.raises(ValueError, match="side feature 'a' of adapter 1 has NaN or inf"):
             LoRACollection.from_factors(factors, side=[{"a": [1.0]}, {"a": [np.nan]}])
 
+    @pytest.mark.parametrize(
+        ("side", "error", "message"),
+        [
+            ({"a": [1.0]}, TypeError, r"side features of adapter 0 are a str; .*\{name: vector\}"),
+            ([[1.0]], TypeError, "side features of adapter 0 are a list"),
+            (
+                [{"a": torch.ones(2, dtype=torch.bfloat16)}],
+                ValueError,
+                r"side feature 'a' of adapter 0 is given as a .*BFloat16.*\.float\(\)",
+            ),
+        ],
+    )
+    def test_what_are_no_side_features(self, side, error, message):
+        with pytest.raises(error, match=message):
+            LoRACollection.from_factors([{"q": pair()}], side=side)
+
     def test_two_base_models(self):
         layout = LoRALayout([("q", 3, 2, 2)], base_model="a")
         with pytest.raises(ValueError, match=r"base_model='b', but the layout is of 'a'"):
@@ -195,3 +222,8 @@ class TestRefusedFactors:
     def test_numbers_beyond_the_dtype(self):
         with pytest.raises(ValueError, match="module 'q' that float16 cannot hold; pass another"):
             LoRACollection.from_factors([{"q": pair(fill=1e6)}], dtype=np.float16)
+
+    @pytest.mark.parametrize("dtype", [np.int8, np.int64, bool])
+    def test_a_dtype_that_rounds(self, dtype):
+        with pytest.raises(ValueError, match=f"dtype={np.dtype(dtype)} .* floating-point"):
+            LoRACollection.from_factors([{"q": pair(fill=1.5)}], dtype=dtype)

@@ -158,6 +158,8 @@ class TestRefusedDescriptions:
             LoRALayout(modules)
 
     def test_side(self):
+        with pytest.raises(ValueError, match=r"described by \(name, size\), got 'scale'"):
+            LoRALayout([("q", 3, 2, 1)], side={"scale": 1})
         with pytest.raises(ValueError, match="side feature 's' is named twice"):
             LoRALayout([("q", 3, 2, 1)], side=[("s", 1), ("s", 1)])
         with pytest.raises(ValueError, match="size of side feature 's' must be at least 1"):
@@ -217,8 +219,14 @@ class TestPacking:
     def test_pack_refuses_to_cut_off(self):
         layout = LAYOUT.with_ranks((2, 1, 2))
         factors = layout.unpack(numbered_rows(layout))
-        with pytest.raises(ValueError, match=r"module 'v': factors of rank 2 .* layout's rank 1"):
-            LAYOUT.pack(factors, np.zeros((3, 2)))
+        for kept in (None, 0, 1):  # factors that are zero beyond the rank
+            parts = [tuple(map(np.copy, pair)) for pair in factors]
+            if kept is not None:
+                for pair in parts:
+                    pair[kept][..., 1:] = 0
+            message = r"module 'v': factors of rank 2 .* layout's rank 1"
+            with pytest.raises(ValueError, match=message):
+                LAYOUT.pack(parts, np.zeros((3, 2)))
 
     def test_pack_refuses_other_shapes(self):
         factors = LAYOUT.unpack(numbered_rows(LAYOUT))

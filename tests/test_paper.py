@@ -21,7 +21,11 @@ FIVE = ("mlp", "o-align", "svd", "dense", "gl-net", "gl-net, spectrum")
 BY_RANK = ("svd", "dense", "gl-net", "gl-net, spectrum")
 REGRESSION = {"R2", "Kendall's tau", "Spearman's rho"}
 ATTRIBUTES = {"accuracy", "loop", "symmetric", "thick", "slanted", "wide"}
-SUMS = {"class sum", "equation 38", "with a rate for each class", "presence"}
+SUMS = {
+    *("class sum", "equation 38", "beyond equation 38"),
+    *("with a rate for each class", "presence"),
+}
+DIGIT = ("(digit alone)",)
 RECOVERED = ("vote of the modules", "all modules at once")
 EDITED = (
     *("without the class", "moved, rank 4", "moved, rank 16"),
@@ -36,7 +40,11 @@ EXPECTED = {
     "table2": {"score of the samples": ((*FIVE, "gl-net, mean head"), REGRESSION)},
     "table3": {
         "attributes, sets shared by the parts": (FIVE, ATTRIBUTES),
+        "attributes, sets shared by the parts, by the digit alone": (DIGIT, ATTRIBUTES),
+        "attributes, sets shared by the parts, beyond the digit": (FIVE, {"accuracy"}),
         "attributes, every set in one part": (FIVE, ATTRIBUTES),
+        "attributes, every set in one part, by the digit alone": (DIGIT, ATTRIBUTES),
+        "attributes, every set in one part, beyond the digit": (FIVE, {"accuracy"}),
         "classes, rank 4": (FIVE, {"accuracy"}),
         "classes, rank 32": (FIVE, {"accuracy"}),
     },
@@ -260,6 +268,21 @@ def test_the_verdict_is_one_standard_error_of_the_best(paper, mean, within):
     }
 
 
+def test_the_digit_alone_tells_what_goes_with_it(paper):
+    digit = np.arange(400) % 10
+    y = np.stack([digit < 5, np.arange(400) % 3 == 0], axis=1).astype(int)
+    metrics = paper.protocol.labels(["of the digit", "other"])
+    question = paper.protocol.Question("test", np.empty((400, 0)), y, metrics)
+    answer = paper.table3.by_digit(question, digit)
+    rows = question.rows
+    assert answer.scores["of the digit"] == [1.0]
+    assert answer.scores["other"] == [1 - y[rows.test, 1].mean()]
+    assert answer.test_errors["accuracy"] > 0
+    # It is learnt from the training rows.
+    y[rows.train, 0] = 1 - y[rows.train, 0]
+    assert paper.table3.by_digit(question, digit).scores["of the digit"] == [0.0]
+
+
 @pytest.mark.parametrize("p", [0.5, 0.8, 1.0])
 def test_equation_38_counts_every_pattern_of_errors(paper, p):
     sizes, n_classes = [1, 3, 4], 4
@@ -296,10 +319,29 @@ def test_rates_for_each_class_count_every_pattern_of_errors(paper, rng):
 def test_equation_38_holds_where_errors_are_independent(paper, rng):
     presence = rng.integers(2, size=(20_000, 10))
     predicted = np.where(rng.random(presence.shape) < 0.15, 1 - presence, presence)
-    found = paper.table4.class_sum(presence, predicted)
+    found = {name: metric(presence, predicted) for name, metric in paper.table4.METRICS.items()}
     assert found["presence"] == pytest.approx(0.85, abs=0.005)
+    assert found["beyond equation 38"] == pytest.approx(0, abs=0.01)
     for expected in ("equation 38", "with a rate for each class"):
         assert found["class sum"] == pytest.approx(found[expected], abs=0.01)
+
+
+def test_what_is_beyond_equation_38_has_an_error_of_the_test_sets(paper, rng):
+    y = rng.integers(2, size=(300, 10))
+    # Every miss has its false alarm: each adapter has the number of classes that it has.
+    balanced = np.stack([rng.permutation(row) for row in y])
+    chance = np.where(rng.random(y.shape) < 0.15, 1 - y, y)
+    test = paper.protocol.TestSet(None, y, np.arange(300) // 2)
+    answers = {
+        name: paper.protocol.Answer(predictions=[{"": found}] * 2)
+        for name, found in (("balanced", balanced), ("chance", chance))
+    }
+    counted = paper.table4.strategy(SimpleNamespace(test_sets={"": test}), answers)
+    assert counted["balanced"].scores["class sum"] == [1.0, 1.0]
+    assert counted["balanced"].test_errors["class sum"] == 0
+    for name, least, most in (("balanced", 10, np.inf), ("chance", 0, 5)):
+        [beyond, _] = counted[name].scores["beyond equation 38"]
+        assert least <= abs(beyond) / counted[name].test_errors["beyond equation 38"] < most
 
 
 def test_every_rank_is_tested_on_the_same_sets(paper):
@@ -313,6 +355,22 @@ def test_every_rank_is_tested_on_the_same_sets(paper):
         np.testing.assert_array_equal(groups, [1, 3, 1])
         np.testing.assert_array_equal(y, np.eye(12)[[1, 3, 5]])
         np.testing.assert_array_equal(X.ids, zoos[4].data.ids[[1, 3, 5]])
+
+
+def test_what_is_beyond_the_digit_is_paired(paper):
+    y, groups = np.zeros((6, 2)), np.repeat(np.arange(3), 2)
+    known = y.copy()
+    known[::2, 0] = 1  # one label of one adapter in every group
+    test = paper.protocol.TestSet(None, y, groups)
+    question = SimpleNamespace(test_sets={"": test})
+    answers = {
+        name: paper.protocol.Answer(predictions=[{"": found}] * n)
+        for name, found, n in (("svd", y, 2), ("(digit alone)", known, 1))
+    }
+    beyond = paper.table3.beyond(question, answers, answers["(digit alone)"])
+    assert beyond["svd"].scores == {"accuracy": [0.25, 0.25]}
+    assert beyond["(digit alone)"].scores == {"accuracy": [0.0]}
+    assert {answer.test_errors["accuracy"] for answer in beyond.values()} == {0.0}
 
 
 def test_what_is_lost_between_ranks_is_paired(paper):

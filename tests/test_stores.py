@@ -1,5 +1,6 @@
 import os
 import pickle
+from pathlib import Path
 
 import joblib
 import ml_dtypes
@@ -203,3 +204,15 @@ class TestAvailableMemory:
             _stores, "open", lambda path: (tmp_path / "meminfo").open(), raising=False
         )
         assert _stores.available_memory() is None
+
+    @pytest.mark.parametrize(
+        ("limit", "expected"), [("max\n", 2048), ("1000\n", 1000), ("9000\n", 2048), (None, 2048)]
+    )
+    def test_a_container_has_no_more_than_its_limit(self, monkeypatch, tmp_path, limit, expected):
+        (tmp_path / "meminfo").write_text("MemAvailable: 2 kB\n")
+        if limit is not None:
+            (tmp_path / "memory.max").write_text(limit)
+        monkeypatch.setattr(
+            _stores, "open", lambda path: (tmp_path / Path(path).name).open(), raising=False
+        )
+        assert _stores.available_memory() == expected

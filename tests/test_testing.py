@@ -3,8 +3,9 @@ import pytest
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer
+from sklearn.preprocessing import FunctionTransformer, Normalizer
 
+from sklora import SVDSpectrum
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.testing import (
     apply_gauge,
@@ -189,6 +190,34 @@ class TestInvariance:
             model = FunctionTransformer(broken, kw_args={"before": before, "after": after})
             with pytest.raises(AssertionError, match="off by inf, where at most"):
                 assert_gauge_invariant(model, X, random_state=0)
+
+    def test_infinity_that_stays_is_no_deviation(self, random_loras, rng):
+        X = random_loras(rng)
+        model = FunctionTransformer(lambda X: np.where(updates(X) > 0, updates(X), -np.inf))
+        assert_gauge_invariant(model, X, random_state=0)
+
+    def test_large_columns_that_stay_hide_nothing(self, random_loras, rng):
+        X = random_loras(rng, side=[{"steps": 1e9}] * 8)
+        assert_gauge_invariant(SVDSpectrum(), X, random_state=0)
+        with pytest.raises(AssertionError, match=r"not invariant to GL\(r\)"):
+            assert_gauge_invariant(FunctionTransformer(factors), X, random_state=0)
+
+    def test_pipelines_that_end_in_what_needs_no_fit(self, random_loras, rng):
+        model = make_pipeline(SVDSpectrum(), Normalizer())
+        assert_gauge_invariant(model, random_loras(rng), random_state=0)
+        assert not hasattr(model[0], "layout_")
+
+    def test_fitted_pipelines_of_what_has_no_attributes_stay(self, random_loras, rng):
+        class Updates(TransformerMixin, BaseEstimator):
+            def fit(self, X, y):
+                return self
+
+            def transform(self, X):
+                return updates(X)
+
+        X = random_loras(rng)
+        model = make_pipeline(Updates(), Normalizer()).fit(X, np.arange(8))
+        assert_gauge_invariant(model, X, random_state=0)
 
     def test_classifiers(self, random_loras, rng):
         X, y = random_loras(rng), np.array(["cat", "dog"] * 4)

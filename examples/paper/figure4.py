@@ -69,13 +69,9 @@ def lost_accuracy(question: Question, answers: Mapping[str, Answer]) -> dict[str
     lost = {name: Answer() for name in answers}
     for rank, test in question.test_sets.items():
         for name, answer in answers.items():
-            differences = []
-            for predicted in answer.predictions:
-                there, here = ((test.y == predicted[of]).mean(axis=1) for of in (home, rank))
-                differences.append(there - here)
-            lost[name].scores[rank] = [float(one.mean()) for one in differences]
-            lost[name].test_errors[rank] = protocol.bootstrap(
-                test, differences, lambda _, difference: float(difference.mean())
+            there, here = ([one[of] for one in answer.predictions] for of in (home, rank))
+            lost[name].scores[rank], lost[name].test_errors[rank] = protocol.difference(
+                test, there, here
             )
     return lost
 

@@ -207,6 +207,17 @@ def bootstrap(test: TestSet, predictions: Sequence[NDArray[Any]], metric: Metric
     return float(np.std(means))
 
 
+def difference(
+    test: TestSet, first: Sequence[NDArray[Any]], second: Sequence[NDArray[Any]]
+) -> tuple[list[float], float]:
+    """Say how much more often the first predictions are right, pair by pair, and the error."""
+    more = [
+        (test.y == one).mean(axis=1) - (test.y == other).mean(axis=1)
+        for one, other in zip(first, second, strict=True)
+    ]
+    return [float(one.mean()) for one in more], bootstrap(test, more, lambda _, one: one.mean())
+
+
 @dataclass
 class Answer:
     """How one architecture answers a question."""

@@ -10,7 +10,7 @@ count of s of K classes is right when as many are missed as are seen in error:
 averaged over the sizes of the test adapters. This is our derivation of what equation 38 of the
 paper expresses. Classes differ, and so do the two kinds of error: beside it stands the same with a
 rate for every class and kind. What remains between that and the observed accuracy is that errors
-depend on one another.
+depend on one another, as far as it is more than another draw of test adapters would change.
 
     python examples/paper/table4.py --n-jobs 2 --output table4.json
 """
@@ -22,8 +22,6 @@ import numpy as np
 import protocol
 from numpy.typing import ArrayLike, NDArray
 from protocol import Answer, Question
-
-CLASS_SUM = ("class sum", "equation 38", "with a rate for each class", "presence")
 
 
 def count_accuracy(p: float, sizes: ArrayLike, n_classes: int = 10) -> float:
@@ -41,20 +39,15 @@ def count_accuracy(p: float, sizes: ArrayLike, n_classes: int = 10) -> float:
     -------
     float
     """
-    return float(
-        np.mean(
-            [
-                sum(
-                    comb(s, j)
-                    * comb(n_classes - s, j)
-                    * (1 - p) ** (2 * j)
-                    * p ** (n_classes - 2 * j)
-                    for j in range(min(s, n_classes - s) + 1)
-                )
-                for s in np.asarray(sizes).tolist()
-            ]
+    found, counts = np.unique(sizes, return_counts=True)
+    chances = [
+        sum(
+            comb(s, j) * comb(n_classes - s, j) * (1 - p) ** (2 * j) * p ** (n_classes - 2 * j)
+            for j in range(min(s, n_classes - s) + 1)
         )
-    )
+        for s in found.tolist()
+    ]
+    return float(np.average(chances, weights=counts))
 
 
 def count_accuracy_by_class(presence: NDArray[np.int64], wrong: NDArray[np.float64]) -> float:
@@ -83,30 +76,54 @@ def count_accuracy_by_class(presence: NDArray[np.int64], wrong: NDArray[np.float
     return float(chances[:, n_classes].mean())
 
 
-def class_sum(presence: NDArray[np.int64], predicted: NDArray[np.int64]) -> dict[str, float]:
-    """Give the observed accuracy of the predicted number of classes, and two expected ones."""
+def class_sum(presence: NDArray[np.int64], predicted: NDArray[np.int64]) -> float:
+    """Give the accuracy of the predicted number of classes."""
+    return float(np.mean(presence.sum(axis=1) == predicted.sum(axis=1)))
+
+
+def equation_38(presence: NDArray[np.int64], predicted: NDArray[np.int64]) -> float:
+    """Give what that accuracy would be if all classes were right as often, by chance."""
+    right = float(np.mean(presence == predicted))
+    return count_accuracy(right, presence.sum(axis=1), presence.shape[1])
+
+
+def beyond_equation_38(presence: NDArray[np.int64], predicted: NDArray[np.int64]) -> float:
+    """Give by how much the accuracy is above that."""
+    return class_sum(presence, predicted) - equation_38(presence, predicted)
+
+
+def by_class(presence: NDArray[np.int64], predicted: NDArray[np.int64]) -> float:
+    """Give what the accuracy would be by the rates of misses and of false alarms of each class."""
     right = presence == predicted
-    # Rates of misses and of false alarms, for each class.
     missed, alarmed = (
         1 - (right * of_kind).sum(axis=0) / np.maximum(1, of_kind.sum(axis=0))
         for of_kind in (presence == 1, presence == 0)
     )
-    values = (
-        np.mean(presence.sum(axis=1) == predicted.sum(axis=1)),
-        count_accuracy(right.mean(), presence.sum(axis=1), presence.shape[1]),
-        count_accuracy_by_class(presence, np.where(presence == 1, missed, alarmed)),
-        right.mean(),
-    )
-    return dict(zip(CLASS_SUM, map(float, values), strict=True))
+    return count_accuracy_by_class(presence, np.where(presence == 1, missed, alarmed))
+
+
+METRICS = {
+    "class sum": class_sum,
+    "equation 38": equation_38,
+    "beyond equation 38": beyond_equation_38,
+    "with a rate for each class": by_class,
+    "presence": protocol.label_accuracy,
+}
+BOOTSTRAPPED = ("class sum", "beyond equation 38")
 
 
 def strategy(question: Question, answers: Mapping[str, Answer]) -> dict[str, Answer]:
     """Count the classes that were predicted, for every architecture and seed."""
-    [(_, presence, _)] = question.test_sets.values()
+    [test] = question.test_sets.values()
     counted = {}
     for name, answer in answers.items():
-        found = [class_sum(presence, predicted[""]) for predicted in answer.predictions]
-        counted[name] = Answer(scores={key: [one[key] for one in found] for key in CLASS_SUM})
+        found = [predicted[""] for predicted in answer.predictions]
+        counted[name] = Answer(
+            scores={key: [metric(test.y, one) for one in found] for key, metric in METRICS.items()},
+            test_errors={
+                key: protocol.bootstrap(test, found, METRICS[key]) for key in BOOTSTRAPPED
+            },
+        )
     return counted
 
 

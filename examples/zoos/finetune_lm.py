@@ -52,7 +52,10 @@ class Question(NamedTuple):
 def read_questions(paths, tokenizer):
     # At "\n" alone: JSON may hold other ends of lines, such as U+2028, as they are.
     lines = [line for path in paths for line in path.read_text("utf-8").split("\n")]
-    return [read_question(json.loads(line), tokenizer) for line in lines if line.strip()]
+    questions = [read_question(json.loads(line), tokenizer) for line in lines if line.strip()]
+    if not questions:
+        raise SystemExit(f"No questions in {', '.join(map(str, paths))}.")
+    return questions
 
 
 def read_question(row, tokenizer):

@@ -59,7 +59,8 @@ def fill(folder: Path, settings: Mapping, n_adapters: int, make: Callable) -> No
 def _check_settings(folder: Path, settings: Mapping) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path, text = folder / "zoo.json", json.dumps(settings, indent=2, default=str)
-    if not path.exists():
+    # Before the first adapter is there, a mistake in the settings can be mended.
+    if not (path.exists() and any(folder.glob("adapter-*"))):
         path.write_text(text)
     then, now = json.loads(path.read_text()), json.loads(text)
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]

@@ -69,11 +69,15 @@ def check_output(path: str) -> None:
     Raises
     ------
     CommandError
-        When it is a folder, or there is none for it or no permission.
+        When it is a folder, device or pipe, or there is no folder for it or no permission.
     """
+    if not path:
+        raise CommandError("the name of the output is empty; name a file.")
     folder = os.path.dirname(os.path.realpath(path))
     if os.path.isdir(path):
         raise CommandError(f"{path} is a folder; name a file in it.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CommandError(f"{path} is no regular file, and would be replaced; name another.")
     if not os.path.isdir(folder):
         raise CommandError(f"{path}: there is no folder {folder}.")
     if not os.access(folder, os.W_OK):

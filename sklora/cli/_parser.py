@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 
 import sklora
@@ -99,7 +100,7 @@ def _learning() -> argparse.ArgumentParser:
     group.add_argument(
         "--groups", metavar="COLUMN", help="never test on a group that was trained on"
     )
-    group.add_argument("--seed", type=_at_least(0), default=0, help="(default: 0)")
+    group.add_argument("--seed", type=_at_least(0, 2**32 - 1), default=0, help="(default: 0)")
     group.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)"
     )
@@ -109,11 +110,13 @@ def _learning() -> argparse.ArgumentParser:
     return parser
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def _at_least(least: int, most: float = math.inf) -> Callable[[str], int]:
     def number(text: str) -> int:
         value = int(text)
         if value < least:
             raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{value} is more than {most}")
         return value
 
     number.__name__ = "number"  # argparse calls the type so

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -88,7 +89,7 @@ def _is_packed(path: str) -> bool:
     if not os.path.isfile(path):
         return False
     try:
-        return _read_header(os.path.abspath(path))[0].get("format") == _FORMAT
+        return _read_header(path)[0].get("format") == _FORMAT
     except (ValueError, OSError):
         return False
 
@@ -101,7 +102,7 @@ def _files(paths: Sequence[str]) -> list[Found]:
         if not finding.in_folder and not os.path.exists(finding.path):
             raise CommandError(f"{finding.path}: No such file or directory.")
         files.append(finding)
-    return [*{os.path.abspath(found.path): found for found in files}.values()]
+    return [*{Path(found.path).absolute(): found for found in files}.values()]
 
 
 def _names(files: Sequence[Found], labels_folder: str) -> list[list[str]]:

@@ -301,8 +301,8 @@ def make_code_loras(
     to 0.1, both log-uniform; epochs are 1, 2 or 3, the batch size is 8, 16 or 32, and LoRA's
     dropout 0, 0.05, 0.1 or 0.2. The optimizer is AdamW.
 
-    The adapters depend on the Python that trains them, as the library changes from one minor
-    version to the next.
+    The adapters depend on the Python that trains them, as the library changes from one release to
+    the next, patch releases included.
 
     Parameters
     ----------
@@ -390,8 +390,8 @@ def fetch_code_loras(
 ) -> Bunch | tuple[LoRACollection, NDArray[np.int64]]:
     """Load the standard zoo of LoRAs on Python's library; the first call trains it.
 
-    It is what `make_code_loras` gives for one seed, and is kept in the data home. Each minor
-    version of Python has a zoo of its own there, as the library differs.
+    It is what `make_code_loras` gives for one seed, and is kept in the data home. Each release
+    of Python, patch releases included, has a zoo of its own there, as the library differs.
 
     Parameters
     ----------
@@ -441,7 +441,7 @@ def fetch_code_loras(
         "n_base_steps": BASE_STEPS_PER_DIM * FETCHED["dim"],
         "n_texts": N_OWN,
         "varied": json.dumps(VARIED),
-        "python": "{}.{}".format(*platform.python_version_tuple()),
+        "python": platform.python_version(),
         **FETCHED,
     }
     zoo = fetch_zoo(

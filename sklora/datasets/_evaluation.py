@@ -147,8 +147,9 @@ def evaluate_digits_loras(
         raise ValueError("Found a LoRACollection with 0 adapters while a minimum of 1 is required.")
     if any(":magnitude" in name for name, _ in X.layout.side):
         raise ValueError("X holds magnitudes of DoRA, without which its updates are not run.")
+    adapted = {name: weight.shape for name, weight in base.items() if name.startswith("blocks.")}
     for name, n, m, _ in X.layout.modules:
-        shape = base[name].shape if name in base else None
+        shape = adapted.get(name)
         if shape != (n, m):
             raise ValueError(
                 f"Module {name!r} of X has the shape {(n, m)}, and that of the base network is "

@@ -7,10 +7,11 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 from sklearn.base import is_regressor
-from sklearn.pipeline import Pipeline
+from sklearn.pipeline import FeatureUnion, Pipeline
 from sklearn.utils.validation import check_is_fitted
 
 import sklora
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from skops.card import Card
 
 _NO_SKOPS = "model cards are made with skops, which is missing: pip install 'sklora[plot,secure]'."
+
+# Names may be those of files that nobody vouches for.
+_MARKUP = str.maketrans({mark: f"&#{ord(mark)};" for mark in "&<>|`*[]"})
 
 _LIMITS = """\
 The scores are those of adapters like the ones of training: of this base model, from the same
@@ -127,24 +131,26 @@ def model_card(
     card.add(**{results: score})
     card.add_table(**{f"{results}/Scores": _scores(display)})
     card.select(f"{results}/Scores").title = "Scores"  # skops takes the whole path for it
-    card.add_plot(**{f"{results}/Comparison": os.path.basename(chart)})
+    card.add_plot(**{f"{results}/Comparison": quote(os.path.basename(chart))})
     card.add_table(folded=True, description=_about(layout), Modules=_modules(layout))
     card.add_table(Versions=_versions())
     return card
 
 
 def _layout_of(model: Any) -> tuple[LoRALayout, str]:
-    """Find what a model, or the first part of a pipeline that knows, was fitted on, and where."""
+    """Find what a model, or the first part of it that knows, was fitted on, and where."""
     pending = [(model, "model")]
     while pending:
         part, where = pending.pop(0)
-        if hasattr(part, "layout_"):
+        # Behind other steps, there are rows of features.
+        if hasattr(part, "layout_") and not part.layout_.has_plain_rows:
             return part.layout_, f"{where}.layout_"
-        steps = getattr(part, "steps", ())
-        pending = [(step, f'{where}["{name}"]') for name, step in steps] + pending
+        if isinstance(part, (Pipeline, FeatureUnion)):
+            steps = part.steps if isinstance(part, Pipeline) else part.transformer_list
+            pending = [(step, f'{where}["{name}"]') for name, step in steps] + pending
     raise ValueError(
-        f"no part of {type(model).__name__} was fitted on adapters; search over pipelines with an "
-        "estimator of sklora."
+        f"no part of {type(model).__name__} was fitted on adapters; search over pipelines in which "
+        "an estimator of sklora reads a LoRACollection."
     )
 
 
@@ -157,14 +163,18 @@ def _description(search: Any, layout: LoRALayout, targets: Sequence[str] | None)
     if is_multilabel and task == "classification":
         task = "multilabel classification"
     text = f"A {task} model for LoRA adapters"
-    if targets is not None:
-        text += f", which predicts {', '.join(map(repr, targets))}"
+    if targets is not None and len(targets):
+        text += f", which predicts {', '.join(map(_quoted, targets))}"
     if layout.base_model is not None:
-        text += f". The adapters are of the base model {layout.base_model!r}"
+        text += f". The adapters are of the base model {_quoted(layout.base_model)}"
     classes = getattr(search, "classes_", None)
     if isinstance(classes, np.ndarray) and not is_multilabel:
-        text += f". Classes: {', '.join(map(repr, classes.tolist()))}"
+        text += f". Classes: {', '.join(map(_quoted, classes.tolist()))}"
     return text + "."
+
+
+def _quoted(name: object) -> str:
+    return repr(str(name) if isinstance(name, str) else name).translate(_MARKUP)
 
 
 def _scores(display: Any) -> dict[str, list[Any]]:
@@ -183,7 +193,7 @@ def _scores(display: Any) -> dict[str, list[Any]]:
 
 def _about(layout: LoRALayout) -> str:
     side = f", and {layout.n_side} columns of side features" if layout.n_side else ""
-    base_model = "not named" if layout.base_model is None else repr(layout.base_model)
+    base_model = "not named" if layout.base_model is None else _quoted(layout.base_model)
     return (
         f"Base model: {base_model}. {layout.n_modules} modules{side}. Every "
         "update is `U V^T`, `U (n, rank)` and `V (m, rank)`; ranks are the largest of training."
@@ -191,8 +201,9 @@ def _about(layout: LoRALayout) -> str:
 
 
 def _modules(layout: LoRALayout) -> dict[str, list[Any]]:
-    columns = zip(*layout.modules, strict=True)
-    return dict(zip(("module", "n", "m", "rank"), map(list, columns), strict=True))
+    names, *numbers = map(list, zip(*layout.modules, strict=True))
+    columns = [[name.translate(_MARKUP) for name in names], *numbers]
+    return dict(zip(("module", "n", "m", "rank"), columns, strict=True))
 
 
 def _versions() -> dict[str, list[str]]:

@@ -282,5 +282,5 @@ def _metadata(estimator: GLNetEstimator) -> dict[str, str]:
     if estimator.layout_.base_model is not None:
         metadata["base_model"] = estimator.layout_.base_model
     if isinstance(estimator, GLNetClassifier) and not estimator.multilabel_:
-        metadata["classes"] = json.dumps(estimator.classes_.tolist())
+        metadata["classes"] = json.dumps(estimator.classes_.tolist(), default=str)
     return metadata

@@ -237,8 +237,7 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
             seed += self.n_iter_ + zlib.crc32(list(self.weights_.values())[-1].tobytes())
         data = self._training_data(X, y, sample_weight, classes, reset=not resume)
         # Those of one part of the data are to be compared with those of the others.
-        weights = data.weights if one_epoch else _of_mean_one(data.weights)
-        data = data._replace(weights=weights.astype(np.float32))
+        data = data._replace(weights=_loss_weights(data.weights, of_mean_one=not one_epoch))
         training, validation = data, None
         if self.early_stopping and not one_epoch:
             training, validation = self._split(data, random_state)
@@ -378,13 +377,14 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
         return outputs
 
 
-def _of_mean_one(weights: NDArray[Any]) -> NDArray[Any]:
-    with np.errstate(over="ignore"):
+def _loss_weights(weights: NDArray[Any], *, of_mean_one: bool) -> NDArray[np.float32]:
+    with np.errstate(over="ignore", invalid="ignore"):
         mean = weights.mean()
-    if not np.isfinite(mean):
+        weights = weights / mean if of_mean_one else weights
+        scaled: NDArray[np.float32] = weights.astype(np.float32)
+    if not (np.isfinite(mean) and np.isfinite(scaled).all()):
         raise ValueError(
             "the weights of the adapters, sample_weight times class_weight, are NaN, infinite or "
             "too large."
         )
-    scaled: NDArray[Any] = weights / mean
     return scaled

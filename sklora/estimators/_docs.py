@@ -47,7 +47,8 @@ batch_size : int, default=$batch_size
     Adapters in one step; fewer where that would leave less than 4 steps in an epoch.
 early_stopping : bool, default=$early_stopping
     Whether to keep some adapters apart, stop when the loss on them no longer falls, and go back to
-    the weights of the best epoch. Too few adapters to keep 10 apart are all trained on.
+    the weights of the best epoch. Where 10 would be over a third of all, and more than
+    `validation_fraction`, none are kept apart.
 validation_fraction : float, default=$validation_fraction
     Share of the adapters kept apart, at least 10, stratified by target.
 patience : int, default=$patience

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from skorch import NeuralNet, NeuralNetClassifier, NeuralNetRegressor
 from skorch.callbacks import Callback, LRScheduler
 from skorch.helper import predefined_split
@@ -24,11 +27,22 @@ from sklora.estimators._training import (
     WeightedLoss,
 )
 
+
+class _MultilabelNet(NeuralNet):
+    def predict(self, X: Any) -> NDArray[Any]:
+        return (self.predict_proba(X) > 0.5).astype(np.int64)  # type: ignore[no-any-return]
+
+
 # Where a user's scoring callback finds the predictions it expects.
 _SKORCH_NETS: dict[LossKind, type[NeuralNet]] = {
     "cross_entropy": NeuralNetClassifier,
-    "binary_cross_entropy": NeuralNet,
+    "binary_cross_entropy": _MultilabelNet,
     "squared_error": NeuralNetRegressor,
+}
+_NONLINEARITIES: dict[LossKind, Callable[[Tensor], Tensor] | None] = {
+    "cross_entropy": partial(torch.softmax, dim=1),
+    "binary_cross_entropy": torch.sigmoid,
+    "squared_error": None,
 }
 
 
@@ -93,7 +107,8 @@ class KeepBest(Callback):
     def on_train_end(self, net: NeuralNet, **_: Any) -> None:
         """Go back to the best weights, if the last are others."""
         last = net.history[-1]
-        is_best = self.is_complete(last) and not self.validates
+        # A user's callback that ends training after an epoch does so before this one sees it.
+        is_best = self.is_complete(last) and last.get("valid_loss", -math.inf) < self._bound
         if self.best is not None and not is_best and last.get("epoch") != self.best.epoch:
             net.module_.load_state_dict(self.best.weights)
 
@@ -134,6 +149,7 @@ def compose(
         iterator_valid__collate_fn=_as_it_is,
         train_split=None if validation is None else predefined_split(LoRADataset(validation)),
         callbacks=[*_callbacks(settings), ("keep_best", keeper)],  # last: it may end the epoch
+        predict_nonlinearity=_NONLINEARITIES[loss],
         device=device,
         verbose=table,
         **options,

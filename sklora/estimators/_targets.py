@@ -71,7 +71,7 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
                 "partial_fit the weights as a dict, or use sample_weight."
             )
         if hasattr(self, "weights_"):
-            if classes is not None and not np.array_equal(self.classes_, np.unique(classes)):
+            if classes is not None and not self._has_classes(classes):
                 raise ValueError(
                     f"classes={classes!r} are not those of the first call, {self.classes_!r}."
                 )
@@ -206,9 +206,7 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
         self.multilabel_ = y.ndim == 2
         if self.multilabel_:
             self.classes_ = np.arange(y.shape[1])
-            # `np.unique` of an indicator matrix gives its two values, and is what others expect.
-            given = self.classes_ if classes is None else np.unique(classes)
-            if not any(np.array_equal(given, known) for known in (self.classes_, [0, 1])):
+            if classes is not None and not self._has_classes(classes):
                 raise ValueError(
                     f"classes={classes!r} are not the numbers of the {y.shape[1]} labels of y; "
                     "leave them out."
@@ -221,6 +219,12 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
                 f"{type(self).__name__} needs adapters of at least two classes, but y holds one "
                 f"class only: {seen.tolist()[0]!r}."
             )
+
+    def _has_classes(self, classes: ArrayLike) -> bool:
+        given = np.unique(classes)
+        # `np.unique` of an indicator matrix gives its two values, and is what others expect.
+        of_labels = self.multilabel_ and np.array_equal(given, [0, 1])
+        return of_labels or np.array_equal(given, self.classes_)
 
     def _encode(
         self, y: NDArray[Any], weights: NDArray[np.float64]
@@ -262,8 +266,9 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
             )
         label_weights = np.ones(y.shape)
         for label, class_weight in enumerate(class_weights):
-            present, codes = np.unique(y[:, label], return_inverse=True)
-            label_weights[:, label] = _class_weights(class_weight, present, codes, weights)[codes]
+            codes = y[:, label].astype(np.intp)
+            both = _class_weights(class_weight, np.array([0, 1]), codes, weights)
+            label_weights[:, label] = both[codes]
         return label_weights
 
     def __sklearn_tags__(self) -> Tags:
@@ -365,6 +370,8 @@ class NetRegressor(MultiOutputMixin, RegressorMixin, BaseNetEstimator):
     def _learn_targets(
         self, y: NDArray[Any], weights: NDArray[np.float64], classes: ArrayLike | None
     ) -> None:
+        # Zeros would change the order in which numpy adds.
+        y, weights = y[weights > 0], weights[weights > 0]
         with np.errstate(over="ignore", invalid="ignore"):
             self.target_mean_ = np.asarray(np.average(y, axis=0, weights=weights))
             variance = np.asarray(np.average((y - self.target_mean_) ** 2, axis=0, weights=weights))

@@ -324,8 +324,9 @@ def split_validation(
         any.
     """
     n_rows = len(keys)
-    n_validation = max(round(fraction * n_rows), _MIN_VALIDATION_ROWS)
-    if n_validation > max(fraction, 1 / 3) * n_rows:
+    share = min(round(fraction * n_rows), n_rows - 1)
+    n_validation = max(share, _MIN_VALIDATION_ROWS)
+    if n_validation > max(share, n_rows / 3):
         return np.arange(n_rows), None
     shuffled = random_state.permutation(n_rows)
     ordered = shuffled[np.lexsort(keys[shuffled].T[::-1])]
@@ -353,7 +354,7 @@ def training_batch_size(n_rows: int, batch_size: int) -> int:
     -------
     int
     """
-    return min(batch_size, math.ceil(n_rows / 4))
+    return min(int(batch_size), math.ceil(n_rows / 4))
 
 
 _generators = threading.RLock()  # a callback may train another estimator

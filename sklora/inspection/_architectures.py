@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
@@ -318,7 +319,7 @@ class ArchitectureComparisonDisplay:
         self.folds_ += axes.plot(folds, rows_of_folds, **styled(ring, fold_kw, Line2D))
         style = styled({**style, "zorder": 3}, errorbar_kw, Line2D)
         self.errorbars_.append(axes.errorbar(means, rows, xerr=spreads, **style))
-        plain_labels(axes.yaxis, rows, scores)
+        plain_labels(axes.yaxis, rows, map(_in_two_lines, scores))
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.locator_params(axis="x", nbins=4)  # numbers may be long
         axes.grid(axis="y", color="0.9")
@@ -357,6 +358,10 @@ class ArchitectureComparisonDisplay:
 
 def _is_one(ax: Any) -> bool:
     return ax is None or hasattr(ax, "plot")
+
+
+def _in_two_lines(name: str) -> str:
+    return textwrap.fill(name, 30, max_lines=2, placeholder=" …")
 
 
 def _seconds(time: float) -> str:

@@ -119,8 +119,11 @@ class ZooMapDisplay:
         self.figure_ = self.ax_.figure
         self.legend_, self.colorbar_ = None, None
         from matplotlib.collections import Collection
+        from matplotlib.markers import MarkerStyle
 
-        style: dict[str, Any] = {"s": 20, "linewidth": 0.4, "edgecolor": "0.2", "alpha": 0.85}
+        style: dict[str, Any] = {"s": 20, "linewidth": 0.4, "alpha": 0.85}
+        if MarkerStyle((scatter_kw or {}).get("marker", "o")).is_filled():
+            style["edgecolor"] = "0.2"
         style = styled(style, scatter_kw, Collection)
         labels = None if self.labels is None else _one_each(self.labels)
         if labels is not None and _is_numeric(labels):

@@ -21,7 +21,7 @@ from sklora.io._plan import AdapterPlan, ModulePlan, ReadOptions, Scale, Source
 from sklora.io._tensors import DTYPES, FLOAT_DTYPES, TensorFile
 from sklora.io.containers import open_tensor_file
 from sklora.io.formats import plan_adapter
-from sklora.io.formats.diffusers import METADATA as SETTINGS
+from sklora.io.formats.peft import METADATA as SETTINGS
 from sklora.io.lowrank import METHODS
 
 

@@ -167,7 +167,7 @@ def make_plan(
                 skipped.append(known)
     if not plans:
         raise Refusal(f"it has no LoRA factors, though its tensors look like {format}.")
-    _check_names(plans)
+    check_names(plans)
     _check_expansion(source, plans)
     return AdapterPlan(
         format,
@@ -241,13 +241,17 @@ def _magnitude(source: Source, plan: ModulePlan, role: str, tensor: str) -> Side
     return LeftOut(tensor, f"a magnitude of shape {shape} does not fit ({plan.n}, {plan.m})")
 
 
-def _check_names(plans: Iterable[ModulePlan]) -> None:
-    paths: dict[str, str] = {}
+def check_names(plans: Iterable[ModulePlan]) -> None:
+    """Check that no two modules have one name."""
+    known: dict[str, ModulePlan] = {}
     for plan in plans:
-        if paths.setdefault(plan.name, plan.path) != plan.path:
+        other = known.setdefault(plan.name, plan)
+        if other is not plan:
+            # An expert may have the very name of another module.
+            remedy = "split the file" if other.path == plan.path else "pass names='raw'"
             raise Refusal(
-                f"modules {shown(paths[plan.name])} and {shown(plan.path)} are both called "
-                f"{shown(plan.name)}; pass names='raw' to keep the names of the file."
+                f"modules {shown(other.path)} and {shown(plan.path)} are both called "
+                f"{shown(plan.name)}; {remedy}."
             )
 
 

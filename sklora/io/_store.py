@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,6 +158,7 @@ def _opened_again(
 
 def located(found: Found) -> AdapterFile:
     """Note where a file lies, whatever the current folder will be, and what it is now."""
-    path, root = os.path.abspath(found.path), os.path.abspath(found.root)
+    # Not abspath, which takes ".." back from a link, and not from where the link leads to.
+    path, root = (str(Path(each).absolute()) for each in (found.path, found.root))
     # Many files have one root, which is then one string, in memory and in a pickle.
     return AdapterFile(Found(path, sys.intern(root), found.in_folder), Stamp.of(path))

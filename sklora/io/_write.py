@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from safetensors.numpy import save
 from sklora._files import complete_folder, replacing
 from sklora.collection import LoRAAdapter, LoRACollection
 from sklora.io._adapter import OpenAdapter, opened
+from sklora.io._build import base_model_label
 from sklora.io._errors import AdapterError
 from sklora.io._find import CONFIG, find_files, read_config
 from sklora.io._plan import ModulePlan, ReadOptions
@@ -53,8 +54,9 @@ def write_adapter(
     Raises
     ------
     ValueError
-        When factors do not fit together or have NaN or infinity, or a module is not one of `like`,
-        or of another shape there.
+        When factors do not fit together or have NaN or infinity, two names are of one module, a
+        module is not one of `like`, or of another shape there, or the base model's name is too
+        long.
     AdapterError
         When `like` cannot be read, or is not of PEFT's format.
 
@@ -93,8 +95,10 @@ def write_adapter(
             "adapter of the same kind tells; pass it as like=, or dict(adapter) to leave them out."
         )
     else:
-        tensors, paths, config = _plain(factors), {name: name for name in factors}, {}
+        paths, config = _plain_paths(factors), {}
+        tensors = _plain({paths[name]: pair for name, pair in factors.items()})
     base_model = base_model or config.get("base_model_name_or_path") or default_base
+    base_model_label(base_model)  # refuses what could not be read again
     ranks = {paths[name]: U.shape[1] for name, (U, _) in factors.items()}
     config = {**config, "base_model_name_or_path": base_model, **_scale_of_one(ranks)}
     _write(path, tensors, config)
@@ -116,6 +120,19 @@ def _write(path: str, tensors: Mapping[str, NDArray[Any]], config: Mapping[str, 
     ):
         config_file.write(text)
         weights_file.write(weights)
+
+
+def _plain_paths(names: Iterable[str]) -> dict[str, str]:
+    """Give the paths of modules in the base model, of which raw names of PEFT have a prefix."""
+    paths: dict[str, str] = {}
+    known: dict[str, str] = {}
+    for name in names:
+        paths[name] = name.removeprefix(PREFIX)
+        if known.setdefault(paths[name], name) != name:
+            raise ValueError(
+                f"{known[paths[name]]!r} and {name!r} are one module to PEFT; leave one out."
+            )
+    return paths
 
 
 def _plain(factors: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, NDArray[Any]]:

@@ -114,7 +114,7 @@ def times_small(A: Tensor, Q: Tensor, *, out: Tensor) -> None:
     together = max(1, _NARROW // max(r, s, 1))
     n_blocks = n // together
     whole = n_blocks * together
-    blocks = torch.einsum("ij,brs->birjs", torch.eye(together).to(Q), Q)
+    blocks = torch.einsum("ij,brs->birjs", torch.eye(together, dtype=Q.dtype, device=Q.device), Q)
     blocks = blocks.reshape(n_factors, together * r, together * s)
     rows = A[:, :whole].reshape(n_factors, n_blocks, together * r)
     # The product of a batch is fast only into one piece of memory; from the cache it is moved.

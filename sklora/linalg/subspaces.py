@@ -165,7 +165,8 @@ def leading_subspaces(U: Tensor, V: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Raises
     ------
     ValueError
-        When ``N r`` is less than ``min(k, n)`` or ``min(k, m)``, or the factors differ in rank.
+        When ``N min(n, m, r)`` is less than ``min(k, n)`` or ``min(k, m)``, or the factors differ
+        in rank.
 
     References
     ----------

@@ -131,7 +131,7 @@ class GLNet(nn.Module):
         first.weight, first.in_features = nn.Parameter(by_norm.detach().clone()), 1
         # Among ten thousand invariants, a weight and a start by their number would drown a few
         # columns more, so each kind has a path of its own.
-        self.spectrum = spectrum
+        self.n_side, self.spectrum = n_side, spectrum
         if n_side:
             self.side_path = MLPNet(n_side, first.out_features, n_layers=0)
         if spectrum:
@@ -158,7 +158,20 @@ class GLNet(nn.Module):
         Returns
         -------
         Tensor of shape (B, n_outputs)
+
+        Raises
+        ------
+        ValueError
+            When side features or singular values are missing that the network was built with, or
+            given to one without.
         """
+        for name, columns, wanted in (
+            ("side", side, self.n_side),
+            ("spectra", spectra, self.spectrum),
+        ):
+            if (columns is None) != (wanted == 0):
+                given = "missing" if columns is None else f"of shape {tuple(columns.shape)}"
+                raise ValueError(f"{name} is {given}, but the network reads {wanted} such columns.")
         U, V = self._map(factors)
         members = self.invariant_map.members
         products = map(self.head.by_module, torch.split(U, members), torch.split(V, members))

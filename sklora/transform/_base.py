@@ -89,6 +89,8 @@ class Featurizer(DocumentedMixin, VersionedState, TransformerMixin, BaseEstimato
         ------
         ValueError
             When a parameter or X is not valid. The estimator is then as it was before.
+        MemoryError
+            When the result does not fit into memory.
         """
         return self._fit_then(X, self._transform_training)
 
@@ -109,6 +111,8 @@ class Featurizer(DocumentedMixin, VersionedState, TransformerMixin, BaseEstimato
         ------
         ValueError
             When X is not valid, or has other modules than `fit` saw.
+        MemoryError
+            When the result does not fit into memory.
         """
         return self._transform(self._check(X))
 
@@ -266,6 +270,8 @@ class _CollectionsStay:
         ------
         ValueError
             When a parameter or X is not valid. The estimator is then as it was before.
+        MemoryError
+            When the result does not fit into memory.
         """
         if isinstance(X, LoRACollection):
             return self._fit_then(X, self._moved)  # type: ignore[attr-defined]
@@ -289,6 +295,8 @@ class _CollectionsStay:
         ------
         ValueError
             When X is not valid, or has other modules than `fit` saw.
+        MemoryError
+            When the result does not fit into memory.
         """
         if isinstance(X, LoRACollection):
             return self._moved(self._check(X))  # type: ignore[attr-defined]

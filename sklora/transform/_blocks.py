@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from sklora._base import as_tensor, resolve_device
 from sklora._progress import progress
-from sklora._stores import ArrayStore, StreamingStore, as_slice
+from sklora._stores import ArrayStore, StreamingStore, as_slice, check_memory
 from sklora.collection import LoRACollection, LoRALayout, check_numbers
 
 _logger = logging.getLogger("sklora.transform")
@@ -198,7 +198,14 @@ def map_blocks(
     ------
     ValueError
         When X has NaN or infinity.
+    MemoryError
+        When the result does not fit into memory.
     """
+    check_memory(
+        *(len(X), n_columns, X.dtype),
+        what=f"what {what} gives",
+        remedy="Take fewer adapters, or a featurizer that gives fewer columns.",
+    )
     result = np.empty((len(X), n_columns), X.dtype)
     blocks = plan_blocks(X, n_columns=n_columns, n_parallel=effective_n_jobs(n_jobs))
     backend, _ = get_active_backend(prefer="threads")
@@ -239,7 +246,7 @@ def _fill(
     out: NDArray[Any],
 ) -> None:
     here = resolve_device(device)
-    with _own_stream(here):
+    with _own_stream(here), torch.autocast(here.type, enabled=False):
         try:
             function(read_block(X, rows, here), out)
         except RuntimeError as error:  # such as that of a decomposition of NaN

@@ -40,7 +40,7 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
         from inner products of updates alone. Between training adapters, and between these and any
         other, inner products are those of the entries, so that a learner that does not care for
         rotations, such as ridge regression, a support vector machine or k nearest neighbours,
-        learns what it would from the entries.
+        learns what it would from the entries. A perceptron does care, and wants few coordinates.
 
         ``"sketch"`` gives the entries of :math:`S_1 U (S_2 V)^\top`, with fixed Gaussian matrices
         for every module. Inner products are those of the updates on average over the draw.
@@ -170,7 +170,7 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
         device = resolve_device(self.device)
         products = inner_products(X, device=device, verbose=self.verbose)
         values, vectors = (A.flip(-1) for A in torch.linalg.eigh(torch.from_numpy(products)))
-        rounding = max(np.finfo(np.float64).eps, np.finfo(X.dtype).eps ** 2)
+        rounding = max(np.finfo(np.float64).eps, float(np.finfo(X.dtype).eps) ** 2)
         sizes = sum_over_modules(_squared_size, X, device=device)
         size = max(len(X) * float(values[0]), float(sizes.sum()))
         n_coordinates = int((values > rounding * size).sum())
@@ -244,7 +244,6 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
 
 def _squared_size(U: Tensor, V: Tensor) -> Tensor:
     """``||U||^2 ||V||^2``, what rounding is relative to: the worse the gauge, the larger."""
-    # No copy in float64: nobody asks for digits of this.
-    u: Tensor = torch.linalg.vector_norm(U, dim=(-2, -1)).double()
-    v: Tensor = torch.linalg.vector_norm(V, dim=(-2, -1)).double()
-    return (u * v).square()
+    u, v = (torch.linalg.vector_norm(A.double(), dim=(-2, -1)) for A in (U, V))
+    product: Tensor = (u * v).square()
+    return product

@@ -223,6 +223,25 @@ class TestRefused:
         assert code == 2
         assert why in err
 
+    def test_output_without_a_name(self, run, zoo):
+        """As an unset variable of a shell gives it."""
+        labels = ("--labels", zoo / "labels.csv", "--target", "style")
+        assert run("fit", zoo, *labels, "-o", "") == (
+            2,
+            "",
+            "sklora: error: the name of the output is empty; name a file.\n",
+        )
+
+    @pytest.mark.parametrize("command", ["fit", "compare"])
+    def test_output_that_is_a_pipe_or_device_is_not_replaced(self, run, zoo, tmp_path, command):
+        path = tmp_path / "pipe.png"
+        os.mkfifo(path)
+        labels = ("--labels", zoo / "labels.csv", "--target", "style")
+        code, out, err = run(command, zoo, *labels, "-o", path)
+        assert (code, out) == (2, "")
+        assert f"{path} is no regular file" in err
+        assert path.is_fifo()
+
     def test_two_columns_of_one_name(self, fit, zoo, tmp_path, write_csv):
         rows = [(f"a{n:02}", n + 0.5) for n in range(6)]
         labels = write_csv(tmp_path / "l.csv", ("path", "error"), rows)

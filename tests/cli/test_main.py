@@ -30,6 +30,7 @@ class TestUsage:
             ("fit", "zoo", "--labels", "l.csv", "--target", "t"),
             ("fit", "z", "--labels", "l", "--target", "t", "-o", "m", "--architecture", "cnn"),
             ("fit", "z", "--labels", "l", "--target", "t", "-o", "m", "--jobs", "0"),
+            ("fit", "z", "--labels", "l", "--target", "t", "-o", "m", "--seed", str(2**32)),
             ("compare", "z", "--labels", "l", "--target", "t", "--folds", "1"),
             ("predict", "m", "a", "--csv", "--json"),
         ],
@@ -63,6 +64,16 @@ class TestProcess:
             process.stdout.close()
             assert process.stderr.read() == ""
             assert process.wait(timeout=120) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+@pytest.mark.parametrize("form", ["--csv", "--json"])
+def test_closed_streams_do_not_matter(zoo, models, capsys, monkeypatch, closed, form):
+    """Python has None for those."""
+    monkeypatch.setattr(sys, closed, None)
+    assert main(["predict", models["style"], str(zoo / "a00"), "none", form]) == 1
+    seen = capsys.readouterr()
+    assert "none" in (seen.err if closed == "stdout" else seen.out)
 
 
 def test_interrupt_is_130(run, monkeypatch):

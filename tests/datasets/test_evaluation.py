@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 
 from sklora.collection import LoRACollection
 from sklora.datasets import _denoiser as denoiser
-from sklora.datasets import _evaluation, evaluate_digits_loras
+from sklora.datasets import _evaluation, evaluate_digits_loras, make_code_loras
 from sklora.testing import apply_gauge
 
 SHAPES = denoiser.module_shapes(8, 1)
@@ -137,6 +137,20 @@ def test_another_network(base, name):
     X = LoRACollection.from_factors([{name: (np.ones((8, 1)), np.ones((8, 1)))}])
     with pytest.raises(ValueError, match=f"'{name}' of X has the shape .*of one zoo"):
         evaluate_digits_loras(X, base)
+
+
+@pytest.mark.parametrize("name", ["head", "time.up", "classifier.coef"])
+def test_weights_that_take_no_adapter_are_no_modules(base, name):
+    n, m = base[name].shape
+    X = LoRACollection.from_factors([{name: (np.ones((n, 1)), np.ones((m, 1)))}])
+    with pytest.raises(ValueError, match=f"'{name}' of X has the shape .*of one zoo"):
+        evaluate_digits_loras(X, base)
+
+
+def test_adapters_of_a_language_model_are_refused():
+    zoo = make_code_loras(1, rank=1, dim=2, depth=1, random_state=0, verbose=0)
+    with pytest.raises(ValueError, match=r"'layers\.0\..*of one zoo"):
+        evaluate_digits_loras(zoo.data, zoo.base)
 
 
 def test_no_adapters(base):

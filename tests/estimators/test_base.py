@@ -372,6 +372,12 @@ class TestWeights:
         with pytest.raises(ValueError, match=message):
             quick(case[0]).fit(zoo, case[1], sample_weight=weights)
 
+    def test_bad_weights_of_a_part(self, case, zoo, quick):
+        estimator, y = case
+        classes = {"classes": np.unique(y)} if y.dtype.kind == "U" else {}
+        with pytest.raises(ValueError, match=r"sample_weight.*too large"):
+            quick(estimator).partial_fit(zoo, y, sample_weight=np.full(60, 1e39), **classes)
+
 
 class TestCallbacks:
     def test_are_called_and_copied(self, case, zoo, quick):
@@ -405,6 +411,9 @@ class TestCallbacks:
     def test_score_with_sklearn_scorers(self, zoo, targets, quick, classifier, regressor):
         for estimator, y, scoring in (
             (classifier, targets["multiclass"], "accuracy"),
+            (classifier, targets["multiclass"], "neg_log_loss"),
+            (classifier, targets["multilabel"], "average_precision"),
+            (classifier, targets["multilabel"], "f1_macro"),
             (regressor, targets["single"], "neg_mean_squared_error"),
         ):
             scorer = EpochScoring(scoring, name="score", lower_is_better=False)

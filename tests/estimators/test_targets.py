@@ -187,6 +187,17 @@ class TestClassWeight:
         model = quick(classifier, class_weight="balanced", max_epochs=40, lr=0.02).fit(zoo, y)
         assert model.predict(zoo)[:, 1].all()
 
+    @pytest.mark.parametrize("value", [0, 1])
+    def test_a_part_without_a_value_that_has_a_weight(self, value, classifier, zoo, targets, quick):
+        y = targets["multilabel"]
+        model = quick(classifier, class_weight=[{1 - value: 5}] * 3).partial_fit(zoo, y)
+        part = np.full((4, 3), value)
+        losses = [
+            copy.deepcopy(model).set_params(class_weight=cw).partial_fit(zoo[:4], part).history_
+            for cw in (model.class_weight, None)
+        ]
+        assert losses[0][-1]["train_loss"] == losses[1][-1]["train_loss"]
+
     @pytest.mark.parametrize(
         ("kind", "class_weight", "message"),
         [
@@ -233,7 +244,8 @@ class TestPartialFit:
     def test_classes_of_labels_are_their_numbers(self, classifier, zoo, targets, quick):
         y = targets["multilabel"]
         for classes in ([0, 1, 2], np.unique(y)):
-            quick(classifier).partial_fit(zoo, y, classes=classes)
+            model = quick(classifier).partial_fit(zoo, y, classes=classes)
+            assert model.partial_fit(zoo, y, classes=classes).n_iter_ == 2
         with pytest.raises(ValueError, match=r"classes=\['no', 'yes'\].*3 labels"):
             quick(classifier).partial_fit(zoo, y, classes=["no", "yes"])
 
@@ -300,6 +312,18 @@ class TestRegressor:
         variance = np.average((targets["many"] - mean) ** 2, axis=0, weights=weights)
         np.testing.assert_allclose(model.target_mean_, mean)
         np.testing.assert_allclose(model.target_scale_, np.sqrt(variance))
+
+    def test_rows_of_weight_zero_change_not_even_the_rounding(self, regressor, zoo, quick):
+        for seed in range(10):
+            rng = np.random.default_rng(seed)
+            y, weights = rng.normal(3, 0.1, size=60), rng.uniform(size=60)
+            weights[::3] = 0
+            kept = np.flatnonzero(weights)
+            one = quick(regressor, max_epochs=1).fit(zoo, y, sample_weight=weights)
+            other = quick(regressor, max_epochs=1).fit(
+                zoo[kept], y[kept], sample_weight=weights[kept]
+            )
+            np.testing.assert_array_equal(one.predict(zoo), other.predict(zoo))
 
     def test_a_constant_target(self, regressor, zoo, quick):
         model = quick(regressor, max_epochs=40, lr=0.02).fit(zoo, np.full(60, 1e8 + 0.1))

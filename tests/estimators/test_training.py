@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import numpy as np
 import pytest
 import torch
+from skorch.callbacks import Callback
 from torch import nn
 
 from sklora.collection import LoRACollection
@@ -146,6 +147,14 @@ class TestSplitValidation:
         )
         assert len(validation) == max(10, round(0.2 * n_rows))
 
+    @pytest.mark.parametrize(
+        ("n_rows", "fraction", "expected"),
+        [(31, 0.5, 16), (34, 0.4, 14), (35, 1 / 3, 12), (20, 0.99, 19)],
+    )
+    def test_a_share_that_is_rounded_up_is_held_out(self, n_rows, fraction, expected):
+        _, validation = self.split(np.arange(n_rows), fraction, classes=False)
+        assert len(validation) == expected
+
     def test_classes_keep_their_shares(self):
         labels = np.repeat([0, 1, 2], [100, 50, 10])
         _, validation = self.split(labels)
@@ -188,7 +197,10 @@ class TestSplitValidation:
     ("n_rows", "batch_size", "expected"), [(1, 64, 1), (20, 64, 5), (1000, 64, 64), (9, 2, 2)]
 )
 def test_training_batch_size_leaves_four_steps(n_rows, batch_size, expected):
-    assert training_batch_size(n_rows, batch_size) == expected
+    for given in (batch_size, np.int64(batch_size)):  # as a search over an array gives it
+        size = training_batch_size(n_rows, given)
+        assert size == expected
+        assert type(size) is int  # which torch asks for
 
 
 class TestSeeded:
@@ -400,6 +412,19 @@ class TestTrain:
         outputs = net(torch.tensor(np.asarray(validation.loras)).float())
         loss = (outputs - torch.from_numpy(validation.targets)).square().mean().item()
         assert loss == pytest.approx(min(losses), rel=1e-5)
+
+    def test_keeps_the_weights_at_which_a_callback_ends_the_training(self, net, data):
+        class Target(Callback):
+            def on_epoch_end(self, net, **_):
+                if len(net.history) == 3:
+                    raise KeyboardInterrupt
+
+        history, _ = self.train(net, data, data, callbacks=[Target()])
+        losses = [epoch["valid_loss"] for epoch in history]
+        assert np.argmin(losses) == 2
+        outputs = net(torch.tensor(np.asarray(data.loras)).float())
+        loss = (outputs - torch.from_numpy(data.targets)).square().mean().item()
+        assert loss == pytest.approx(losses[2], rel=1e-5)
 
     def test_history_is_numbers(self, net, data):
         history, _ = self.train(net, data, max_epochs=2)

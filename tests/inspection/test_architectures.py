@@ -120,6 +120,14 @@ class TestFromEstimator:
         )
         assert overlapping(display.plot().figure_) == []
 
+    def test_long_names_leave_room_for_the_scores(self, overlapping):
+        name = "SVDSpectrum + StandardScaler + PCA + LogisticRegression"
+        scores = {name: np.array([0.6, 0.7]), 3 * name: np.array([0.5, 0.6]), "svd": np.ones(2)}
+        display = ArchitectureComparisonDisplay(scores={"size": scores}).plot()
+        assert overlapping(display.figure_) == []
+        assert display.ax_.get_position().width > 0.3
+        assert rows(display.ax_)[0].split() == name.split()
+
     def test_refused(self, zoo):
         search = GridSearchCV(
             DummyRegressor(), {}, scoring=["r2", "neg_max_error"], refit=False, cv=2

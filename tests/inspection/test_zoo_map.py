@@ -191,6 +191,11 @@ class TestLabels:
         for scatter in display.scatters_:
             assert to_hex(scatter.get_facecolor()[0]) == "#ff0000"
 
+    @pytest.mark.parametrize("labels", [None, list("aabb"), [0.5, 1.5, 2.5, 3.5]])
+    def test_markers_without_an_edge(self, labels):
+        display = ZooMapDisplay(points=points(4), labels=labels).plot(scatter_kw={"marker": "x"})
+        display.figure_.draw_without_rendering()
+
     def test_refused(self):
         with pytest.raises(ValueError, match=r"points of shape \(3, 3\)"):
             ZooMapDisplay(points=np.eye(3)).plot()

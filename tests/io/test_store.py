@@ -107,6 +107,17 @@ def test_views_read_the_same_as_in_memory(X, twin):
     np.testing.assert_array_equal(X.with_layout(wider).read(), twin.with_layout(wider).read())
 
 
+def test_path_through_a_link_and_up_again(tmp_path, rng):
+    """It leads up from where the link leads to, not from where the link is."""
+    (tmp_path / "there" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "inner")
+    for folder in (tmp_path, tmp_path / "there"):
+        write(folder / "a.safetensors", rng)
+    X = read_adapters(f"{tmp_path}/link/../a.safetensors")
+    expected = read_adapters(tmp_path / "there" / "a.safetensors")
+    np.testing.assert_array_equal(X.read(), expected.read())
+
+
 class TestPickle:
     def test_holds_paths_and_no_weights(self, tmp_path, rng):
         for place in range(50):

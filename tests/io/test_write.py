@@ -119,11 +119,27 @@ def test_factors_are_checked_before_anything_is_written(adapter, message):
 def test_arguments_are_checked(factors):
     with pytest.raises(ValueError, match="base_model is 5; pass a string"):
         write_adapter("a", factors(), base_model=5)
+    with pytest.raises(ValueError, match="has 256 characters, of at most 255"):
+        write_adapter("a", factors(), base_model="x" * 256)
     Path("file").write_text("")
     with pytest.raises(ValueError, match="path='file' is a file; name a folder"):
         write_adapter("file", factors())
     with pytest.raises(TypeError, match="mapping"):
         write_adapter("a", [1])
+
+
+def test_names_of_files_of_peft_keep_one_prefix(factors):
+    """A second one names modules that no model has."""
+    write_adapter("a", factors(rank=[1, 2, 3, 2, 1, 6]))
+    write_adapter("b", read_adapters("a", names="raw")[0])
+    assert (
+        load_file("b/adapter_model.safetensors").keys()
+        == load_file("a/adapter_model.safetensors").keys()
+    )
+    assert config_of("b") == config_of("a")
+    pair = next(iter(factors().values()))
+    with pytest.raises(ValueError, match=r"'q' and 'base_model\.model\.q' are one module"):
+        write_adapter("c", {"q": pair, PREFIX + "q": pair})
 
 
 def test_side_features_need_a_place(factors):

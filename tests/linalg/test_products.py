@@ -88,6 +88,17 @@ def test_a_norm_of_rounding_alone_is_zero(make_factors, make_gauge, condition, s
         assert (norms[25:] > 0).all()
 
 
+def test_a_norm_above_rounding_is_kept():
+    U, V = torch.ones(1, 2, dtype=torch.float64), torch.tensor([[1.0, 1e-6 - 1.0]]).double()
+    norm = float(V.sum()) ** 2
+    assert squared_norm(U, V).item() == pytest.approx(norm, rel=1e-2)
+
+
+def test_a_norm_that_overflows_is_infinite():
+    large = torch.full((2, 1), 1e200, dtype=torch.float64)
+    assert squared_norm(large, large) == frobenius_norm(large, large) == torch.inf
+
+
 def test_zero_padding_the_rank_changes_nothing(make_factors, dtype):
     U, V = make_factors(8, 9, 7, 3, batch=(4,), dtype=dtype)
     padded = [torch.nn.functional.pad(factor, (0, 2)) for factor in (U, V)]

@@ -96,6 +96,15 @@ def test_blocks_combine_to_the_whole_stack(make_stack):
     np.testing.assert_allclose(noise, compress_updates(U, V).noise, rtol=1e-12)
 
 
+def test_float64_keeps_directions_whose_squares_it_would_lose(make_factors):
+    left, right = (torch.linalg.qr(A).Q for A in make_factors(0, 6, 5, 2))
+    U, V = (A.expand(8, -1, -1) for A in (left * torch.tensor([1.0, 1e-10]), right))
+    P, Q = leading_subspaces(U, V, 2)
+    for basis, expected in ((P, left), (Q, right)):
+        products = (basis.mT @ expected).abs()
+        torch.testing.assert_close(products, torch.eye(2).double(), rtol=0, atol=1e-5)
+
+
 def test_a_side_with_fewer_rows_than_k_gives_all_it_has(make_stack):
     U, V = make_stack(7, 20, 8, 3, 2)
     P, Q = leading_subspaces(U, V, 5)

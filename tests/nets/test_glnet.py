@@ -190,6 +190,14 @@ class TestPaths:
             changes.append((outputs[1] - outputs[0]).square().mean().sqrt())
         assert 0.8 < changes[0] / changes[1] < 1.25
 
+    def test_are_neither_forgotten_nor_given_to_a_net_without(self, size, argument, random_factors):
+        factors = random_factors(GROUPS, batch=4, rank=2)
+        with pytest.raises(ValueError, match=f"{argument} is missing, .* reads 2 such columns"):
+            make_net(**{size: 2})(factors)
+        columns = torch.zeros(4, 2, dtype=torch.float64)
+        with pytest.raises(ValueError, match=rf"{argument} is of shape \(4, 2\), .* reads 0 such"):
+            make_net()(factors, **{argument: columns})
+
     def test_other_weights_start_as_without(self, size, argument):
         nets = []
         for options in ({}, {size: 2}):

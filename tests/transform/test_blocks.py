@@ -4,6 +4,7 @@ import joblib
 import numpy as np
 import pytest
 import sklearn
+import torch
 from sklearn.base import clone
 
 from sklora import GLEquivariantProjection, LoRACollection, LoRALayout, OAlign, SVDSpectrum
@@ -149,6 +150,32 @@ def test_read_only_weights(featurizer, X):
         np.asarray(clone(featurizer).fit_transform(frozen)),
         np.asarray(clone(featurizer).fit_transform(X)),
     )
+
+
+@by_blocks
+@pytest.mark.parametrize("lay", ["backwards", "among others"])
+def test_rows_that_torch_cannot_share(featurizer, X, lay):
+    flat = np.array(X)[::-1]
+    if lay == "among others":
+        records = np.empty(len(X), dtype=[("flat", flat.dtype, flat.shape[1:]), ("tag", "S3")])
+        records["flat"] = flat
+        flat = records["flat"]
+    expected = np.asarray(clone(featurizer).fit(X).transform(X[::-1]))
+    # NumPy takes a block of one row for contiguous, whatever its stride.
+    with sklearn.config_context(working_memory=0):
+        same = LoRACollection.from_array(flat, X.layout)
+        found = np.asarray(clone(featurizer).fit(X).transform(same))
+    np.testing.assert_allclose(found, expected)
+
+
+@by_blocks
+def test_what_torch_is_set_to_does_not_matter(featurizer, X):
+    X = LoRACollection.from_array(np.asarray(X, np.float32), X.layout)
+    expected = np.asarray(clone(featurizer).fit_transform(X))
+    for setting in (torch.device("meta"), torch.autocast("cpu", torch.bfloat16)):
+        with setting:
+            found = np.asarray(clone(featurizer).fit_transform(X))
+        np.testing.assert_array_equal(found, expected)
 
 
 @by_blocks

@@ -56,6 +56,14 @@ GAUGES = [(np.float64, 1e4, 1e-9), (np.float32, 1e2, 1e-4)]
 ATOL = {np.float64: 1e-12, np.float32: 1e-5}
 
 
+def test_entries_that_do_not_fit_into_memory_are_refused_with_their_size(X, monkeypatch):
+    monkeypatch.setattr("sklora._stores.available_memory", lambda: 100)
+    with pytest.raises(
+        MemoryError, match=r"DenseProduct gives of .* columns takes .* GiB are free"
+    ):
+        DenseProduct().fit_transform(X)
+
+
 class TestGram:
     @pytest.mark.parametrize("dtype", [np.float64, np.float32])
     def test_inner_products_are_those_of_the_entries(self, random_loras, rng, dtype):
@@ -140,6 +148,15 @@ class TestGram:
             factors.append({name: (U, V / [1, scale or 1]) for name, (U, V) in pairs.items()})
         X = LoRACollection.from_factors(factors, dtype=dtype)
         assert DenseProduct("gram").fit(X).eigenvalues_.shape == (2,)
+
+    @pytest.mark.parametrize("sizes", [(1e20, 1e-20), (1e-20, 1e20), (1e10, 1e10), (1e-12, 1e-12)])
+    def test_sizes_whose_squares_float32_cannot_hold(self, random_loras, rng, sizes):
+        factors = [
+            {name: (sizes[0] * U, sizes[1] * V) for name, (U, V) in adapter.items()}
+            for adapter in random_loras(rng, 6)
+        ]
+        X = LoRACollection.from_factors(factors * 2, dtype=np.float32)
+        assert DenseProduct("gram").fit(X).eigenvalues_.shape == (6,)
 
     def test_zero_updates(self, random_loras, rng):
         X = random_loras(rng, 4)

@@ -73,6 +73,11 @@ def test_is_invariant_to_gl(kernel, random_loras, rng, dtype, condition, rtol):
     assert_gauge_invariant(model, X, condition=condition, rtol=rtol, random_state=0)
 
 
+def test_distances_to_oneself_are_zero_whatever_the_gauge(X):
+    moved = apply_gauge(X, condition=1e7, random_state=0)
+    np.testing.assert_array_equal(UpdateKernel("rbf").fit_transform(moved).diagonal(), 1.0)
+
+
 def test_gamma(X):
     entries = DenseProduct().fit_transform(X)
     default = UpdateKernel("rbf").fit(X)

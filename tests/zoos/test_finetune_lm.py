@@ -189,6 +189,19 @@ def test_a_zoo_is_not_continued_with_other_settings(run, zoo):
         run(zoo, "--epochs", "1", "1", "--seed", "1")
 
 
+def test_a_zoo_without_adapters_is_begun_anew(run, tmp_path, read_labels):
+    with pytest.raises(ValueError, match="nowhere"):
+        run(tmp_path, "--target-modules", "nowhere")
+    run(tmp_path, adapters=1)
+    assert len(read_labels(tmp_path)) == 1
+
+
+def test_files_without_questions_are_refused(lm, tmp_path):
+    (tmp_path / "none.jsonl").write_text("\n")
+    with pytest.raises(SystemExit, match=r"No questions in .*none\.jsonl"):
+        lm.read_questions([tmp_path / "none.jsonl"], None)
+
+
 def test_an_unknown_source_is_refused(run, tmp_path):
     with pytest.raises(SystemExit, match="--kept AIMS: the sources are MCAS, Mercury, TIMSS"):
         run(tmp_path, "--kept", "AIMS")

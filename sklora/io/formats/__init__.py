@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from sklora._untrusted import Refusal, shown
@@ -41,6 +42,12 @@ FORMATS: tuple[Format, ...] = (
 
 _PACKED = {"weights", "ranks", "ids"}
 _OFT = "OFT rotates the weight, which is no low-rank update"
+# What any trainer calls the factors of an update.
+_FACTOR = re.compile(
+    r"(?:^|\.)(?:lora_(?:down|up|mid|[ABEab]|embedding_[AB])|hada_[wt]\d(?:_[ab])?"
+    r"|lokr_[wt]\d(?:_[ab])?)(?:\.(?!alpha$|bias$)[^.]+){0,2}$"
+    r"|lora(?:\d|_linear_layer)?\.(?:down|up)\.weight$|:(?:down|up)$"
+)
 # By how a component of a tensor's name begins.
 _REFUSED = {
     **dict.fromkeys(("oft_diag", "oft_blocks", "oft_r", "oft_R"), _OFT),
@@ -71,13 +78,16 @@ def plan_adapter(source: Source, options: ReadOptions) -> AdapterPlan:
     ------
     Refusal
         When no format matches, the one that does refuses the file, or some of the file is of a
-        method that is not read: leaving that out would give a part of the update for the whole.
+        method that is not read, or of another format: leaving that out would give a part of the
+        update for the whole.
     """
     for format in FORMATS:
         if format.matches(source, options):
             plan = format.plan(source, options)
             if format is not custom.FORMAT:
-                _refuse_methods(tensor for tensor, _ in plan.left_out)
+                left_out = [tensor for tensor, _ in plan.left_out]
+                _refuse_methods(left_out)
+                _refuse_factors(left_out, plan.format)
             return plan
     _refuse_methods(source.tensors)
     if not source.tensors:
@@ -97,3 +107,13 @@ def _refuse_methods(tensors: Iterable[str]) -> None:
         for mark, why in _REFUSED.items():
             if f".{mark}" in f".{name}":
                 raise Refusal(f"tensor {shown(name)}: {why}.")
+
+
+def _refuse_factors(tensors: Iterable[str], format: str) -> None:
+    """Refuse factors that the format of the file does not know."""
+    for name in tensors:
+        if _FACTOR.search(name):
+            raise Refusal(
+                f"tensor {shown(name)} is a factor of an update, but no adapter of the format "
+                f"{format} has it; the file mixes two formats: split it."
+            )

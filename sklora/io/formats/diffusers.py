@@ -20,7 +20,7 @@ from sklora.io._build import (
     make_plan,
 )
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
-from sklora.io.formats.peft import check_patterns, check_update, scale_of_config
+from sklora.io.formats.peft import METADATA, check_patterns, check_update, scale_of_config
 
 _SUFFIXES = {
     "down.weight": "down",
@@ -39,7 +39,6 @@ _COMPONENTS = (
 )
 # Language models have names in which "transformer" is no component of a pipeline.
 _OTHERS = ("transformer.h.", "transformer.encoder.")
-METADATA = "lora_adapter_metadata"
 
 
 def _matches(source: Source, options: ReadOptions) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any
 
 from sklora._untrusted import Refusal, shown
@@ -20,6 +21,8 @@ from sklora.io._build import (
     Modules,
     add_role,
     base_model_label,
+    check_names,
+    has_suffix,
     left_out_of,
     make_plan,
     number,
@@ -30,6 +33,8 @@ from sklora.io._pattern import matches_module, matching_work
 from sklora.io._plan import AdapterPlan, Format, ModulePlan, ReadOptions, Scale, Source
 
 PREFIX = "base_model.model."
+# Where diffusers keeps a configuration of PEFT for each component.
+METADATA = "lora_adapter_metadata"
 _ROLES = {
     "lora_A": "down",
     "lora_B": "up",
@@ -46,15 +51,20 @@ _ROLES = {
     },
 }
 MAX_MATCHING = 2 * 10**7
+# The largest models that are known have some 50,000 stacked matrices.
+MAX_EXPERTS = 100_000
 _TYPES = ("LORA", "ADALORA", "LOHA", "LOKR")
 # These leave the base model as it is, so that B A is the whole update.
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "true", "false")
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "true", "false")
 _CONV1D = 3
 _OTHER_BASES = ("use_qalora", "kasa_config", "use_bdlora")
 
 
 def _matches(source: Source, options: ReadOptions) -> bool:
-    stated = _is_config(source.config)
+    # Other trainers' files may tell their scale themselves, whatever lies beside them.
+    stated = _is_config(source.config) and not (
+        METADATA in source.metadata or has_suffix(source, ".alpha")
+    )
     return any(
         (stated or name.startswith(PREFIX)) and _role_of(name) is not None
         for name in source.tensors
@@ -154,7 +164,8 @@ def check_update(config: Mapping[str, Any]) -> None:
         When the method changes the base model too, or has another update.
     """
     init = config.get("init_lora_weights")
-    if not any(init is plain or init == plain for plain in _PLAIN_INITS):
+    known = init.lower() if isinstance(init, str) else init
+    if not any(known is plain or known == plain for plain in _PLAIN_INITS):
         raise Refusal(
             f"init_lora_weights is {shown(init)}: that method changes the base model too, so B A "
             "is not the whole update. Convert the adapter to plain LoRA with save_pretrained(..., "
@@ -284,10 +295,12 @@ def _with_experts(
     for target in targets:
         parent, _, parameter = target.rpartition(".")
         parameters.setdefault(parent, set()).add(parameter)
-    modules: list[ModulePlan] = []
-    for module in plan.modules:
-        modules += _experts(module, parameters, config)
-    return AdapterPlan(plan.format, tuple(modules), plan.side, plan.left_out, plan.base_model)
+    experts = chain.from_iterable(_experts(each, parameters, config) for each in plan.modules)
+    modules = tuple(islice(experts, MAX_EXPERTS + 1))
+    if len(modules) > MAX_EXPERTS:
+        raise Refusal(f"it has over {MAX_EXPERTS} experts, more than any model.")
+    check_names(modules)
+    return AdapterPlan(plan.format, modules, plan.side, plan.left_out, plan.base_model)
 
 
 def _experts(

@@ -292,6 +292,20 @@ class TestExperts:
         assert "300 modules" in why
         assert "2.1e+07 steps" in why
 
+    def test_module_by_the_name_of_an_expert_is_refused(self, pair, normal, save, refusal):
+        """One of two updates of one name would not be read."""
+        tensors = linear("mlp.experts", normal(6, 6), normal(5, 6)) | linear("mlp.experts.1", *pair)
+        assert "are both called 'mlp.experts.1'" in refusal(save(tensors, self.CONFIG))
+
+    def test_more_experts_than_any_model_has_are_refused(self, normal, save, refusal):
+        """Every expert takes hundreds of bytes, however few its factors take."""
+        half = 60_000
+        tensors = {}
+        for place in range(2):
+            stack = torch.ones(half, 1, dtype=torch.float16)
+            tensors |= linear(f"{place}.mlp.experts", stack, stack.T)
+        assert "over 100000 experts" in refusal(save(tensors, self.CONFIG | {"r": 1}))
+
     def test_rank_that_is_no_multiple_is_refused(self, pair, normal, save, refusal):
         path = save(linear("mlp.experts", normal(7, 6), normal(5, 7)), self.CONFIG)
         assert "of 7 columns, no whole number of experts of rank r=3" in refusal(path)
@@ -378,6 +392,11 @@ def test_initialisation_that_changes_the_base_is_refused_by_name(pair, save, ref
     assert "path_initial_model_for_weight_conversion" in why
 
 
+@pytest.mark.parametrize("init", [True, False, "Gaussian", "eva", "orthogonal", "mica"])
+def test_initialisation_that_leaves_the_base_is_read(pair, save, scan, init):
+    assert scan(save(linear("q", *pair), LORA | {"init_lora_weights": init})).scales == (2.0,)
+
+
 @pytest.mark.parametrize(
     "setting", [{"use_qalora": True}, {"use_bdlora": {"a": 1}}, {"kasa_config": {"beta": 1e-4}}]
 )
@@ -435,6 +454,30 @@ class TestWithoutConfiguration:
     def test_loha_is_not_taken_for_lycoris_s(self, normal, save, refusal):
         tensors = named("q", **{role: normal(*shape) for role, shape in HADA.items()})
         assert "pass scale=" in refusal(save(tensors))
+
+
+class TestConfigurationBesideAFileThatTellsItsScale:
+    """PEFT loads no such file, and whoever does looks at no configuration of PEFT."""
+
+    CONFIG = LORA | {"lora_alpha": 0}
+
+    @pytest.mark.parametrize("told", ["metadata", "alpha"])
+    def test_diffusers_keeps_its_scale(self, pair, save, scan, told):
+        A, B = pair
+        tensors = {"unet.q.lora_A.weight": A, "unet.q.lora_B.weight": B}
+        metadata = None
+        if told == "metadata":
+            metadata = {"lora_adapter_metadata": '{"unet.lora_alpha": 9}'}
+        else:
+            tensors["unet.q.alpha"] = torch.tensor(9.0)
+        report = scan(save(tensors, self.CONFIG, metadata))
+        assert (report.format, report.scales) == ("diffusers", (3.0,))
+
+    def test_lycoris_keeps_its_alpha(self, normal, save, scan):
+        tensors = {f"lora_unet_q.{role}": normal(*shape) for role, shape in HADA.items()}
+        tensors["lora_unet_q.alpha"] = torch.tensor(6.0)
+        path = save(tensors, {"peft_type": "LOHA", "r": 2, "alpha": 0})
+        assert scan(path).scales == (3.0,)
 
 
 class TestVeRA:

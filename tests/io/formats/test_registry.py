@@ -43,6 +43,39 @@ def test_unknown_keys_are_refused_with_some_of_them_and_the_remedy(normal, save,
     assert len(why) < 500
 
 
+MIXED = {
+    "diffusers": ("unet.x.lora_A.weight", "unet.x.lora_B.weight"),
+    "kohya": ("lora_te_x.lora_down.weight", "lora_te_x.lora_up.weight"),
+    "cloneofsimo": ("unet:0:down", "unet:0:up"),
+    "onetrainer": ("lora_transformer_x.lora_down.weight", "lora_transformer_x.lora_up.weight"),
+    "old diffusers": ("unet.y.to_q_lora.down.weight", "unet.y.to_q_lora.up.weight"),
+    "mlx": ("model.x.lora_a", "model.x.lora_b"),
+    "named": ("unet.z.lora_A.default.weight", "unet.z.lora_B.default.weight"),
+}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("diffusers", "kohya"),
+        ("kohya", "old diffusers"),
+        ("cloneofsimo", "kohya"),
+        ("onetrainer", "diffusers"),
+        ("diffusers", "cloneofsimo"),
+        ("kohya", "mlx"),
+        ("diffusers", "named"),
+    ],
+)
+def test_file_of_two_formats_is_refused(save, refusal, one, other):
+    """There are loaders that apply both, and what is read would be a part of the update."""
+    tensors = {}
+    for down, up in (MIXED[one], MIXED[other]):
+        tensors |= {down: torch.ones(3, 3), up: torch.ones(3, 3)}
+    why = refusal(save(tensors))
+    assert "mixes two formats: split it" in why
+    assert any(repr(name) in why for name in MIXED[one] + MIXED[other])
+
+
 def test_packed_zoo_is_refused_by_name(rng, tmp_path, refusal):
     adapter = {"q": (rng.normal(size=(3, 2)), rng.normal(size=(4, 2)))}
     LoRACollection.from_factors([adapter]).save(tmp_path / "zoo.safetensors")

@@ -1,0 +1,30 @@
+"""Files that are written whole or not at all."""
+
+import os
+
+import pytest
+
+from sklora._files import replacing
+
+
+def test_pipe_is_not_replaced(tmp_path):
+    """Nor a device, such as the null device."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(FileExistsError, match="no regular file"), replacing(path):
+        pass
+    assert path.is_fifo()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_file_is_replaced_when_it_is_complete(tmp_path, there):
+    path = tmp_path / "file"
+    if there:
+        path.write_bytes(b"old")
+    with replacing(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.exists() == there
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
