@@ -20,6 +20,12 @@ def normal() -> Callable[..., torch.Tensor]:
 
 
 @pytest.fixture
+def pair(normal) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give A and B of an update (5, 4) of rank 3."""
+    return normal(3, 4, dtype=torch.float64), normal(5, 3, dtype=torch.float64)
+
+
+@pytest.fixture
 def save(tmp_path) -> Callable[..., Path]:
     """Write tensors as safetensors, in a folder of their own, with a configuration beside them."""
 

@@ -14,12 +14,6 @@ BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn"
 
 
-@pytest.fixture
-def pair(normal):
-    """A and B of an update (5, 4) of rank 3."""
-    return normal(3, 4), normal(5, 3)
-
-
 def product(A, B):
     return B.double() @ A.double()
 

@@ -23,12 +23,6 @@ def tensors(A, B, module=MODULE):
     return {f"{module}.lora_down.weight": A, f"{module}.lora_up.weight": B}
 
 
-@pytest.fixture
-def pair(normal):
-    """A and B of an update (5, 4) of rank 3."""
-    return normal(3, 4, dtype=torch.float64), normal(5, 3, dtype=torch.float64)
-
-
 @pytest.mark.parametrize("alpha", ALPHAS, ids=lambda x: f"{tuple(x.shape)} {x.dtype}")
 def test_scale_is_alpha_over_r_however_alpha_is_stored(pair, save, assert_updates, scan, alpha):
     A, B = pair

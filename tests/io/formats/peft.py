@@ -1,0 +1,15 @@
+"""How tests name the tensors of PEFT."""
+
+LORA = {"peft_type": "LORA", "r": 3, "lora_alpha": 6}
+PREFIX = "base_model.model."
+
+
+def named(module, **tensors):
+    """Tensors of one module by what their names end in, with dots for double underscores."""
+    return {
+        f"{PREFIX}{module}.{role.replace('__', '.')}": tensor for role, tensor in tensors.items()
+    }
+
+
+def linear(module, A, B):
+    return named(module, lora_A__weight=A, lora_B__weight=B)

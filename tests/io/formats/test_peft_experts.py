@@ -1,0 +1,99 @@
+"""Stacked matrices, each a module of its own."""
+
+import pytest
+import torch
+
+from tests.io.formats.peft import LORA, PREFIX, linear
+
+
+class TestExperts:
+    CONFIG = LORA | {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+
+    @pytest.mark.parametrize("alpha", [6, -6])
+    def test_every_expert_is_a_module(self, normal, save, assert_updates, scan, alpha):
+        n_experts, r = 4, 3
+        stacks = {
+            "layers.0.mlp.experts": (normal(r * n_experts, 6), normal(5, r * n_experts)),
+            "layers.0.mlp.experts.base_layer": (normal(r * n_experts, 7), normal(8, r * n_experts)),
+        }
+        A, B = normal(r, 4), normal(5, r)
+        tensors, expected = linear("layers.0.q", A, B), {}
+        expected[PREFIX + "layers.0.q"] = B.double() @ A.double() * alpha / r
+        for module, (stack_a, stack_b) in stacks.items():
+            tensors |= linear(module, stack_a, stack_b)
+            for e in range(n_experts):
+                A_e = stack_a.double()[e * r : (e + 1) * r]
+                update = stack_b.double()[:, e::n_experts] @ A_e
+                expected[f"{PREFIX}{module}.{e}"] = update * alpha / r
+        path = save(tensors, self.CONFIG | {"lora_alpha": alpha})
+        assert_updates(path, expected)
+        assert scan(path).ranks == (3,)
+
+    def test_rank_and_alpha_may_be_those_of_patterns(self, normal, save, assert_updates):
+        A, B = normal(4, 6), normal(5, 4)
+        config = self.CONFIG | {
+            "rank_pattern": {"experts": 1, "experts.(gate_up|down)_proj": 2},
+            "alpha_pattern": {"mlp.experts": 1, r"(\w+)_proj": 5},
+            "use_rslora": True,
+        }
+        path = save(linear("mlp.experts", A, B), config)
+        expected = {
+            f"{PREFIX}mlp.experts.{e}": B.double()[:, e::2] @ A.double()[2 * e :][:2] * 5 / 2**0.5
+            for e in range(2)
+        }
+        assert_updates(path, expected)
+
+    @pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
+    def test_patterns_that_tell_parameters_of_a_module_apart_are_refused(
+        self, normal, save, refusal, setting
+    ):
+        """The file does not say which of them its tensors are of."""
+        path = save(
+            linear("mlp.experts", normal(6, 6), normal(5, 6)),
+            self.CONFIG | {setting: {"down_proj": 2}},
+        )
+        assert "down_proj', 'gate_up_proj' of module 'mlp.experts'" in refusal(path)
+
+    def test_many_targets_of_many_modules_are_refused(self, normal, save, refusal):
+        tensors = {}
+        for place in range(300):
+            tensors |= linear(f"{place}", normal(1, 2), normal(2, 1))
+        targets = [f"{place}.w" for place in range(70_000)]
+        why = refusal(save(tensors, LORA | {"target_parameters": targets}))
+        assert "300 modules" in why
+        assert "2.1e+07 steps" in why
+
+    def test_module_by_the_name_of_an_expert_is_refused(self, pair, normal, save, refusal):
+        """One of two updates of one name would not be read."""
+        tensors = linear("mlp.experts", normal(6, 6), normal(5, 6)) | linear("mlp.experts.1", *pair)
+        assert "are both called 'mlp.experts.1'" in refusal(save(tensors, self.CONFIG))
+
+    def test_more_experts_than_any_model_has_are_refused(self, normal, save, refusal):
+        """Every expert takes hundreds of bytes, however few its factors take."""
+        half = 60_000
+        tensors = {}
+        for place in range(2):
+            stack = torch.ones(half, 1, dtype=torch.float16)
+            tensors |= linear(f"{place}.mlp.experts", stack, stack.T)
+        assert "over 100000 experts" in refusal(save(tensors, self.CONFIG | {"r": 1}))
+
+    def test_rank_that_is_no_multiple_is_refused(self, pair, normal, save, refusal):
+        path = save(linear("mlp.experts", normal(7, 6), normal(5, 7)), self.CONFIG)
+        assert "of 7 columns, no whole number of experts of rank r=3" in refusal(path)
+        config = self.CONFIG | {"r": 1e300}
+        assert len(refusal(save(linear("mlp.experts", *pair), config))) < 300
+
+    def test_parameter_of_any_module(self, pair, normal, save, assert_updates):
+        A, B = normal(6, 4), normal(5, 6)
+        config = LORA | {"target_parameters": ["w1"]}
+        path = save(linear("experts", A, B) | linear("q", *pair), config)
+        expected = {
+            f"{PREFIX}experts.{e}": B.double()[:, e::2] @ A.double()[3 * e :][:3] * 2
+            for e in range(2)
+        }
+        assert_updates(path, expected | {PREFIX + "q": pair[1] @ pair[0] * 2})
+
+    @pytest.mark.parametrize("targets", ["w1", 3, {"w1": 2}])
+    def test_what_is_no_list_is_refused(self, pair, save, refusal, targets):
+        path = save(linear("q", *pair), LORA | {"target_parameters": targets})
+        assert "target_parameters" in refusal(path)
