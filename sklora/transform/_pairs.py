@@ -93,11 +93,7 @@ def squared_norms(X: LoRACollection, *, device: torch.device) -> NDArray[np.floa
     -------
     ndarray of shape (len(X),), of float64
     """
-
-    def norm(U: Tensor, V: Tensor) -> Tensor:
-        return squared_norm(U.double(), V.double())
-
-    return sum_over_modules(norm, X, device=device)
+    return sum_over_modules(squared_norm, X, device=device)
 
 
 def sum_over_modules(
@@ -108,7 +104,7 @@ def sum_over_modules(
     Parameters
     ----------
     function : callable
-        Of stacks of factors; gives a number for each adapter.
+        Of stacks of factors in float64; gives a number for each adapter.
     X : LoRACollection
     device : torch.device
 
@@ -120,7 +116,8 @@ def sum_over_modules(
     for rows in _blocks(X):
         read = _reader(X, rows, device)
         for position in range(X.layout.n_modules):
-            sums[rows] += function(*read(position)).cpu().numpy()
+            U, V = read(position)
+            sums[rows] += function(U.double(), V.double()).cpu().numpy()
     return sums
 
 

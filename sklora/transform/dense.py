@@ -244,6 +244,6 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
 
 def _squared_size(U: Tensor, V: Tensor) -> Tensor:
     """``||U||^2 ||V||^2``, what rounding is relative to: the worse the gauge, the larger."""
-    u, v = (torch.linalg.vector_norm(A.double(), dim=(-2, -1)) for A in (U, V))
+    u, v = (torch.linalg.vector_norm(A, dim=(-2, -1)) for A in (U, V))
     product: Tensor = (u * v).square()
     return product
