@@ -10,7 +10,14 @@ from sklearn.linear_model import RidgeClassifier
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 
-from sklora import GLEquivariantProjection, LoRACollection, MLPNetClassifier, OAlign, SVDSpectrum
+from sklora import (
+    GLEquivariantProjection,
+    LoRACollection,
+    MLPNetClassifier,
+    OAlign,
+    SVDSpectrum,
+    UpdateKernel,
+)
 
 distributed = pytest.importorskip("distributed")
 cloudpickle = pytest.importorskip("cloudpickle")
@@ -44,7 +51,12 @@ def where(X):
 
 @pytest.mark.parametrize(
     "featurizer",
-    [SVDSpectrum(), OAlign(template=0), GLEquivariantProjection(8, method="hosvd")],
+    [
+        SVDSpectrum(),
+        OAlign(template=0),
+        GLEquivariantProjection(8, method="hosvd"),
+        UpdateKernel(),
+    ],
     ids=str,
 )
 def test_featurization(client, zoo, featurizer):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -48,6 +49,9 @@ class Block(NamedTuple):
 
 
 BlockFunction: TypeAlias = Callable[[Block, NDArray[Any]], None]
+# What to do with some adapters on a device, and the part of a result that it fills.
+Work: TypeAlias = Callable[[LoRACollection, torch.device, NDArray[Any]], None]
+Task: TypeAlias = tuple[Work, LoRACollection, NDArray[Any]]
 
 
 def factor_views(flat: Tensor, layout: LoRALayout) -> Factors:
@@ -91,10 +95,26 @@ def plan_blocks(X: LoRACollection, *, n_columns: int = 0, n_parallel: int = 1) -
     # Rows that have to be put together are there as stored and as laid out.
     width = n_columns + (0 if _lies_in_memory(X) else 2 * X.layout.width)
     bytes_per_adapter = X.dtype.itemsize * width + _BYTES_PER_MODULE_WEIGHT * largest
-    blocks = list(X.iter_batches(n_parallel * bytes_per_adapter))
-    if len(blocks) < n_parallel:
-        blocks = list(gen_even_slices(len(X), min(n_parallel, len(X))))
-    return blocks
+    return parallel_blocks(X, bytes_per_adapter, n_parallel)
+
+
+def parallel_blocks(X: LoRACollection, bytes_per_adapter: float, n_parallel: int) -> list[slice]:
+    """Blocks of which ``n_parallel`` at once fit in the ``working_memory``, and at least so many.
+
+    Parameters
+    ----------
+    X : LoRACollection
+    bytes_per_adapter : float
+        What the work on one adapter takes.
+    n_parallel : int
+
+    Returns
+    -------
+    list of slice
+        They cover X in order; no more than its adapters.
+    """
+    blocks, n_least = list(X.iter_batches(n_parallel * bytes_per_adapter)), min(n_parallel, len(X))
+    return blocks if len(blocks) >= n_least else list(gen_even_slices(len(X), n_least))
 
 
 def _lies_in_memory(X: LoRACollection) -> bool:
@@ -207,11 +227,34 @@ def map_blocks(
         remedy="Take fewer adapters, or a featurizer that gives fewer columns.",
     )
     result = np.empty((len(X), n_columns), X.dtype)
+    fill = partial(_fill, function)
     blocks = plan_blocks(X, n_columns=n_columns, n_parallel=effective_n_jobs(n_jobs))
+    tasks = [(fill, X[rows], result[rows]) for rows in blocks]
+    run_tasks(tasks, device=device, n_jobs=n_jobs, what=what, verbose=verbose)
+    return result
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    *,
+    device: str | torch.device,
+    n_jobs: int | None,
+    what: str,
+    verbose: int,
+) -> None:
+    """Run every ``function(X, device, out)`` on some adapters, which fills its part of a result.
+
+    Parameters
+    ----------
+    tasks : sequence of (function, LoRACollection, ndarray)
+    device, n_jobs, what, verbose
+        As for :func:`map_blocks`.
+    """
     backend, _ = get_active_backend(prefer="threads")
     shared = getattr(backend, "supports_sharedmem", False)
     where = resolve_device(device) if shared else f"{device} of {type(backend).__name__}"
-    _logger.debug("%s: %d adapters in %d blocks on %s", what, len(X), len(blocks), where)
+    n_adapters = sum(len(X) for _, X, _ in tasks)
+    _logger.debug("%s: %d adapters in %d blocks on %s", what, n_adapters, len(tasks), where)
     streams = getattr(backend, "supports_return_generator", False)
     parallel = Parallel(
         n_jobs=n_jobs,
@@ -219,54 +262,62 @@ def map_blocks(
         return_as="generator" if streams else "list",
     )
     if shared:
-        work = (delayed(_fill)(function, X, rows, device, result[rows]) for rows in blocks)
+        work = (delayed(_run)(*task, device) for task in tasks)
     else:
-        work = (delayed(_part)(function, X[rows], n_columns, device) for rows in blocks)
-    with progress(len(X), what, "adapter", verbose) as advance:
-        for rows, part in zip(blocks, parallel(work), strict=True):
+        work = (delayed(_result)(function, X, A.shape, A.dtype, device) for function, X, A in tasks)
+    with progress(n_adapters, what, "adapter", verbose) as advance:
+        for (_, X, out), part in zip(tasks, parallel(work), strict=True):
             if not shared:
-                result[rows] = part
-            advance(len(result[rows]))
-    return result
+                out[:] = part
+            advance(len(X))
 
 
-def _part(
-    function: BlockFunction, X: LoRACollection, n_columns: int, device: str | torch.device
+def _result(
+    function: Work,
+    X: LoRACollection,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    device: str | torch.device,
 ) -> NDArray[Any]:
-    out = np.empty((len(X), n_columns), X.dtype)
-    _fill(function, X, slice(None), device, out)
+    out = np.empty(shape, dtype)
+    _run(function, X, out, device)
     return out
 
 
-def _fill(
-    function: BlockFunction,
+def _run(
+    function: Work,
     X: LoRACollection,
-    rows: slice,
-    device: str | torch.device,
     out: NDArray[Any],
+    device: str | torch.device,
 ) -> None:
     here = resolve_device(device)
     with _own_stream(here), torch.autocast(here.type, enabled=False):
-        try:
-            function(read_block(X, rows, here), out)
-        except RuntimeError as error:  # such as that of a decomposition of NaN
-            _look_at(X, rows)
-            if not isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
-                raise
-            ids = X.ids[rows].tolist()
-            raise ValueError(
-                f"numbers of adapters {ids[0]!r} to {ids[-1]!r} overflow in a decomposition in "
-                "float64; rescale them, or leave out those that are far too large."
-            ) from error
+        function(X, here, out)
+
+
+def _fill(
+    function: BlockFunction, X: LoRACollection, device: torch.device, out: NDArray[Any]
+) -> None:
+    try:
+        function(read_block(X, slice(None), device), out)
+    except RuntimeError as error:  # such as that of a decomposition of NaN
+        _look_at(X)
+        if not isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+            raise
+        ids = X.ids.tolist()
+        raise ValueError(
+            f"numbers of adapters {ids[0]!r} to {ids[-1]!r} overflow in a decomposition in "
+            "float64; rescale them, or leave out those that are far too large."
+        ) from error
     # One sum says whether all are finite, unless it overflows; then a look at X says it.
     if not math.isfinite(torch.from_numpy(out).sum()):
-        _look_at(X, rows)
+        _look_at(X)
 
 
-def _look_at(X: LoRACollection, rows: slice) -> None:
+def _look_at(X: LoRACollection) -> None:
     """Raise if numbers of these adapters are not valid."""
     if not X._store.is_checked:
-        check_numbers(X, rows, X.read(rows, copy=False))
+        check_numbers(X, slice(None), X.read(copy=False))
 
 
 def _own_stream(device: torch.device) -> AbstractContextManager[Any]:

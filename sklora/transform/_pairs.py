@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from joblib import effective_n_jobs
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sklora._pages import Rows
-from sklora._progress import progress
 from sklora._stores import ArrayStore
 from sklora.collection import LoRACollection
 from sklora.linalg import squared_norm
 from sklora.linalg.products import add_inner_products
+from sklora.transform._blocks import Task, parallel_blocks, run_tasks
 
 # The factors U (B, n, r) and V (B, m, r) of the module at a position.
 ReadModule: TypeAlias = Callable[[int], tuple[Tensor, Tensor]]
@@ -25,7 +27,8 @@ def inner_products(
     X: LoRACollection,
     Y: LoRACollection | None = None,
     *,
-    device: torch.device,
+    device: str | torch.device,
+    n_jobs: int | None = None,
     verbose: int = 0,
 ) -> NDArray[np.float64]:
     """Frobenius inner products of the updates of every adapter of X with every one of Y.
@@ -38,7 +41,9 @@ def inner_products(
     X : LoRACollection
     Y : LoRACollection or None, default=None
         Of the same modules. None is X, for half the work.
-    device : torch.device
+    device : str or torch.device
+    n_jobs : int or None, default=None
+        Blocks of X at once, by joblib.
     verbose : int, default=0
         Whether there is a progress bar.
 
@@ -46,33 +51,50 @@ def inner_products(
     -------
     ndarray of shape (len(X), len(Y)), of float64
     """
-    symmetric = Y is None
-    Y = X if Y is None else Y
-    products = np.zeros((len(X), len(Y)))
-    with progress(products.size, "inner products", "pair", verbose) as advance:
-        for rows in _blocks(X):
-            left = _reader(X, rows, device)
-            for columns in _blocks(Y):
-                part = products[rows, columns]
-                if symmetric and columns.start < rows.start:
-                    part[:] = products[columns, rows].T
-                else:
-                    same = symmetric and columns == rows
-                    right = None if same else _reader(Y, columns, device)
-                    _fill_products(part, left, right, X.layout.n_modules, device)
-                advance(part.size)
+    n_parallel = effective_n_jobs(n_jobs)
+    blocks = _blocks(X, n_parallel)
+    products = np.zeros((len(X), len(X if Y is None else Y)))
+    if Y is None:
+        # Those with the adapters before a block, and among each other; the rest are the same.
+        tasks: list[Task] = [
+            (partial(_fill_products, X, blocks[:n], True), X[rows], products[rows, : rows.stop])
+            for n, rows in enumerate(blocks)
+        ]
+    else:
+        fill = partial(_fill_products, Y, _blocks(Y, n_parallel), False)
+        tasks = [(fill, X[rows], products[rows]) for rows in blocks]
+    run_tasks(tasks, device=device, n_jobs=n_jobs, what="inner products", verbose=verbose)
+    if Y is None:
+        for rows in blocks:
+            products[: rows.start, rows] = products[rows, : rows.start].T
     return products
 
 
 def _fill_products(
+    Y: LoRACollection,
+    columns: list[slice],
+    among: bool,
+    X: LoRACollection,
+    device: torch.device,
+    out: NDArray[np.float64],
+) -> None:
+    """Inner products of some adapters with blocks of Y and then, if wanted, among each other."""
+    left = _reader(X, slice(None), device)
+    for block in columns:
+        _set_products(out[:, block], left, _reader(Y, block, device), X.layout.n_modules, device)
+    if among:
+        _set_products(out[:, -len(X) :], left, None, X.layout.n_modules, device)
+
+
+def _set_products(
     part: NDArray[np.float64],
     left: ReadModule,
     right: ReadModule | None,
     n_modules: int,
     device: torch.device,
 ) -> None:
-    """Add the inner products of two blocks, or of one with itself where `right` is None."""
-    target = torch.from_numpy(part)
+    """Set the inner products of two blocks, or of one with itself where `right` is None."""
+    target = torch.from_numpy(part).zero_()
     block = target.to(device)  # on the CPU, the same memory
     for position in range(n_modules):
         first = left(position)
@@ -81,44 +103,66 @@ def _fill_products(
     target.copy_(block)
 
 
-def squared_norms(X: LoRACollection, *, device: torch.device) -> NDArray[np.float64]:
+def squared_norms(
+    X: LoRACollection, *, device: str | torch.device, n_jobs: int | None = None
+) -> NDArray[np.float64]:
     """Squared Frobenius norms of the updates of every adapter, all modules together.
 
     Parameters
     ----------
     X : LoRACollection
-    device : torch.device
+    device : str or torch.device
+    n_jobs : int or None, default=None
 
     Returns
     -------
     ndarray of shape (len(X),), of float64
     """
-    return sum_over_modules(squared_norm, X, device=device)
+    return sum_over_modules(squared_norm, X, device=device, n_jobs=n_jobs)
 
 
 def sum_over_modules(
-    function: Callable[[Tensor, Tensor], Tensor], X: LoRACollection, *, device: torch.device
+    function: Callable[[Tensor, Tensor], Tensor],
+    X: LoRACollection,
+    *,
+    device: str | torch.device,
+    n_jobs: int | None = None,
 ) -> NDArray[np.float64]:
     """Add up what a function gives of ``U`` and ``V`` of one module, over the modules.
 
     Parameters
     ----------
     function : callable
-        Of stacks of factors in float64; gives a number for each adapter.
+        Of stacks of factors in float64; gives a number for each adapter. It can be pickled.
     X : LoRACollection
-    device : torch.device
+    device : str or torch.device
+    n_jobs : int or None, default=None
+        Blocks at once, by joblib.
 
     Returns
     -------
     ndarray of shape (len(X),), of float64
     """
     sums = np.zeros(len(X))
-    for rows in _blocks(X):
-        read = _reader(X, rows, device)
-        for position in range(X.layout.n_modules):
-            U, V = read(position)
-            sums[rows] += function(U.double(), V.double()).cpu().numpy()
+    fill = partial(_fill_sums, function)
+    tasks: list[Task] = [
+        (fill, X[rows], sums[rows]) for rows in _blocks(X, effective_n_jobs(n_jobs))
+    ]
+    run_tasks(tasks, device=device, n_jobs=n_jobs, what="norms", verbose=0)
     return sums
+
+
+def _fill_sums(
+    function: Callable[[Tensor, Tensor], Tensor],
+    X: LoRACollection,
+    device: torch.device,
+    out: NDArray[np.float64],
+) -> None:
+    read = _reader(X, slice(None), device)
+    out[:] = 0.0
+    for position in range(X.layout.n_modules):
+        U, V = read(position)
+        out += function(U.double(), V.double()).cpu().numpy()
 
 
 class KeepsTraining:
@@ -147,7 +191,7 @@ class KeepsTraining:
         super().__setstate__(state)  # type: ignore[misc]
 
 
-def _blocks(X: LoRACollection) -> list[slice]:
+def _blocks(X: LoRACollection, n_parallel: int = 1) -> list[slice]:
     """Blocks that leave room in the `working_memory` for as large a block of another collection."""
     stored, itemsize = X._store.layout, X.dtype.itemsize
     # One module as read, and its copy in float64.
@@ -156,7 +200,7 @@ def _blocks(X: LoRACollection) -> list[slice]:
     if not isinstance(X._store, ArrayStore):
         widths = stored.width + (X.layout.width if X.layout != stored else 0)
         bytes_per_adapter += widths * itemsize
-    return list(X.iter_batches(2 * bytes_per_adapter))
+    return parallel_blocks(X, 2 * bytes_per_adapter, n_parallel)
 
 
 def _reader(X: LoRACollection, rows: slice, device: torch.device) -> ReadModule:

@@ -13,7 +13,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
 
-from sklora._base import as_tensor, resolve_device
+from sklora._base import as_tensor
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.linalg import dense_product
 from sklora.linalg._factors import column_signs
@@ -167,11 +167,10 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
             self._fit_sketch(X)
 
     def _fit_gram(self, X: LoRACollection) -> None:
-        device = resolve_device(self.device)
-        products = inner_products(X, device=device, verbose=self.verbose)
+        products = inner_products(X, device=self.device, n_jobs=self.n_jobs, verbose=self.verbose)
         values, vectors = (A.flip(-1) for A in torch.linalg.eigh(torch.from_numpy(products)))
         rounding = max(np.finfo(np.float64).eps, float(np.finfo(X.dtype).eps) ** 2)
-        sizes = sum_over_modules(_squared_size, X, device=device)
+        sizes = sum_over_modules(_squared_size, X, device=self.device, n_jobs=self.n_jobs)
         size = max(len(X) * float(values[0]), float(sizes.sum()))
         n_coordinates = int((values > rounding * size).sum())
         if self.n_components is not None:
@@ -195,7 +194,7 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
         if self.method != "gram":
             return super()._transform(X)
         products = inner_products(
-            X, self._training, device=resolve_device(self.device), verbose=self.verbose
+            *(X, self._training), device=self.device, n_jobs=self.n_jobs, verbose=self.verbose
         )
         lengths = np.sqrt(self.eigenvalues_)
         coordinates = products @ self.eigenvectors_

@@ -10,13 +10,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.utils._param_validation import Interval, StrOptions
 
-from sklora._base import resolve_device
 from sklora.collection import LoRACollection, LoRALayout
-from sklora.transform._base import Featurizer
+from sklora.transform._base import BlockwiseFeaturizer
 from sklora.transform._pairs import KeepsTraining, inner_products, squared_norms
 
 
-class UpdateKernel(KeepsTraining, Featurizer):
+class UpdateKernel(KeepsTraining, BlockwiseFeaturizer):
     r"""Kernel between the updates of adapters and those of the training adapters.
 
     With :math:`\Delta W_a` all updates :math:`U V^\top` of adapter :math:`a` as one vector, the
@@ -33,6 +32,8 @@ class UpdateKernel(KeepsTraining, Featurizer):
         come in any scale, so that no constant would do.
     device : str or torch.device, default="auto"
         Where to compute. ``"auto"`` uses CUDA where there is one.
+    n_jobs : int or None, default=None
+        Blocks of adapters to work on at once, in threads.
     verbose : int, default=0
         With 1 or more there is a progress bar, where standard error is a terminal.
     layout : LoRALayout or None, default=None
@@ -86,7 +87,7 @@ class UpdateKernel(KeepsTraining, Featurizer):
 
     _checks_results = False
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **Featurizer._parameter_constraints,
+        **BlockwiseFeaturizer._parameter_constraints,
         "kernel": [StrOptions({"linear", "cosine", "rbf"})],
         "gamma": [None, Interval(Real, 0, None, closed="left")],
     }
@@ -97,32 +98,38 @@ class UpdateKernel(KeepsTraining, Featurizer):
         *,
         gamma: float | None = None,
         device: str | torch.device = "auto",
+        n_jobs: int | None = None,
         verbose: int = 0,
         layout: LoRALayout | None = None,
     ) -> None:
         self.kernel = kernel
         self.gamma = gamma
         self.device = device
+        self.n_jobs = n_jobs
         self.verbose = verbose
         self.layout = layout
 
     def _fit(self, X: LoRACollection) -> None:
         self._training = X
-        self._norms = squared_norms(X, device=resolve_device(self.device))
+        self._norms = squared_norms(X, device=self.device, n_jobs=self.n_jobs)
         scale = 1 / (float(self._norms.mean()) or 1.0)
         self.gamma_ = scale if self.gamma is None else float(self.gamma)
 
     def _transform(self, X: LoRACollection) -> NDArray[Any]:
-        device = resolve_device(self.device)
-        products = inner_products(X, self._training, device=device, verbose=self.verbose)
-        norms = squared_norms(X, device=device)
+        products = self._products(X, self._training)
+        norms = squared_norms(X, device=self.device, n_jobs=self.n_jobs)
         return self._kernel(products, norms, self._norms).astype(X.dtype, copy=False)
 
     def _transform_training(self, X: LoRACollection) -> NDArray[Any]:
-        products = inner_products(X, device=resolve_device(self.device), verbose=self.verbose)
+        products = self._products(X)
         # The diagonal makes distances to oneself exactly zero, and may be below zero by rounding.
         norms = products.diagonal().copy() if self.kernel == "rbf" else self._norms
         return self._kernel(products, norms, norms).astype(X.dtype, copy=False)
+
+    def _products(self, *collections: LoRACollection) -> NDArray[np.float64]:
+        return inner_products(
+            *collections, device=self.device, n_jobs=self.n_jobs, verbose=self.verbose
+        )
 
     def _column_names(self) -> list[str]:
         return [f"updatekernel{position}" for position in range(len(self._training))]
@@ -154,6 +161,7 @@ def pairwise_update_kernel(
     *,
     gamma: float | None = None,
     device: str | torch.device = "auto",
+    n_jobs: int | None = None,
 ) -> NDArray[Any]:
     """Kernel between the updates of every adapter of X and every one of Y.
 
@@ -168,6 +176,8 @@ def pairwise_update_kernel(
         Of ``"rbf"``. ``None`` is one over the mean squared norm of the updates of Y.
     device : str or torch.device, default="auto"
         Where to compute. ``"auto"`` uses CUDA where there is one.
+    n_jobs : int or None, default=None
+        As for :class:`UpdateKernel`.
 
     Returns
     -------
@@ -194,7 +204,7 @@ def pairwise_update_kernel(
            [ 0.,  1.,  0.],
            [-1.,  0.,  1.]])
     """
-    update_kernel = UpdateKernel(kernel, gamma=gamma, device=device)
+    update_kernel = UpdateKernel(kernel, gamma=gamma, device=device, n_jobs=n_jobs)
     update_kernel.set_output(transform="default")
     result = update_kernel.fit_transform(X) if Y is None else update_kernel.fit(Y).transform(X)
     return result  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from sklearn.base import clone
 
 from sklora import GLEquivariantProjection, LoRACollection, LoRALayout, OAlign, SVDSpectrum
 from sklora._stores import ArrayStore
-from sklora.transform import DenseProduct
+from sklora.transform import DenseProduct, UpdateKernel
 from sklora.transform._blocks import plan_blocks
 
 BY_BLOCKS = [
@@ -19,6 +19,7 @@ BY_BLOCKS = [
     GLEquivariantProjection(3, random_state=0),
     GLEquivariantProjection(3, method="hosvd"),
 ]
+BY_PAIRS = [DenseProduct("gram"), UpdateKernel("rbf")]
 by_blocks = pytest.mark.parametrize("featurizer", BY_BLOCKS, ids=str)
 
 
@@ -106,7 +107,7 @@ def test_a_sum_that_overflows_is_no_error():
     np.testing.assert_array_equal(DenseProduct().fit_transform(X), rows)
 
 
-@pytest.mark.parametrize("featurizer", BY_BLOCKS[:2], ids=str)
+@pytest.mark.parametrize("featurizer", [*BY_BLOCKS[:2], *BY_PAIRS], ids=str)
 @pytest.mark.parametrize("backend", ["loky", "multiprocessing", "threading", "sequential"])
 def test_every_backend_of_joblib_gives_the_same(featurizer, mixed, tmp_path, backend):
     mixed.save(tmp_path / "zoo.safetensors")
@@ -168,7 +169,7 @@ def test_rows_that_torch_cannot_share(featurizer, X, lay):
     np.testing.assert_allclose(found, expected)
 
 
-@by_blocks
+@pytest.mark.parametrize("featurizer", [*BY_BLOCKS, *BY_PAIRS], ids=str)
 def test_what_torch_is_set_to_does_not_matter(featurizer, X):
     X = LoRACollection.from_array(np.asarray(X, np.float32), X.layout)
     expected = np.asarray(clone(featurizer).fit_transform(X))
@@ -186,7 +187,7 @@ def test_input_is_left_alone(featurizer, with_side):
 
 
 @pytest.mark.gpu
-@by_blocks
+@pytest.mark.parametrize("featurizer", [*BY_BLOCKS, *BY_PAIRS], ids=str)
 @pytest.mark.parametrize("n_jobs", [1, 2])
 def test_blocks_that_overlap_on_cuda_give_the_same(featurizer, mixed, cuda, n_jobs):
     expected = np.asarray(clone(featurizer).set_params(device="cpu").fit_transform(mixed))

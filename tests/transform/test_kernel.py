@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import sklearn
 import skops.io
-import torch
 from sklearn.decomposition import KernelPCA
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics.pairwise import pairwise_kernels
@@ -180,12 +179,10 @@ def test_blocks_fit_in_the_working_memory(random_loras, rng, monkeypatch, tmp_pa
 
     monkeypatch.setattr(LoRACollection, "read", watched)
     with sklearn.config_context(working_memory=0.5):
-        found = _pairs.inner_products(opened, device=torch.device("cpu"))
+        found = _pairs.inner_products(opened, device="cpu")
         assert 0 < max(sizes) < 2**18
         sizes.clear()
-        np.testing.assert_allclose(
-            _pairs.inner_products(X[::-1], device=torch.device("cpu")), found[::-1, ::-1]
-        )
+        np.testing.assert_allclose(_pairs.inner_products(X[::-1], device="cpu"), found[::-1, ::-1])
         assert not sizes  # what is in memory is not copied whole
 
 
