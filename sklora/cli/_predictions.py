@@ -68,12 +68,12 @@ def _cells(one: Prediction, card: ModelCard, n_columns: int) -> list[Value]:
 
 
 def _write_rows(rows: Sequence[Sequence[Value]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     to_terminal = sys.stdout.isatty()
     for row in rows:
-        writer.writerow([_visible(cell) if to_terminal else cell for cell in row])
-    result(text.getvalue(), end="")
+        text = io.StringIO()
+        # With "\n" at the end of lines, Python before 3.13 puts no quotes around a bare "\r".
+        csv.writer(text).writerow([_visible(cell) if to_terminal else cell for cell in row])
+        result(text.getvalue().removesuffix("\r\n"))
     sys.stdout.flush()
 
 

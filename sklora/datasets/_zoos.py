@@ -33,6 +33,10 @@ WHOLE = (WEIGHTS, LABELS, BASE)
 LOCK = ".lock"
 _FLAT = "weights"  # beside the labels in the file of a part
 
+# Part of every folder's name. To be raised with each change of code that trains other adapters from
+# the same settings: what was trained before is then trained anew.
+RECIPES_VERSION = 1
+
 
 class Recipe(Protocol):
     """A base network, and adapters in parts that do not depend on one another.
@@ -105,7 +109,7 @@ def fetch_zoo(
     name : str
         Of the zoo.
     settings : mapping of str to number or str
-        All that the adapters depend on; each choice has a folder of its own.
+        What may differ from call to call; each choice has a folder of its own.
     build : callable
         Gives the recipe of these settings; called only when something is missing.
     data_home : str, path-like or None, default=None
@@ -126,7 +130,8 @@ def fetch_zoo(
     OSError
         When the zoo is not there and `train_if_missing` is False.
     """
-    text = json.dumps(dict(settings), sort_keys=True, indent=1, default=int)
+    keyed = {"recipes_version": RECIPES_VERSION, **settings}
+    text = json.dumps(keyed, sort_keys=True, indent=1, default=int)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     folder = Path(get_data_home(data_home)) / f"{name}-{digest}"
     if not all(_is_intact(folder / file) for file in WHOLE):
@@ -205,6 +210,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _fill(folder: Path, recipe: Recipe, n_jobs: int | None, verbose: int) -> None:
     """Train what is missing in the folder, and put the parts together."""
+    # Or, after an interruption, old weights would pass for those of a new base network.
+    (folder / WEIGHTS).unlink(missing_ok=True)
     if not _is_intact(folder / BASE):
         # Parts belong to the base network that they were trained on.
         for path in [*folder.glob("part-*")]:

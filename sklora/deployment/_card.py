@@ -118,6 +118,11 @@ def model_card(
     folds = f"{search.n_splits_} folds, {cv if len(cv) < 100 else 'of given splits'}."
     card = Card(model, model_diagram=False)
     card.delete("Model description/Training Procedure/Model Plot")
+    parameters = card.select("Model description/Training Procedure/Hyperparameters")
+    parameters.table = {
+        column: [str(entry).translate(_MARKUP) for entry in entries]
+        for column, entries in parameters.table.items()
+    }
     description = {
         "Model description": _description(search, layout, targets),
         "Model description/Intended uses & limitations": _LIMITS,

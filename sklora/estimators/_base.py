@@ -305,7 +305,12 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
     def _new_net(self, data: TrainingData, device: torch.device) -> nn.Module:
         self.n_outputs_ = self._n_outputs
         self.architecture_ = self._architecture(self.layout_, self.n_outputs_)
-        net = self._net_type(**self.architecture_).to(device, torch.float32)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)  # in another, one seed draws other weights
+        try:
+            net = self._net_type(**self.architecture_).to(device)
+        finally:
+            torch.set_default_dtype(default)
         self._calibrate(net, data)
         return net
 

@@ -216,8 +216,9 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
         seen = np.unique(y[weights > 0]) if classes is None else self.classes_
         if len(seen) < 2:
             raise ValueError(
-                f"{type(self).__name__} needs adapters of at least two classes, but y holds one "
-                f"class only: {seen.tolist()[0]!r}."
+                f"{type(self).__name__} needs adapters of at least two classes, but "
+                f"{'y' if classes is None else 'classes'} holds one class only: "
+                f"{seen.tolist()[0]!r}."
             )
 
     def _has_classes(self, classes: ArrayLike) -> bool:

@@ -200,7 +200,8 @@ class ArchitectureComparisonDisplay:
         ----------
         search : GridSearchCV or another search
             Fitted, over :func:`sklora.architecture_grid` or any other pipelines. Those that are
-            none of the five architectures go by the names of their steps.
+            none of the five architectures go by the names of their steps. Of a halving search, the
+            last iteration that an architecture reached counts.
         score_name : str or None, default=None
             What the scores are called. None takes the search's `scoring`.
         ax : matplotlib Axes or None, default=None
@@ -342,8 +343,10 @@ class ArchitectureComparisonDisplay:
     ) -> None:
         times = None if self.fit_times is None else self.fit_times[task]
         names = self.scores[task]
-        columns = [[f"{mean:.3f}" for mean in means]]
-        columns.append([f"± {spread:.3f}" if np.isfinite(spread) else "" for spread in spreads])
+        largest = np.nan_to_num(np.abs([means, spreads])).max()
+        style = ".3f" if largest == 0 or 0.01 <= largest < 1e4 else ".2e"
+        columns = [[f"{mean:{style}}" for mean in means]]
+        columns.append([f"± {spread:{style}}" if np.isfinite(spread) else "" for spread in spreads])
         columns.append(["" if times is None else _seconds(times[name]) for name in names])
         padded = [[text.rjust(max(map(len, column))) for text in column] for column in columns]
         lines = [f"{mean} {spread}  {time}" for mean, spread, time in zip(*padded, strict=True)]
@@ -407,11 +410,14 @@ def _score_name(search: Any) -> str:
 def _best_candidates(search: Any, metric: str) -> dict[str, int]:
     """Give the place of the best candidate of every architecture, in the order of the grid."""
     means = search.cv_results_[f"mean_test_{metric}"]
+    # In a halving search the later iterations are of more adapters; scores compare within one.
+    iterations = search.cv_results_.get("iter", np.zeros(len(means)))
+    standing = list(zip(iterations, means, strict=True))
     best: dict[str, int] = {}
     for candidate, params in enumerate(search.cv_results_["params"]):
         name = architecture_name(search.estimator, params)
         if np.isfinite(means[candidate]) and (
-            name not in best or means[candidate] > means[best[name]]
+            name not in best or standing[candidate] > standing[best[name]]
         ):
             best[name] = candidate
     if not best:

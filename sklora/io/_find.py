@@ -218,11 +218,11 @@ def _kind(path: str, root: str) -> str | None:
     with file:
         try:
             kind = sniff(file.read(HEAD_BYTES))
-            if kind is None and path.endswith(_NOTHING_ELSE):
-                return by_name
-            return _kind_of_zip(ZipArchive(file, size)) if kind == "zip" else kind
+            if kind == "zip":
+                kind = _kind_of_zip(ZipArchive(file, size))
         except (OSError, Refusal):
             return by_name
+    return by_name if kind is None and path.endswith(_NOTHING_ELSE) else kind
 
 
 def _kind_of_zip(archive: ZipArchive) -> str | None:

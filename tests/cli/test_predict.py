@@ -53,6 +53,15 @@ class TestCsv:
         assert list(rows[0]) == ["path", "loss", "error"]
         assert float(rows[0]["loss"]) < 1.7 < float(rows[1]["loss"])
 
+    @pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
+    def test_name_that_holds_the_end_of_a_line_is_one_cell(
+        self, run, models, tmp_path, factors, end
+    ):
+        write_adapter(tmp_path / f"a{end}b", factors(), base_model="tiny/llama")
+        out = run("predict", models["loss"], tmp_path).out
+        [row] = csv.DictReader(io.StringIO(out, newline=""))
+        assert row["path"] == path_in(tmp_path / f"a{end}b")
+
     def test_controls_reach_no_terminal(self, run, models, tmp_path, factors, monkeypatch):
         write_adapter(tmp_path / "\x1b[2J", factors(), base_model="tiny/llama")
         assert "\x1b" in run("predict", models["loss"], tmp_path).out

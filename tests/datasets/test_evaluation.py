@@ -73,6 +73,19 @@ def test_losses_are_those_of_the_noise(base, monkeypatch):
     assert not np.allclose(result.class_losses, blind.class_losses)
 
 
+def test_a_network_that_finds_the_noise_loses_nothing(base, monkeypatch):
+    noises = iter(torch.from_numpy(base[_evaluation.NOISE]))
+    monkeypatch.setattr(
+        denoiser,
+        "denoise",
+        lambda base, noisy, time, factors: next(noises).expand(len(noisy), -1, -1),
+    )
+    X = loras()
+    factors = _evaluation.unpack(np.asarray(X), X.layout, torch.float32)
+    losses = _evaluation.class_losses(_evaluation.to_tensors(base), factors)
+    np.testing.assert_array_equal(losses, np.zeros((3, 10)))
+
+
 def test_no_update_is_the_base_network(base):
     X = loras()
     zero = LoRACollection.from_array(0 * np.asarray(X), X.layout)

@@ -43,6 +43,14 @@ class Parabola:
         return flat.astype(np.float32), {"row": rows, "is_odd": rows % 2 == 1}
 
 
+class Elsewhere(Parabola):
+    """On another machine, where the base network comes out a little different."""
+
+    def train_base(self, verbose):
+        super().train_base(verbose)
+        return {"power": np.array([3])}
+
+
 def check(zoo):
     np.testing.assert_array_equal(zoo.labels["row"], np.arange(7))
     np.testing.assert_array_equal(zoo.labels["is_odd"], np.arange(7) % 2 == 1)
@@ -164,6 +172,22 @@ class TestFetchZoo:
         recipe = Parabola()
         check(self.fetch(tmp_path, recipe))
         assert recipe.calls == ["base", 0, 1, 2]
+
+    def test_adapters_of_a_lost_base_network_never_pass_for_those_of_another(self, tmp_path):
+        self.fetch(tmp_path, Parabola())
+        (path,) = tmp_path.glob(f"*/{_zoos.BASE}")
+        path.unlink()
+        with pytest.raises(Interrupted):
+            self.fetch(tmp_path, Elsewhere(fails_at=2))
+        zoo = self.fetch(tmp_path, Elsewhere())
+        rows = np.arange(7)[:, None]
+        np.testing.assert_array_equal(zoo.data.read()[:, :1], rows ** zoo.base["power"])
+
+    def test_other_recipes_train_anew(self, tmp_path, monkeypatch):
+        self.fetch(tmp_path, Parabola())
+        monkeypatch.setattr(_zoos, "RECIPES_VERSION", _zoos.RECIPES_VERSION + 1)
+        with pytest.raises(OSError, match="train_if_missing"):
+            self.fetch(tmp_path, Parabola(), train_if_missing=False)
 
     def test_each_setting_has_its_own_folder(self, tmp_path):
         self.fetch(tmp_path, Parabola())

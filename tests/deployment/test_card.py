@@ -142,14 +142,18 @@ class TestModelCard:
         X = LoRACollection.from_factors(
             ({"a|b": (U, U), "<img src=x>": (U, U)} for U in factors), base_model="<b>tiny</b>"
         )
-        model = GLNetClassifier(max_epochs=1, device="cpu")
+        model = GLNetClassifier(
+            max_epochs=1, device="cpu", layout=X.layout, class_weight={"*x*": 1, "<y>": 2}
+        )
         search = GridSearchCV(model, {}, cv=2).fit(X, np.where(np.arange(30) % 2, "*x*", "<y>"))
         text = model_card(search, tmp_path / "my scores.png", targets=np.array(["`t`"])).render()
         assert "which predicts '&#96;t&#96;'." in text
         assert "Classes: '&#42;x&#42;', '&#60;y&#62;'." in text
-        assert text.count("'&#60;b&#62;tiny&#60;/b&#62;'") == 2
+        # With that of the parameter layout.
+        assert text.count("'&#60;b&#62;tiny&#60;/b&#62;'") == 3
+        assert "{'&#42;x&#42;': 1, '&#60;y&#62;': 2}" in text
         assert [line.count("|") for line in text.splitlines() if "&#124;" in line] == [5]
-        assert "<img" not in text
+        assert not any(name in text for name in ("<img", "<b>", "<y>", "*x*"))
         assert "![Comparison](my%20scores.png)" in text
 
     def test_no_targets(self, search, tmp_path):

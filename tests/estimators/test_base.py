@@ -138,13 +138,18 @@ class TestRandomness:
         assert torch.equal(torch.get_rng_state(), before)
         np.testing.assert_array_equal(np.random.get_state()[1], numpy_before)  # noqa: NPY002
 
-    def test_default_dtype_makes_no_difference(self, case, zoo, quick):
-        torch.set_default_dtype(torch.float64)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_default_dtype_makes_no_difference(self, dtype, case, zoo, quick, same_state):
+        expected = quick(case[0]).fit(zoo, case[1])
+        torch.set_default_dtype(dtype)
         try:
             model = quick(case[0]).fit(zoo, case[1])
+            np.testing.assert_array_equal(model.predict(zoo), expected.predict(zoo))
+            assert torch.get_default_dtype() == dtype
         finally:
             torch.set_default_dtype(torch.float32)
         assert all(w.dtype == np.float32 for w in model.weights_.values())
+        assert same_state(model, expected)
 
     @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
     def test_autograd_mode_makes_no_difference(self, mode, case, zoo, quick, same_state):

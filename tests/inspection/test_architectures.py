@@ -3,12 +3,20 @@ import numpy as np
 import pytest
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.exceptions import NotFittedError
+from sklearn.experimental import enable_halving_search_cv  # noqa: F401
 from sklearn.linear_model import Ridge
 from sklearn.metrics import accuracy_score
-from sklearn.model_selection import GridSearchCV, cross_validate
+from sklearn.model_selection import GridSearchCV, HalvingGridSearchCV, cross_validate
 from sklearn.pipeline import Pipeline, make_pipeline
 
-from sklora import ARCHITECTURES, SVDSpectrum, architecture_grid, make_architecture
+from sklora import (
+    ARCHITECTURES,
+    DenseProduct,
+    OAlign,
+    SVDSpectrum,
+    architecture_grid,
+    make_architecture,
+)
 from sklora.inspection import ArchitectureComparisonDisplay
 from sklora.inspection._architectures import architecture_name
 
@@ -111,6 +119,19 @@ class TestFromEstimator:
         display = ArchitectureComparisonDisplay.from_estimator(search)
         [scores] = display.scores["regression"].values()
         assert scores.mean() == pytest.approx(means[worst])
+
+    def test_halving_counts_as_far_as_it_went(self, zoo):
+        model = Pipeline([("features", SVDSpectrum()), ("model", Ridge())])
+        grid = {"features": [SVDSpectrum(), OAlign(0), DenseProduct(), "passthrough"]}
+        search = HalvingGridSearchCV(model, grid, cv=2, min_resources=12, factor=2).fit(*zoo)
+        results = search.cv_results_
+        assert results["iter"].tolist() == [0, 0, 0, 0, 1, 1]
+        results["mean_test_score"][:4] = 1.0  # by luck, of few adapters
+        display = ArchitectureComparisonDisplay.from_estimator(search)
+        for place in (4, 5):
+            name = architecture_name(model, results["params"][place])
+            expected = [results[f"split{fold}_test_score"][place] for fold in range(2)]
+            np.testing.assert_array_equal(display.scores["regression"][name], expected)
 
     def test_long_numbers_do_not_overlap(self, overlapping):
         name = "SVDSpectrum + LogisticRegression"
@@ -223,6 +244,18 @@ def test_numbers_beside_the_rows():
         fit_times={"t": {"a": 0.123, "b": 12.3}},
     ).plot()
     assert numbers(display.ax_) == ["−0.600 ± 0.141  0.12 s", " 0.500            12 s"]
+
+
+def test_numbers_of_any_size_say_something(overlapping):
+    scores = {"svd": np.array([-1e-6, -3e-6]), "mlp": np.array([-4e-5]), "zero": np.array([0.0])}
+    for size, expected in [(1, "−2.00e−06 ± 1.41e−06"), (1e14, "−2.00e+08 ± 1.41e+08")]:
+        of_size = {name: size * folds for name, folds in scores.items()}
+        display = ArchitectureComparisonDisplay(scores={"t": of_size}).plot()
+        assert numbers(display.ax_)[0] == expected
+        assert overlapping(display.figure_) == []
+    failed = {"svd": np.array([np.nan]), "mlp": np.array([0.0])}
+    display = ArchitectureComparisonDisplay(scores={"t": failed}).plot()
+    assert numbers(display.ax_) == ["  nan", "0.000"]
 
 
 class TestFromPredictions:

@@ -132,6 +132,15 @@ def test_names_of_tensor_files_alone_are_found_whatever_is_in_them(tree, content
     assert found("zoo") == ["zoo/a.safetensors", "zoo/b.safetensors", "zoo/c.gguf"]
 
 
+@pytest.mark.parametrize("member", ["notes.txt", "schema.json"])
+def test_so_are_zip_files_without_tensors_by_such_a_name(tree, member):
+    tree("zoo/a.safetensors")
+    for name in ("b.safetensors", "c.zip"):
+        with zipfile.ZipFile(f"zoo/{name}", "w") as archive:
+            archive.writestr(member, "{}")
+    assert found("zoo") == ["zoo/a.safetensors", "zoo/b.safetensors"]
+
+
 def test_a_model_that_skops_stored_is_no_adapter(tree):
     tree("zoo/a.safetensors")
     with zipfile.ZipFile("zoo/model.skops", "w") as archive:

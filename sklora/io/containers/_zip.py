@@ -24,6 +24,7 @@ MAX_DIRECTORY = 64 * 2**20
 _END = struct.Struct("<4s4H2LH")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
+_LOCATOR_MAGIC = b"PK\x06\x07"
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _MAX_COMMENT = 2**16 - 1
@@ -152,7 +153,7 @@ class ZipArchive:
 
     def _find_directory(self) -> tuple[int, int, int]:
         """Give how many members there are, how many bytes their directory has, and where."""
-        n_tail = min(self._size, _END.size + _MAX_COMMENT)
+        n_tail = min(self._size, _LOCATOR.size + _END.size + _MAX_COMMENT)
         tail = self._at(self._size - n_tail, n_tail, "the end of the zip file")
         found = tail.rfind(b"PK\x05\x06")
         if found < 0 or len(tail) - found < _END.size:
@@ -161,9 +162,12 @@ class ZipArchive:
         end = self._size - n_tail + found
         if end + _END.size + comment != self._size:
             raise Refusal(f"the end of its directory is not the end of the file; {_DAMAGED}.")
-        if count == _ELSEWHERE[0] or _ELSEWHERE[1] in (length, begin):
+        # Other readers take the record of 64 bits wherever there is one.
+        is_wide = tail[max(found - _LOCATOR.size, 0) : found].startswith(_LOCATOR_MAGIC)
+        if is_wide or count == _ELSEWHERE[0] or _ELSEWHERE[1] in (length, begin):
             count, length, begin, end = self._find_directory_64(end)
-        if begin + length > end or count * _ENTRY.size > length:
+        # Where there is room behind the directory, `zipfile` takes another one, nearer to the end.
+        if begin + length != end or count * _ENTRY.size > length:
             raise Refusal(
                 f"its directory of {count} files cannot be at byte {begin}, {length} bytes long; "
                 f"{_DAMAGED}."
@@ -175,7 +179,8 @@ class ZipArchive:
         locator = self._at(end - _LOCATOR.size, _LOCATOR.size, what)
         magic, _, position, _ = _LOCATOR.unpack(locator)
         record = _END_64.unpack(self._at(position, _END_64.size, what))
-        if (magic, record[0]) != (b"PK\x06\x07", b"PK\x06\x06"):
+        beside = position + _END_64.size + _LOCATOR.size == end
+        if (magic, record[0]) != (_LOCATOR_MAGIC, b"PK\x06\x06") or not beside:
             raise Refusal(f"it lacks {what}; {_DAMAGED}.")
         count, length, begin = record[-3:]
         return count, length, begin, position
@@ -218,6 +223,8 @@ def _parse_directory(raw: bytes, count: int) -> dict[str, Member]:
         if member.name in members:
             raise Refusal(f"it holds {shown(member.name)} twice; {_DAMAGED}.")
         members[member.name] = member
+    if position < len(raw):
+        raise Refusal(f"its directory has more than the {count} files it announces; {_DAMAGED}.")
     return members
 
 

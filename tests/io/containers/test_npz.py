@@ -120,9 +120,12 @@ HOSTILE = {
     "cut off": (STORED[:-1], "without a directory"),
     "trailing bytes": (STORED + b"x", "not the end of the file"),
     "directory past the end": (edited(STORED, END, 12, "<L", 2**31), "cannot be at byte"),
-    "directory elsewhere": (edited(STORED, END, 16, "<L", 3), "its directory is damaged"),
+    "directory elsewhere": (edited(STORED, END, 16, "<L", 3), "cannot be at byte 3"),
+    "no entry": (edited(STORED, ENTRY, 0, "<L", 0), "its directory is damaged"),
     "too many": (edited(STORED, END, 10, "<H", 500), "500 files cannot be"),
+    "none, one there": (edited(STORED, END, 10, "<H", 0), "more than the 0 files"),
     "two, one there": (edited(STORED, END, 10, "<H", 2), "2 files cannot|ends within"),
+    "one behind another": (STORED + zipped({"x.npy": npy(data=b"1" * 8)}), "cannot be at byte"),
     "no locator": (edited(STORED, END, 10, "<H", 2**16 - 1), "64-bit end .* not within"),
     "not an archive": (zipped({"word/document.xml": b"<x/>"}), "holds 'word/document.xml'"),
     "encrypted": (edited(STORED, ENTRY, 8, "<H", 1), "encrypted"),
@@ -184,9 +187,22 @@ class TestHostile:
         with pytest.raises(Refusal, match="overlaps what follows"):
             opened(NpzFile, STORED[:begin] + entry + other + end)
 
+    @pytest.mark.parametrize("comment", [b"", b"x" * (2**16 - 1)])
+    def test_64_bit_record_counts_where_the_other_has_numbers_too(self, comment, opened):
+        raw = edited(with_64_bits(0, 51), END, 10, "<H", 1)
+        raw = edited(raw, END, 20, "<H", len(comment)) + comment
+        with pytest.raises(Refusal, match="more than the 0 files"):
+            opened(NpzFile, raw)
+
     def test_64_bit_record_elsewhere(self, opened):
         with pytest.raises(Refusal, match="lacks the 64-bit end"):
-            opened(NpzFile, with_64_bits(1, 60, position=0))
+            opened(NpzFile, with_64_bits(1, 51, position=0))
+
+    def test_64_bit_record_is_beside_its_locator(self, read_all, opened):
+        raw = with_64_bits(1, 51)
+        assert read_all(NpzFile, raw)["x"].tolist() == [0, 0]
+        with pytest.raises(Refusal, match="lacks the 64-bit end"):
+            opened(NpzFile, raw.replace(b"PK\x06\x07", b" PK\x06\x07"))
 
     @pytest.mark.parametrize(
         ("count", "length", "message"),
