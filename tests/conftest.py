@@ -5,12 +5,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from sklora.collection import LoRACollection
 
 SHAPES = ((6, 4), (5, 4), (6, 4))
 
 RandomLoras = Callable[..., LoRACollection]
+
+# The first call of a kernel takes a second on a busy machine, and time is no property.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture

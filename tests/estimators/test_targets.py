@@ -6,11 +6,15 @@ import copy
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.special import expit, softmax
 from sklearn.base import clone
 from sklearn.exceptions import DataConversionWarning
 from sklearn.model_selection import cross_val_predict
 from sklearn.utils import get_tags
+
+from sklora import MLPNetRegressor
 
 
 class TestClassifier:
@@ -249,6 +253,10 @@ class TestPartialFit:
         with pytest.raises(ValueError, match=r"classes=\['no', 'yes'\].*3 labels"):
             quick(classifier).partial_fit(zoo, y, classes=["no", "yes"])
 
+    def test_one_class_in_classes(self, classifier, zoo, targets, quick):
+        with pytest.raises(ValueError, match=r"but classes holds one class only: 'no'\.$"):
+            quick(classifier).partial_fit(zoo, targets["binary"], classes=["no"])
+
     @pytest.mark.parametrize(
         ("kind", "change", "message"),
         [
@@ -328,6 +336,20 @@ class TestRegressor:
     def test_a_constant_target(self, regressor, zoo, quick):
         model = quick(regressor, max_epochs=40, lr=0.02).fit(zoo, np.full(60, 1e8 + 0.1))
         np.testing.assert_allclose(model.predict(zoo), 1e8, atol=2)
+
+    @given(
+        value=st.floats(-1e9, 1e9).filter(lambda x: abs(x) > 1e-9), seed=st.integers(0, 2**32 - 1)
+    )
+    def test_rounding_is_no_spread_and_a_small_spread_is_no_rounding(self, value, seed):
+        rng = np.random.default_rng(seed)
+        weights = rng.uniform(0.1, 1, size=60)
+        model = MLPNetRegressor()
+        model._learn_targets(np.full(60, value), weights, None)
+        assert model.target_scale_ == 1
+        y = value * (1 + 1e-10 * rng.normal(size=60))
+        model._learn_targets(y, weights, None)
+        expected = np.sqrt(np.average((y - np.average(y, weights=weights)) ** 2, weights=weights))
+        np.testing.assert_allclose(model.target_scale_, expected, rtol=1e-3)
 
     def test_tags(self, regressor):
         tags = get_tags(regressor())

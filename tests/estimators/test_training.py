@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from skorch.callbacks import Callback
 from torch import nn
 
 from sklora.collection import LoRACollection
+from sklora.estimators._skorch import KeepBest
 from sklora.estimators._training import (
     OPTIMIZERS,
     LoRADataset,
@@ -170,6 +172,12 @@ class TestSplitValidation:
         _, validation = self.split(values, classes=False)
         assert abs(values[validation].mean() - values.mean()) < 0.02
         assert abs(values[validation].std() - values.std()) < 0.05
+
+    def test_the_first_column_sorts_first(self):
+        rng = np.random.default_rng(0)
+        keys = np.column_stack([rng.permutation(np.arange(400) % 4), rng.normal(size=400)])
+        _, validation = self.split(keys, fraction=0.1, classes=False)
+        np.testing.assert_array_equal(np.bincount(keys[validation, 0].astype(int)), [10] * 4)
 
     def test_label_sets_keep_their_shares(self):
         labels = np.random.default_rng(0).integers(2, size=(400, 3))
@@ -445,6 +453,25 @@ class TestTrain:
         assert all(isinstance(value, np.ndarray) for value in state.values())
         self.train(net, data, max_epochs=2, optimizer_state=state, **changes)
         torch.testing.assert_close(net.weight.detach(), expected, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+    def test_optimizer_state_is_not_changed_by_what_goes_on_from_it(self, optimizer, net, data):
+        changes = {"max_epochs": 1, "decay": False, "optimizer": optimizer, "lr": 0.01}
+        _, state = self.train(net, data, **changes)
+        before = {name: value.copy() for name, value in state.items()}
+        assert before
+        self.train(net, data, optimizer_state=state, **changes)
+        for name, value in state.items():
+            np.testing.assert_array_equal(value, before[name])
+
+    def test_a_loss_that_falls_by_almost_nothing_is_no_progress(self, net):
+        keeper = KeepBest(3, True, lambda *_, **__: None)
+        trained = SimpleNamespace(module_=net, history=[])
+        for epoch, loss in enumerate([1.0, 0.99995, 0.99992, 0.9998], start=1):
+            trained.history.append({"epoch": epoch, "valid_loss": loss})
+            keeper.on_epoch_end(trained)
+            assert keeper.best_epoch == (1 if loss > 0.9999 else 4)
+        assert not keeper.stopped
 
     def test_divergence_is_said(self, net, data):
         with pytest.raises(ValueError, match=r"diverged.*lr=1e\+30.*smaller lr"):

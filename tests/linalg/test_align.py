@@ -123,3 +123,18 @@ def test_no_orthogonal_matrix_does_better(make_factors, seed, r, extra):
         return ((U @ Q - U0) ** 2).sum() + ((V @ Q - V0) ** 2).sum()
 
     assert distance(procrustes(U, V, U0, V0)) <= distance(other) + 1e-9
+
+
+def test_batched_templates_are_checked_and_dtypes_may_differ(make_factors):
+    U, V = make_factors(16, 6, 5, 3, batch=(4,))
+    with pytest.raises(ValueError, match="rank 3 exceeds the template's rank 2"):
+        procrustes(U, V, U[..., :2], V[..., :2])
+    for given_factors in ((U, V[..., :2], U, V), (U, V, U, V[..., :2])):
+        with pytest.raises(ValueError, match="same r"):
+            procrustes(*given_factors)
+    expected = procrustes(U, V, U[0], V[0])
+    for half in ((U.half(), V, U[0], V[0]), (U, V, U[0].half(), V[0])):
+        found = procrustes(*half)
+        assert found.dtype == torch.float64
+        np.testing.assert_allclose(found, expected, atol=1e-2)
+    assert procrustes(U.half(), V.half(), U[0], V[0]).dtype == torch.float32

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sklora.linalg import apply_gauge, balance, spectrum
+from sklora.linalg import apply_gauge, balance, frobenius_norm, leading_subspaces, spectrum
 
 
 def gauged_tolerance(U, V, dtype):
@@ -145,3 +145,32 @@ def test_balanced_properties(make_factors, seed, n, m, r):
     np.testing.assert_allclose(right.mT @ right, expected, atol=atol)
     np.testing.assert_allclose(left @ right.mT, U @ V.mT, atol=atol)
     assert (left.amax(0) >= 0.9999 * left.abs().amax(0)).all()
+
+
+@pytest.mark.parametrize("factor_type", [torch.float16, torch.bfloat16, torch.float64])
+def test_factors_of_two_dtypes_come_out_in_one(make_factors, factor_type):
+    U, V = make_factors(13, 6, 5, 3, dtype=torch.float32)
+    expected = torch.promote_types(torch.float32, factor_type)
+    for moved in (balance(U, V.to(factor_type)), apply_gauge(U, V.to(factor_type), torch.eye(3))):
+        assert {factor.dtype for factor in moved} == {expected}
+
+
+@pytest.mark.parametrize("act", [balance, lambda U, V: apply_gauge(U, V, torch.eye(3))])
+def test_gauge_rejects_factors_that_differ_in_rank(make_factors, act):
+    U, V = make_factors(14, 6, 5, 3)
+    with pytest.raises(ValueError, match="same r"):
+        act(U, V[:, :2])
+
+
+@given(seed=st.integers(0, 2**32 - 1), power=st.integers(-80, 80))
+def test_nothing_depends_on_how_the_size_is_shared_out(make_factors, seed, power):
+    """Powers of two round nothing, but their squares are beyond float32."""
+    U, V = make_factors(seed, 7, 6, 2, batch=(4,), dtype=torch.float32)
+    far = U * 2.0**power, V / 2.0**power
+    for act in (
+        lambda U, V: (spectrum(U, V), frobenius_norm(U, V)),
+        balance,
+        lambda U, V: leading_subspaces(U, V, 3),
+    ):
+        for found, expected in zip(act(*far), act(U, V), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

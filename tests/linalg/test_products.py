@@ -189,3 +189,24 @@ def test_inner_product_properties(make_factors, seed, r1, r2):
     joined = torch.cat([U1, U2], dim=-1), torch.cat([V1, V2], dim=-1)  # the sum of the updates
     expected = squared_norm(U1, V1) + 2 * product + squared_norm(U2, V2)
     np.testing.assert_allclose(squared_norm(*joined), expected, atol=10 * atol)
+
+
+def test_stacks_that_share_one_side_are_not_one_stack(make_factors):
+    U, V = make_factors(18, 9, 7, 3, batch=(8, 2))
+    U2, V2 = make_factors(19, 9, 7, 3, batch=(8, 2))
+    for others in ((U, V2), (U2, V)):
+        found = pairwise_inner_products(U, V, *others)
+        expected = np.einsum("agij,bgij->ab", dense(U, V), dense(*others))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-11 * expected.max())
+
+
+def test_pairs_of_more_entries_than_are_held_at_once_and_of_two_dtypes(make_factors, monkeypatch):
+    U, V = make_factors(20, 6, 5, 2, batch=(7,))
+    expected = pairwise_inner_products(U, V, U[:5], V[:5])
+    monkeypatch.setattr(products, "_PAIR_ENTRIES", 3)  # fewer than those of one row
+    np.testing.assert_allclose(pairwise_inner_products(U, V, U[:5], V[:5]), expected, rtol=1e-12)
+    found = pairwise_inner_products(U, V, U[:5].half(), V[:5])
+    assert found.dtype == torch.float64
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-2 * expected.max())
+    with pytest.raises(ValueError, match="same r"):
+        pairwise_inner_products(U, V, U, V[..., :1])

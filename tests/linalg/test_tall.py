@@ -14,7 +14,7 @@ def pieces(request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "shape", [(7, 3), (1, 40, 4), (5, 2, 61, 4), (3, 1, 1), (2, 0, 3), (0, 4, 2)]
+    "shape", [(7, 3), (1, 40, 4), (5, 2, 61, 4), (3, 1, 1), (2, 0, 3), (0, 4, 2), (2, 3, 4, 0)]
 )
 def test_gram_is_exact_to_float64(make_factors, pieces, shape):
     *batch, n, r = shape

@@ -22,9 +22,10 @@ def test_standardize_is_fixed_moments():
     torch.testing.assert_close(layer(x), torch.tensor([[1.0, 1.0], [0.0, 0.0]]).double())
 
 
-def test_standardize_leaves_a_constant_column_at_zero():
+@pytest.mark.parametrize("sign", [1, -1])
+def test_standardize_leaves_a_constant_column_at_zero(sign):
     layer = Standardize(2)
-    mean = torch.tensor([1e6, 0.0], dtype=torch.float64)
+    mean = torch.tensor([sign * 1e6, 0.0], dtype=torch.float64)
     layer.set_moments(mean, torch.tensor([1e-12, 0.0], dtype=torch.float64))
     torch.testing.assert_close(layer.scale, torch.ones(2))
     assert torch.count_nonzero(layer(mean[None])) == 0
@@ -164,6 +165,15 @@ class TestModuleLinear:
 
     def test_gradients(self, layer):
         layer, (x, mean, scale) = layer.double(), self.inputs(torch.float64)
+        torch.autograd.gradcheck(
+            lambda x: layer(x.split(layer.members), mean, scale), (x.requires_grad_(),)
+        )
+
+    def test_gradients_of_rows_of_small_norm(self, layer):
+        layer, (x, mean, scale) = layer.double(), self.inputs(torch.float64)
+        x = mean.reshape(5, 1, 6) + 1e-2 * x * scale.reshape(5, 1, 6)
+        _, norm = layer(x.split(layer.members), mean, scale)
+        assert norm.max() < 1
         torch.autograd.gradcheck(
             lambda x: layer(x.split(layer.members), mean, scale), (x.requires_grad_(),)
         )

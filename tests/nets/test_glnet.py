@@ -284,3 +284,13 @@ def test_same_outputs_on_cuda(random_factors, cuda):
     expected = net(factors)
     outputs = net.to(cuda)([(U.to(cuda), V.to(cuda)) for U, V in factors])
     torch.testing.assert_close(outputs.cpu(), expected)
+
+
+def test_dropout_is_after_every_hidden_layer_and_in_the_path_of_the_spectrum():
+    net = GLNet([(2, 5, 4)], 2, hidden_dim=3, mlp_hidden=(6, 4), dropout=0.25, n_side=2, spectrum=3)
+    rates = {
+        path: [layer.p for layer in part.modules() if isinstance(layer, torch.nn.Dropout)]
+        for path, part in net.named_children()
+    }
+    found = {path: rate for path, rate in rates.items() if rate}
+    assert found == {"mlp": [0.25, 0.25], "spectrum_path": [0.25]}

@@ -236,3 +236,17 @@ class TestBadInput:
         bad = LoRACollection.from_array(np.asarray(X), X.layout, ranks=np.full((9, 4), 2))
         with pytest.raises(ValueError, match="adapter 0 is said to have rank 2 in module 'm0'"):
             getattr(model, method)(bad)
+
+
+def test_the_function_works_on_the_device_that_it_is_given(X):
+    for given in ((X,), (X, X)):
+        with pytest.raises(ValueError, match="device='abacus'"):
+            pairwise_update_kernel(*given, device="abacus")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_new_adapters_give_their_own_dtype(kernel, X, new):
+    model = UpdateKernel(kernel).fit(X)
+    single = LoRACollection.from_array(np.asarray(new, np.float32), new.layout)
+    assert model.transform(single).dtype == np.float32
+    assert model.transform(new).dtype == np.float64

@@ -188,3 +188,17 @@ def test_names(random_loras, rng):
     X = random_loras(rng, 3, ((4, 1),), 1)
     names = GLEquivariantProjection(2).fit(X).get_feature_names_out()
     assert names.tolist() == ["m0:U0,0", "m0:U1,0", "m0:V0,0"]
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_hosvd_leaves_out_what_rounding_alone_puts_beside_a_plane(rng, dtype):
+    plane = np.linalg.qr(rng.normal(size=(6, 2)))[0]
+    X = LoRACollection.from_factors(
+        [{"m": (plane @ rng.normal(size=(2, 3)), rng.normal(size=(5, 3)))} for _ in range(10)],
+        dtype=dtype,
+    )
+    projection = GLEquivariantProjection(3, "hosvd").fit(X)
+    P = projection.left_["m"]
+    np.testing.assert_allclose(P[:2].T @ P[:2], plane @ plane.T, atol=1e-5)
+    assert (P[2] == 0).all()
+    np.testing.assert_allclose(np.linalg.norm(projection.right_["m"], axis=1), 1, rtol=1e-5)
