@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import islice
 from numbers import Integral
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn import config_context, get_config
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
 
 from sklora._base import as_tensor, resolve_device
-from sklora._progress import track
+from sklora._modules import LoRAModule
+from sklora._progress import progress
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.linalg import CompressedUpdates, compress_updates, leading_directions
 from sklora.linalg._random import gaussian_projections
@@ -73,6 +76,10 @@ class GLEquivariantProjection(WeightsToWeights):
     -----
     Adapters of any rank can be transformed, and keep it. A collection gives a collection, an array
     a flat array.
+
+    The fit of ``"hosvd"`` keeps up to ``n^2 + m^2`` numbers of every module in float64. Where those
+    of all modules take more than half of scikit-learn's ``working_memory``, it goes through the
+    adapters more than once, for some modules each time.
 
     Examples
     --------
@@ -134,23 +141,33 @@ class GLEquivariantProjection(WeightsToWeights):
 
     def _fit_hosvd(self, X: LoRACollection) -> None:
         self._check_enough(X)
-        found: list[CompressedUpdates | None] = [None] * X.layout.n_modules
         device = resolve_device(self.device)
-        for rows in track(plan_blocks(X), "higher-order SVD", "block", self.verbose):
-            block = read_block(X, rows, device, check=True)
-            found = [
-                compress_updates(U, V, previous=previous)
-                for previous, (U, V) in zip(found, block.factors, strict=True)
-            ]
-        for (name, n, m, _), updates in zip(X.layout.modules, found, strict=True):
-            assert updates is not None  # X has at least one adapter, so there was a block
+        # One half of the memory is for adapters, the other for what is kept of their updates.
+        with config_context(working_memory=get_config()["working_memory"] / 2):
+            groups, blocks = _module_groups(X), plan_blocks(X)
+        n_passes = len(groups) * len(blocks)
+        with progress(n_passes, "higher-order SVD", "block", self.verbose) as advance:
+            for modules in groups:
+                found: dict[LoRAModule, CompressedUpdates] = {}
+                for rows in blocks:
+                    block = read_block(X, rows, device, check=modules.start == 0)
+                    factors = islice(block.factors, modules.start, modules.stop)
+                    for module, (U, V) in zip(X.layout.modules[modules], factors, strict=True):
+                        found[module] = compress_updates(U, V, previous=found.get(module))
+                    advance()
+                self._keep_leading(found, X.dtype)
+
+    def _keep_leading(
+        self, found: Mapping[LoRAModule, CompressedUpdates], dtype: np.dtype[Any]
+    ) -> None:
+        for (name, n, m, _), updates in found.items():
             for matrices, side, size in (
                 (self.left_, updates.left, n),
                 (self.right_, updates.right, m),
             ):
                 k = min(self.n_components, size)
                 basis = leading_directions(side, k, noise=updates.noise)
-                matrices[name] = basis.mT.cpu().numpy().astype(X.dtype)
+                matrices[name] = basis.mT.cpu().numpy().astype(dtype)
 
     def _check_enough(self, X: LoRACollection) -> None:
         """Every side needs as many directions in the training updates as it is to keep."""
@@ -191,3 +208,16 @@ class GLEquivariantProjection(WeightsToWeights):
             P = as_tensor(matrices[name]).to(factor)
             # With the thin factor on the left, a product takes a fraction of the time.
             moved.copy_(torch.bmm(factor.mT, P.mT.expand(len(factor), -1, -1)).mT)
+
+
+def _module_groups(X: LoRACollection) -> list[slice]:
+    """Modules of which what is kept of all updates fits in the `working_memory` together."""
+    groups, start, taken = [], 0, 0
+    for position, (_, n, m, rank) in enumerate(X.layout.modules):
+        n_rows = len(X) * min(n, m, rank)
+        needed = 8 * (min(n_rows, n) * n + min(n_rows, m) * m)
+        if position > start and taken + needed > 2**20 * get_config()["working_memory"]:
+            groups.append(slice(start, position))
+            start, taken = position, 0
+        taken += needed
+    return [*groups, slice(start, X.layout.n_modules)]

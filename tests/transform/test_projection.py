@@ -1,7 +1,11 @@
+import weakref
+
 import numpy as np
 import pytest
+import sklearn
 
 from sklora.collection import LoRACollection
+from sklora.linalg import compress_updates
 from sklora.testing import apply_gauge, assert_gauge_equivariant, assert_gauge_invariant
 from sklora.transform import DenseProduct, GLEquivariantProjection, SVDSpectrum
 
@@ -202,3 +206,25 @@ def test_hosvd_leaves_out_what_rounding_alone_puts_beside_a_plane(rng, dtype):
     np.testing.assert_allclose(P[:2].T @ P[:2], plane @ plane.T, atol=1e-5)
     assert (P[2] == 0).all()
     np.testing.assert_allclose(np.linalg.norm(projection.right_["m"], axis=1), 1, rtol=1e-5)
+
+
+def test_hosvd_keeps_as_many_modules_in_memory_as_fit(random_loras, rng, monkeypatch):
+    X = random_loras(rng, 40, ((32, 24),) * 10, 2)
+    expected = GLEquivariantProjection(4, "hosvd").fit(X)
+    kept = 8 * (32**2 + 24**2)  # of every module, as triangles in float64
+    held, sizes = weakref.WeakValueDictionary(), []
+
+    def watched(*args, **options):
+        found = compress_updates(*args, **options)
+        held.update({id(side): side for side in found[:2]})
+        sizes.append(sum(side.nbytes for side in held.values()))
+        return found
+
+    monkeypatch.setattr("sklora.transform.projection.compress_updates", watched)
+    with sklearn.config_context(working_memory=2 * 3.5 * kept / 2**20):
+        found = GLEquivariantProjection(4, "hosvd").fit(X)
+    # Three modules, and before and after the block that is added to one of them.
+    assert kept < max(sizes) <= 5 * kept
+    for matrices in ("left_", "right_"):
+        for name, P in getattr(expected, matrices).items():
+            np.testing.assert_allclose(getattr(found, matrices)[name], P, atol=1e-10)
