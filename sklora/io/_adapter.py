@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sklora._base import as_tensor
 from sklora._stores import compute_dtype
 from sklora._untrusted import Refusal, shown
 from sklora.io._errors import AdapterError
@@ -154,8 +155,11 @@ class OpenAdapter(NamedTuple):
         return U, V
 
     def _numbers(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+        numbers = self.file.read(name)
+        if numbers.dtype == np.float16 and dtype == np.float32:
+            numbers = as_tensor(numbers).float().numpy()  # in a fraction of NumPy's time
         with np.errstate(over="ignore"):
-            numbers: NDArray[Any] = self.file.read(name).astype(dtype, copy=False)
+            numbers = numbers.astype(dtype, copy=False)
         if not np.isfinite(numbers).all():
             raise Refusal(
                 f"tensor {shown(name)} has NaN or infinity, or numbers too large for {dtype}; "

@@ -127,6 +127,17 @@ class TestWithoutLayout:
         kohya("c", factors(dtype=np.float64))
         assert read_adapters(["a", "b", "c"]).dtype == np.float64
 
+    @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+    def test_every_number_of_two_bytes_is_read(self, here, dtype):
+        numbers = np.arange(2**16, dtype=np.uint16).view(dtype)
+        with np.errstate(invalid="ignore"):
+            numbers = numbers[np.isfinite(numbers)]
+        one = np.ones((1, 1), dtype)
+        kohya("a", {"q": (one, numbers[:, None])})
+        _, V = read_adapters("a")[0]["q"]
+        assert V.dtype == np.float32
+        np.testing.assert_array_equal(V[:, 0].view(np.uint32), numbers.astype("f4").view(np.uint32))
+
     def test_side_features_are_read(self, here, factors):
         magnitudes = np.arange(5, dtype=np.float32)
         peft("zoo/a", factors(), side={"layers.2.q": magnitudes}, use_dora=True)
