@@ -13,6 +13,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor, nn
 
 from sklora._base import resolve_device
+from sklora._modules import ModuleGroup
 from sklora.collection import LoRALayout
 from sklora.estimators._base import BaseNetEstimator
 from sklora.estimators._docs import document
@@ -173,13 +174,29 @@ def cut_factors(
     factors = [part.view(shape) for part, shape in zip(flat, shapes, strict=True)]
     pairs = list(zip(factors[::2], factors[1::2], strict=True))
     for group, pair in zip(layout.groups, pairs, strict=True):
-        for member, module in enumerate(group.index):
-            rank = layout.modules[module].rank
-            for factor, columns in zip(pair, layout.factor_slices[module], strict=True):
-                cut = rows[:, columns].reshape(len(rows), -1, rank)
-                factor[member, :, :, :rank] = cut.transpose(0, 1)
-                factor[member, :, :, rank:] = 0
+        for member, module, count in _runs(group, layout):
+            rank, members = layout.modules[module].rank, slice(member, member + count)
+            left, right = layout.factor_slices[module]
+            size = right.stop - left.start
+            run = rows[:, left.start : left.start + count * size].reshape(len(rows), count, size)
+            sides = torch.split(run, [group.n * rank, group.m * rank], dim=2)
+            for factor, side in zip(pair, sides, strict=True):
+                cut = side.reshape(len(rows), count, -1, rank).permute(1, 2, 0, 3)
+                factor[members, :, :, :rank] = cut
+                if rank < group.rank:
+                    factor[members, :, :, rank:] = 0
     return pairs, rows[:, layout.side_slice] if layout.n_side else None
+
+
+def _runs(group: ModuleGroup, layout: LoRALayout) -> Iterator[tuple[int, int, int]]:
+    """Give first member, its module and the length of every run of like modules, side by side."""
+    first = 0
+    for member, module in enumerate(group.index[1:], start=1):
+        before = group.index[member - 1]
+        if module != before + 1 or layout.ranks[module] != layout.ranks[before]:
+            yield first, group.index[first], member - first
+            first = member
+    yield first, group.index[first], len(group.index) - first
 
 
 def singular_values(factors: Sequence[tuple[Tensor, ...]], layout: LoRALayout) -> Tensor:

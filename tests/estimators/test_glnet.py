@@ -21,7 +21,18 @@ def mixed(random_loras, rng):
 
 
 class TestCutFactors:
-    def test_is_the_collection_module_by_module(self, mixed):
+    @pytest.mark.parametrize(
+        ("shapes", "ranks"),
+        [
+            ("aba", MIXED[:7]),
+            ("aabbab", 2),
+            ("aaaaa", [2, 2, 3, 3, 1]),
+            ("baaaab", [1, 2, 2, 1, 1, 3]),
+        ],
+    )
+    def test_is_the_collection_module_by_module(self, random_loras, rng, shapes, ranks):
+        sizes = {"a": (5, 4), "b": (3, 4)}
+        mixed = random_loras(rng, 7, [sizes[shape] for shape in shapes], rank=ranks)
         layout = mixed.layout
         factors, side = cut_factors(torch.from_numpy(np.asarray(mixed)), layout)
         assert side is None
