@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sklora._pages import Rows
-from sklora._stores import ArrayStore
+from sklora._stores import ArrayStore, check_memory
 from sklora.collection import LoRACollection
 from sklora.linalg import squared_norm
 from sklora.linalg.products import add_inner_products
@@ -50,10 +50,21 @@ def inner_products(
     Returns
     -------
     ndarray of shape (len(X), len(Y)), of float64
+
+    Raises
+    ------
+    MemoryError
+        When it does not fit into memory.
     """
+    n_columns = len(X if Y is None else Y)
+    check_memory(
+        *(len(X), n_columns, np.dtype(np.float64)),
+        what="the matrix of inner products",
+        remedy="Take fewer adapters.",
+    )
+    products = np.empty((len(X), n_columns))
     n_parallel = effective_n_jobs(n_jobs)
     blocks = _blocks(X, n_parallel)
-    products = np.zeros((len(X), len(X if Y is None else Y)))
     if Y is None:
         # Those with the adapters before a block, and among each other; the rest are the same.
         tasks: list[Task] = [
@@ -143,7 +154,7 @@ def sum_over_modules(
     -------
     ndarray of shape (len(X),), of float64
     """
-    sums = np.zeros(len(X))
+    sums = np.empty(len(X))
     fill = partial(_fill_sums, function)
     tasks: list[Task] = [
         (fill, X[rows], sums[rows]) for rows in _blocks(X, effective_n_jobs(n_jobs))

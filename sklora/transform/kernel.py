@@ -188,6 +188,8 @@ def pairwise_update_kernel(
     ------
     ValueError
         When X or Y is not valid, they differ in modules, or there is no such kernel.
+    MemoryError
+        When the matrix does not fit into memory.
 
     See Also
     --------

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import sklearn
 import skops.io
+from sklearn.base import clone
 from sklearn.decomposition import KernelPCA
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics.pairwise import pairwise_kernels
@@ -47,6 +48,8 @@ def test_equals_the_kernel_of_the_entries(kernel, kind, new, request):
     np.testing.assert_array_equal(
         pairwise_update_kernel(new, X, kernel), update_kernel.transform(new)
     )
+    in_threads = pairwise_update_kernel(new, X, kernel, n_jobs=2)
+    np.testing.assert_allclose(in_threads, expected, rtol=0, atol=atol)
     np.testing.assert_array_equal(
         pairwise_update_kernel(X, kernel=kernel), update_kernel.fit_transform(X)
     )
@@ -184,6 +187,15 @@ def test_blocks_fit_in_the_working_memory(random_loras, rng, monkeypatch, tmp_pa
         sizes.clear()
         np.testing.assert_allclose(_pairs.inner_products(X[::-1], device="cpu"), found[::-1, ::-1])
         assert not sizes  # what is in memory is not copied whole
+
+
+@pytest.mark.parametrize("featurizer", [UpdateKernel(), DenseProduct("gram")], ids=str)
+def test_a_matrix_that_does_not_fit_into_memory_is_refused(featurizer, X, monkeypatch):
+    monkeypatch.setattr("sklora._stores.available_memory", lambda: 8 * len(X) ** 2 - 1)
+    with pytest.raises(MemoryError, match="matrix of inner products of 9 adapters x 9 columns"):
+        clone(featurizer).fit_transform(X)
+    monkeypatch.setattr("sklora._stores.available_memory", lambda: 8 * len(X) ** 2)
+    clone(featurizer).fit_transform(X)
 
 
 @pytest.mark.gpu
