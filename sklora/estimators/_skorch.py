@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.base import ClassifierMixin
 from skorch import NeuralNet, NeuralNetClassifier, NeuralNetRegressor
 from skorch.callbacks import Callback, LRScheduler
 from skorch.helper import predefined_split
@@ -28,7 +29,10 @@ from sklora.estimators._training import (
 )
 
 
-class _MultilabelNet(NeuralNet):
+class _MultilabelNet(ClassifierMixin, NeuralNet):
+    # By their type, scorers tell that there is one probability for each label.
+    classes_ = np.eye(2, dtype=np.int64)
+
     def predict(self, X: Any) -> NDArray[Any]:
         return (self.predict_proba(X) > 0.5).astype(np.int64)  # type: ignore[no-any-return]
 
