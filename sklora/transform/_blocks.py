@@ -127,15 +127,12 @@ def _lies_in_memory(X: LoRACollection) -> bool:
     )
 
 
-def read_block(
-    X: LoRACollection, rows: slice, device: torch.device, *, check: bool = False
-) -> Block:
-    """Read some adapters onto a device.
+def read_block(X: LoRACollection, device: torch.device, *, check: bool = False) -> Block:
+    """Read adapters onto a device.
 
     Parameters
     ----------
     X : LoRACollection
-    rows : slice
     device : torch.device
         To CUDA, rows go through pinned memory, without waiting for them to arrive.
     check : bool, default=False
@@ -151,12 +148,12 @@ def read_block(
     ValueError
         When numbers are not valid.
     """
-    ranks = X.ranks[rows]
+    ranks = X.ranks
     if len(ranks) == 1 and isinstance(X._store, StreamingStore):
-        return _streamed(X._store, X.layout, int(X._positions(rows)[0]), device)
-    flat = X.read(rows, copy=False)
+        return _streamed(X._store, X.layout, int(X._positions(slice(None))[0]), device)
+    flat = X.read(copy=False)
     if check or (ranks != X.layout.ranks).any():
-        check_numbers(X, rows, flat)
+        check_numbers(X, slice(None), flat)
     tensor = as_tensor(flat)
     if device.type == "cuda":
         tensor = tensor.pin_memory()
@@ -299,7 +296,7 @@ def _fill(
     function: BlockFunction, X: LoRACollection, device: torch.device, out: NDArray[Any]
 ) -> None:
     try:
-        function(read_block(X, slice(None), device), out)
+        function(read_block(X, device), out)
     except RuntimeError as error:  # such as that of a decomposition of NaN
         _look_at(X)
         if not isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]

@@ -12,8 +12,9 @@ from joblib import effective_n_jobs
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sklora._base import as_tensor
 from sklora._pages import Rows
-from sklora._stores import ArrayStore, check_memory
+from sklora._stores import ArrayStore, as_slice, check_memory
 from sklora.collection import LoRACollection
 from sklora.linalg import squared_norm
 from sklora.linalg.products import add_inner_products
@@ -90,9 +91,9 @@ def _fill_products(
     out: NDArray[np.float64],
 ) -> None:
     """Inner products of some adapters with blocks of Y and then, if wanted, among each other."""
-    left = _reader(X, slice(None), device)
+    left = _reader(X, device)
     for block in columns:
-        _set_products(out[:, block], left, _reader(Y, block, device), X.layout.n_modules, device)
+        _set_products(out[:, block], left, _reader(Y[block], device), X.layout.n_modules, device)
     if among:
         _set_products(out[:, -len(X) :], left, None, X.layout.n_modules, device)
 
@@ -169,7 +170,7 @@ def _fill_sums(
     device: torch.device,
     out: NDArray[np.float64],
 ) -> None:
-    read = _reader(X, slice(None), device)
+    read = _reader(X, device)
     out[:] = 0.0
     for position in range(X.layout.n_modules):
         U, V = read(position)
@@ -214,19 +215,19 @@ def _blocks(X: LoRACollection, n_parallel: int = 1) -> list[slice]:
     return parallel_blocks(X, 2 * bytes_per_adapter, n_parallel)
 
 
-def _reader(X: LoRACollection, rows: slice, device: torch.device) -> ReadModule:
+def _reader(X: LoRACollection, device: torch.device) -> ReadModule:
     """Read adapters from files, if they are there, and give the factors of each module."""
     store = X._store
     picked: Rows = slice(None)
     if isinstance(store, ArrayStore):
         layout, flat = store.layout, store.array
-        picked = rows if X._index is None else X._index[rows]
+        picked = slice(None) if X._index is None else as_slice(X._index)
     else:
-        layout, flat = X.layout, X.read(rows)
+        layout, flat = X.layout, X.read()
 
     def read(position: int) -> tuple[Tensor, Tensor]:
         U, V = (
-            torch.from_numpy(np.array(A[picked], X.dtype, order="C")).to(device)
+            as_tensor(np.ascontiguousarray(A[picked], X.dtype)).to(device)
             for A in layout._factors_at(flat, position)
         )
         return U, V

@@ -150,7 +150,7 @@ class GLEquivariantProjection(WeightsToWeights):
             for modules in groups:
                 found: dict[LoRAModule, CompressedUpdates] = {}
                 for rows in blocks:
-                    block = read_block(X, rows, device, check=modules.start == 0)
+                    block = read_block(X[rows], device, check=modules.start == 0)
                     factors = islice(block.factors, modules.start, modules.stop)
                     for module, (U, V) in zip(X.layout.modules[modules], factors, strict=True):
                         found[module] = compress_updates(U, V, previous=found.get(module))
