@@ -182,13 +182,13 @@ def test_files_move_between_cuda_and_cpu(cuda, loras, tmp_path):
     ]
     models = [model.fit(loras, y) for model in models]
     there = [model.predict_proba(loras) for model in models]
-    joblib.dump((models, loras), tmp_path / "models.joblib")
+    joblib.dump((models, loras, y), tmp_path / "models.joblib")
     script = (
         "import joblib, sys, torch\n"
         "assert not torch.cuda.is_available()\n"
-        "models, X = joblib.load(sys.argv[1])\n"
+        "models, X, y = joblib.load(sys.argv[1])\n"
         "answers = [model.predict_proba(X) for model in models]\n"
-        "joblib.dump(([model.fit(X, model.predict(X)) for model in models], answers), sys.argv[1])"
+        "joblib.dump(([model.fit(X, y) for model in models], answers), sys.argv[1])"
     )
     arguments = [sys.executable, "-c", script, str(tmp_path / "models.joblib")]
     subprocess.run(arguments, check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})

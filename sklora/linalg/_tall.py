@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Bytes of a piece that is worked on: it stays in the cache between two steps.
+# Bytes of a piece that is worked on. On a CPU it stays in the cache between two steps; on a GPU,
+# where every step takes microseconds to start, there are few.
 _PIECE_BYTES = 2**21
+_PIECE_BYTES_ON_GPU = 2**28
 # A piece is cut so that it holds parts of so many factors, which the cores share out.
 _PARTS = 8
 # Rows whose products are summed in the factors' own dtype.
@@ -20,6 +22,10 @@ _NARROW = 16
 # Squared norm of the inverse triangle up to which Cholesky is right to 1e-6: the rounding of a Gram
 # matrix of many rows, some 1e-15, times this, with room to spare.
 _LARGEST_CONDITION = 1e8
+
+
+def _piece_bytes(A: Tensor) -> int:
+    return _PIECE_BYTES if A.device.type == "cpu" else _PIECE_BYTES_ON_GPU
 
 
 def gram(A: Tensor) -> Tensor:
@@ -44,8 +50,9 @@ def gram(A: Tensor) -> Tensor:
     products = torch.zeros((len(flat), r, r), dtype=torch.float64, device=A.device)
     if not flat.numel():
         return products.reshape(*batch, r, r)
-    rows = -(-n // -(-8 * n * r * _PARTS // _PIECE_BYTES))
-    step = min(len(flat), max(1, _PIECE_BYTES // (8 * rows * r)))
+    piece_bytes = _piece_bytes(A)
+    rows = -(-n // -(-8 * n * r * _PARTS // piece_bytes))
+    step = min(len(flat), max(1, piece_bytes // (8 * rows * r)))
     # Copied as they lie in memory: the factor of a file may be its tensor transposed.
     shape = (step, r, rows) if flat.stride(1) == 1 else (step, rows, r)
     copies = torch.empty(shape, dtype=torch.float64, device=A.device)
@@ -118,7 +125,7 @@ def times_small(A: Tensor, Q: Tensor, *, out: Tensor) -> None:
     blocks = blocks.reshape(n_factors, together * r, together * s)
     rows = A[:, :whole].reshape(n_factors, n_blocks, together * r)
     # The product of a batch is fast only into one piece of memory; from the cache it is moved.
-    step = max(1, _PIECE_BYTES // max(1, A.element_size() * whole * s))
+    step = max(1, _piece_bytes(A) // max(1, A.element_size() * whole * s))
     products = A.new_empty((min(step, n_factors), n_blocks, together * s))
     for first in range(0, n_factors, step):
         some = slice(first, first + step)

@@ -20,7 +20,7 @@ from sklora._base import VersionedState, atomic_fit, resolve_device
 from sklora._modules import side_names
 from sklora._repr import DocumentedMixin
 from sklora.collection import LoRACollection, LoRALayout, check_loras
-from sklora.transform._blocks import Block, BlockFunction, factor_views, map_blocks
+from sklora.transform._blocks import Block, BlockFunction, copy_back, factor_views, map_blocks
 
 T = TypeVar("T")
 
@@ -350,5 +350,6 @@ class WeightsToWeights(_CollectionsStay, BlockwiseFeaturizer):
             self._move(position, factors, block.ranks[:, position], new)
             if layout.has_plain_rows:
                 new[0].mul_(new[1])
-        target.copy_(moved)
+        if moved is not target:
+            copy_back(moved, target)
         out[:, layout.side_slice] = block.side

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -75,7 +76,9 @@ def factor_views(flat: Tensor, layout: LoRALayout) -> Factors:
     ]
 
 
-def plan_blocks(X: LoRACollection, *, n_columns: int = 0, n_parallel: int = 1) -> list[slice]:
+def plan_blocks(
+    X: LoRACollection, *, n_columns: int = 0, n_parallel: int = 1, on_gpu: bool = False
+) -> list[slice]:
     """Blocks of adapters of which ``n_parallel`` at once fit in the ``working_memory``.
 
     Parameters
@@ -85,6 +88,8 @@ def plan_blocks(X: LoRACollection, *, n_columns: int = 0, n_parallel: int = 1) -
         Width of the result that one adapter gives.
     n_parallel : int, default=1
         Blocks worked on at the same time; there are at least so many, if X has as many adapters.
+    on_gpu : bool, default=False
+        Whether they go through pinned memory to a GPU.
 
     Returns
     -------
@@ -92,8 +97,10 @@ def plan_blocks(X: LoRACollection, *, n_columns: int = 0, n_parallel: int = 1) -
         They cover X in order.
     """
     largest = max((module.n + module.m) * module.rank for module in X.layout.modules)
-    # Rows that have to be put together are there as stored and as laid out.
-    width = n_columns + (0 if _lies_in_memory(X) else 2 * X.layout.width)
+    # Rows that have to be put together are there as stored and as laid out; those that go to a GPU
+    # are in pinned memory and there.
+    n_copies = (0 if _lies_in_memory(X) else 2) + 2 * on_gpu
+    width = n_columns + n_copies * X.layout.width
     bytes_per_adapter = X.dtype.itemsize * width + _BYTES_PER_MODULE_WEIGHT * largest
     return parallel_blocks(X, bytes_per_adapter, n_parallel)
 
@@ -161,6 +168,22 @@ def read_block(X: LoRACollection, device: torch.device, *, check: bool = False) 
     return Block(factor_views(moved, X.layout), flat[:, X.layout.side_slice], ranks)
 
 
+def copy_back(result: Tensor, out: Tensor) -> None:
+    """Copy what a device has computed into memory that the CPU has.
+
+    Parameters
+    ----------
+    result : Tensor
+        From CUDA, it goes through pinned memory: the cores then share out the copy into `out`, and
+        with it the search for memory that was never used before.
+    out : Tensor of the same shape and dtype
+        On the CPU.
+    """
+    if result.is_cuda:
+        result = torch.empty_like(result, device="cpu", pin_memory=True).copy_(result)
+    out.copy_(result)
+
+
 def _streamed(store: StreamingStore, layout: LoRALayout, row: int, device: torch.device) -> Block:
     """Give one adapter module by module, in the ranks of a layout: it may be a large one."""
 
@@ -225,7 +248,8 @@ def map_blocks(
     )
     result = np.empty((len(X), n_columns), X.dtype)
     fill = partial(_fill, function)
-    blocks = plan_blocks(X, n_columns=n_columns, n_parallel=effective_n_jobs(n_jobs))
+    n_parallel, on_gpu = effective_n_jobs(n_jobs), resolve_device(device).type != "cpu"
+    blocks = plan_blocks(X, n_columns=n_columns, n_parallel=n_parallel, on_gpu=on_gpu)
     tasks = [(fill, X[rows], result[rows]) for rows in blocks]
     run_tasks(tasks, device=device, n_jobs=n_jobs, what=what, verbose=verbose)
     return result
@@ -317,8 +341,25 @@ def _look_at(X: LoRACollection) -> None:
         check_numbers(X, slice(None), X.read(copy=False))
 
 
-def _own_stream(device: torch.device) -> AbstractContextManager[Any]:
+# Streams of each GPU that no block is using. Torch keeps memory for every stream that was used, so
+# there are no more of them than blocks at once.
+_idle_streams: defaultdict[int, list[torch.cuda.Stream]] = defaultdict(list)
+
+
+@contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
     """On CUDA, give every block a stream, so that its copies overlap the work on another block."""
     if device.type != "cuda":
-        return nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+        yield
+        return
+    with torch.cuda.device(device):
+        idle = _idle_streams[torch.cuda.current_device()]
+        try:
+            stream = idle.pop()
+        except IndexError:
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            idle.append(stream)

@@ -12,13 +12,13 @@ from joblib import effective_n_jobs
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sklora._base import as_tensor
+from sklora._base import as_tensor, resolve_device
 from sklora._pages import Rows
 from sklora._stores import ArrayStore, as_slice, check_memory
 from sklora.collection import LoRACollection
 from sklora.linalg import squared_norm
 from sklora.linalg.products import add_inner_products
-from sklora.transform._blocks import Task, parallel_blocks, run_tasks
+from sklora.transform._blocks import Task, parallel_blocks, read_block, run_tasks
 
 # The factors U (B, n, r) and V (B, m, r) of the module at a position.
 ReadModule: TypeAlias = Callable[[int], tuple[Tensor, Tensor]]
@@ -64,8 +64,8 @@ def inner_products(
         remedy="Take fewer adapters.",
     )
     products = np.empty((len(X), n_columns))
-    n_parallel = effective_n_jobs(n_jobs)
-    blocks = _blocks(X, n_parallel)
+    plan = partial(_blocks, device=device, n_parallel=effective_n_jobs(n_jobs))
+    blocks = plan(X)
     if Y is None:
         # Those with the adapters before a block, and among each other; the rest are the same.
         tasks: list[Task] = [
@@ -73,7 +73,7 @@ def inner_products(
             for n, rows in enumerate(blocks)
         ]
     else:
-        fill = partial(_fill_products, Y, _blocks(Y, n_parallel), False)
+        fill = partial(_fill_products, Y, plan(Y), False)
         tasks = [(fill, X[rows], products[rows]) for rows in blocks]
     run_tasks(tasks, device=device, n_jobs=n_jobs, what="inner products", verbose=verbose)
     if Y is None:
@@ -157,9 +157,8 @@ def sum_over_modules(
     """
     sums = np.empty(len(X))
     fill = partial(_fill_sums, function)
-    tasks: list[Task] = [
-        (fill, X[rows], sums[rows]) for rows in _blocks(X, effective_n_jobs(n_jobs))
-    ]
+    blocks = _blocks(X, device=device, n_parallel=effective_n_jobs(n_jobs))
+    tasks: list[Task] = [(fill, X[rows], sums[rows]) for rows in blocks]
     run_tasks(tasks, device=device, n_jobs=n_jobs, what="norms", verbose=0)
     return sums
 
@@ -203,20 +202,23 @@ class KeepsTraining:
         super().__setstate__(state)  # type: ignore[misc]
 
 
-def _blocks(X: LoRACollection, n_parallel: int = 1) -> list[slice]:
+def _blocks(X: LoRACollection, *, device: str | torch.device, n_parallel: int) -> list[slice]:
     """Blocks that leave room in the `working_memory` for as large a block of another collection."""
+    on_gpu = resolve_device(device).type != "cpu"
     stored, itemsize = X._store.layout, X.dtype.itemsize
     # One module as read, and its copy in float64.
     largest = max((module.n + module.m) * module.rank for module in stored.modules)
     bytes_per_adapter = largest * (itemsize + 8)
-    if not isinstance(X._store, ArrayStore):
-        widths = stored.width + (X.layout.width if X.layout != stored else 0)
+    if on_gpu or not isinstance(X._store, ArrayStore):
+        widths = stored.width + (X.layout.width if on_gpu or X.layout != stored else 0)
         bytes_per_adapter += widths * itemsize
     return parallel_blocks(X, 2 * bytes_per_adapter, n_parallel)
 
 
 def _reader(X: LoRACollection, device: torch.device) -> ReadModule:
     """Read adapters from files, if they are there, and give the factors of each module."""
+    if device.type != "cpu":
+        return list(read_block(X, device).factors).__getitem__
     store = X._store
     picked: Rows = slice(None)
     if isinstance(store, ArrayStore):
@@ -227,7 +229,7 @@ def _reader(X: LoRACollection, device: torch.device) -> ReadModule:
 
     def read(position: int) -> tuple[Tensor, Tensor]:
         U, V = (
-            as_tensor(np.ascontiguousarray(A[picked], X.dtype)).to(device)
+            as_tensor(np.ascontiguousarray(A[picked], X.dtype))
             for A in layout._factors_at(flat, position)
         )
         return U, V

@@ -6,9 +6,11 @@ import pytest
 import sklearn
 import torch
 from sklearn.base import clone
+from sklearn.pipeline import make_pipeline
 
 from sklora import GLEquivariantProjection, LoRACollection, LoRALayout, OAlign, SVDSpectrum
 from sklora._stores import ArrayStore
+from sklora.testing import assert_gauge_invariant
 from sklora.transform import DenseProduct, UpdateKernel
 from sklora.transform._blocks import plan_blocks
 
@@ -133,8 +135,11 @@ def test_plans_cover_all_within_the_working_memory():
     X = LoRACollection.from_array(np.zeros((100, 1000), np.float32), LoRALayout.rows(1000))
     shuffled = X[np.random.default_rng(0).permutation(100)]
     with sklearn.config_context(working_memory=1):
-        for collection, n_copies in ((X, 0), (X[10:], 0), (shuffled, 2)):
-            blocks = plan_blocks(collection, n_columns=500, n_parallel=2)
+        for collection, on_gpu, n_copies in (
+            *((X, False, 0), (X[10:], False, 0), (shuffled, False, 2)),
+            *((X, True, 2), (X[10:], True, 2), (shuffled, True, 4)),
+        ):
+            blocks = plan_blocks(collection, n_columns=500, n_parallel=2, on_gpu=on_gpu)
             rows = [row for rows in blocks for row in range(len(collection))[rows]]
             assert rows == list(range(len(collection)))
             # Result and copies in float32, and the module three times in float64.
@@ -187,11 +192,70 @@ def test_input_is_left_alone(featurizer, with_side):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("featurizer", [*BY_BLOCKS, *BY_PAIRS], ids=str)
-@pytest.mark.parametrize("n_jobs", [1, 2])
-def test_blocks_that_overlap_on_cuda_give_the_same(featurizer, mixed, cuda, n_jobs):
-    expected = np.asarray(clone(featurizer).set_params(device="cpu").fit_transform(mixed))
-    on_cuda = clone(featurizer).set_params(device=str(cuda), n_jobs=n_jobs)
-    with sklearn.config_context(working_memory=1e-6):
-        found = on_cuda.fit_transform(mixed)
-    np.testing.assert_allclose(np.asarray(found), expected, atol=1e-10)
+class TestCuda:
+    """Blocks that go to a GPU, one after another and two at once."""
+
+    featurizer = pytest.mark.parametrize("featurizer", [*BY_BLOCKS, *BY_PAIRS], ids=str)
+    n_jobs = pytest.mark.parametrize("n_jobs", [1, 2])
+
+    @pytest.fixture
+    def in_file(self, mixed, tmp_path):
+        mixed.save(tmp_path / "zoo.safetensors")
+        return LoRACollection.open(tmp_path / "zoo.safetensors")
+
+    @featurizer
+    @n_jobs
+    @pytest.mark.parametrize("working_memory", [1e-6, 1024])
+    def test_gives_what_the_cpu_gives(
+        self, featurizer, n_jobs, working_memory, mixed, in_file, cuda
+    ):
+        expected = np.asarray(clone(featurizer).set_params(device="cpu").fit_transform(mixed))
+        on_cuda = clone(featurizer).set_params(device=cuda, n_jobs=n_jobs)
+        with sklearn.config_context(working_memory=working_memory):
+            for X in (mixed, in_file, mixed[[*range(len(mixed))]]):
+                found = on_cuda.fit_transform(X)
+                np.testing.assert_allclose(np.asarray(found), expected, atol=1e-10)
+
+    @featurizer
+    @pytest.mark.parametrize("backend", ["loky", "threading"])
+    def test_by_another_backend(self, featurizer, backend, mixed, in_file, cuda):
+        expected = np.asarray(clone(featurizer).set_params(device="cpu").fit_transform(mixed))
+        on_cuda = clone(featurizer).set_params(device=cuda)
+        with joblib.parallel_config(backend, n_jobs=2), sklearn.config_context(working_memory=1e-6):
+            found = on_cuda.fit_transform(in_file)
+        np.testing.assert_allclose(np.asarray(found), expected, atol=1e-10)
+
+    # One adapter's dense updates are larger than the memory here.
+    @pytest.mark.parametrize(
+        "featurizer", [f for f in (*BY_BLOCKS, *BY_PAIRS) if repr(f) != "DenseProduct()"], ids=str
+    )
+    @n_jobs
+    def test_takes_no_more_of_its_memory_than_the_working_memory(self, featurizer, n_jobs, cuda):
+        layout = LoRALayout([(f"m{i}", 512, 512, 8) for i in range(32)])
+        flat = np.random.default_rng(0).standard_normal((128, layout.width), np.float32)
+        X = LoRACollection.from_array(flat, layout)
+        on_cuda = clone(featurizer).set_params(device=cuda, n_jobs=n_jobs)
+        with sklearn.config_context(working_memory=32):
+            on_cuda.fit_transform(X)  # what libraries take for themselves stays
+            before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+            torch.cuda.reset_peak_memory_stats()
+            for _ in range(3):
+                on_cuda.fit_transform(X)
+        assert torch.cuda.max_memory_allocated() - before <= 32 * 2**20
+        assert torch.cuda.memory_reserved() <= reserved + 16 * 2**20
+
+    @featurizer
+    def test_no_gauge_changes_them(self, featurizer, X, cuda):
+        on_cuda = clone(featurizer).set_params(device=cuda)
+        if isinstance(featurizer, GLEquivariantProjection):
+            on_cuda = make_pipeline(on_cuda, DenseProduct(device=cuda))
+        group = "O" if isinstance(featurizer, OAlign) else "GL"
+        assert_gauge_invariant(on_cuda.fit(X), X, group=group, atol=1e-9, random_state=0)
+
+    @featurizer
+    def test_bad_numbers_are_named(self, featurizer, X, cuda):
+        flat = np.array(X)
+        flat[7, 0] = np.nan
+        bad = LoRACollection.from_array(flat, X.layout, ids=X.ids)
+        with pytest.raises(ValueError, match="'adapter-7'"):
+            clone(featurizer).set_params(device=cuda).fit_transform(bad)
