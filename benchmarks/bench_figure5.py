@@ -9,6 +9,9 @@ batches), the peak resident memory above imports with the adapters themselves in
 log-log scale against an adapter's bytes. mlp and gl-net need no preprocessing. dense is
 `DenseProduct("gram")`; its exact form is timed beside it where 64 adapters and the first layer of
 its network take at most 8 GB. ``python benchmarks/bench_figure5.py --plot figure5.png``
+
+With ``--device cuda`` all is in one process, and memory that of the GPU: preprocessing starts and
+ends in the memory of the CPU, and the features of forward passes are on the GPU already.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from bench_streaming import peak_memory
+from sklearn.base import clone
 
 from sklora import DenseProduct, LoRACollection, LoRALayout, OAlign, SVDSpectrum
 from sklora.nets import GLNet, MLPNet
@@ -43,10 +47,10 @@ SIZES = {
 }
 FEATURIZERS = {
     "mlp": None,
-    "o-align": OAlign(template=0, device="cpu"),
-    "svd": SVDSpectrum(device="cpu"),
-    "dense": DenseProduct("gram", device="cpu"),
-    "dense (exact)": DenseProduct(device="cpu"),
+    "o-align": OAlign(template=0),
+    "svd": SVDSpectrum(),
+    "dense": DenseProduct("gram"),
+    "dense (exact)": DenseProduct(),
     "gl-net": None,
 }
 COLOURS = {
@@ -80,36 +84,43 @@ def zoo(size: str) -> LoRACollection:
     return LoRACollection.from_array(flat, layout, ranks=np.full((N_ADAPTERS, n_layers), RANK))
 
 
-def median_seconds(function: Callable[[], object], repeats: int) -> float:
+def median_seconds(function: Callable[[], object], repeats: int, device: str) -> float:
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     times = []
     for _ in range(repeats):
+        wait()
         start = time.perf_counter()
         function()
+        wait()
         times.append(time.perf_counter() - start)
     return float(np.median(times))
 
 
 def preprocess(
-    architecture: str, X: LoRACollection, repeats: int
+    architecture: str, X: LoRACollection, repeats: int, device: str = "cpu"
 ) -> tuple[float | None, np.ndarray]:
     """Give the seconds that preprocessing takes, and the features."""
     featurizer = FEATURIZERS[architecture]
     if featurizer is None:
         return None, np.asarray(X)
-    seconds = median_seconds(lambda: featurizer.fit_transform(X), repeats)
+    featurizer = clone(featurizer).set_params(device=device)
+    seconds = median_seconds(lambda: featurizer.fit_transform(X), repeats, device)
     return seconds, np.asarray(featurizer.transform(X))
 
 
-def forward(architecture: str, X: LoRACollection, features: np.ndarray) -> float:
+def forward(
+    architecture: str, X: LoRACollection, features: np.ndarray, device: str = "cpu"
+) -> float:
     """Give the seconds an adapter that a network takes: the median over batches."""
     n_layers, width = X.layout.n_modules, X.layout.modules[0].n
-    rows = torch.from_numpy(features)
+    rows = torch.from_numpy(features).to(device)
     if architecture == "gl-net":
         # Module-major factors as views of the flat rows; the network copies what it needs.
         factors = rows.view(-1, n_layers, 2, width, RANK).permute(2, 1, 3, 0, 4)
-        net = GLNet([(n_layers, width, width)], n_outputs=1, n_layers=1).eval()
+        net = GLNet([(n_layers, width, width)], n_outputs=1, n_layers=1)
     else:
-        net = MLPNet(features.shape[1], n_outputs=1).eval()
+        net = MLPNet(features.shape[1], n_outputs=1)
+    net = net.to(device).eval()
     batch = min(N_ADAPTERS, 2 ** int(math.log2(max(1, BATCH_BYTES // features[0].nbytes))))
     starts = iter(range(0, N_FORWARD, batch))
 
@@ -123,21 +134,25 @@ def forward(architecture: str, X: LoRACollection, features: np.ndarray) -> float
         else:
             net(rows[places])
 
-    return median_seconds(run, N_FORWARD // batch) / batch
+    return median_seconds(run, N_FORWARD // batch, device) / batch
 
 
-def measure(architecture: str, size: str, repeats: int) -> Row:
-    """What the fresh process does."""
+def measure(architecture: str, size: str, repeats: int, device: str) -> Row:
+    """Time one architecture at one size; on the CPU, this is what the fresh process does."""
+    on_gpu = device == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     imported, X = peak_memory(), zoo(size)
-    preprocessing, features = preprocess(architecture, X, repeats)
-    passing = forward(architecture, X, features)
+    preprocessing, features = preprocess(architecture, X, repeats, device)
+    passing = forward(architecture, X, features, device)
     return {
         "architecture": architecture,
         "size": size,
         "adapter_mb": adapter_bytes(size) / 1e6,
         "preprocessing_ms": preprocessing and 1e3 * preprocessing / N_ADAPTERS,
         "forward_ms": 1e3 * passing,
-        "peak_gb": peak_memory() - imported,
+        "peak_gb": torch.cuda.max_memory_reserved() / 1e9 if on_gpu else peak_memory() - imported,
     }
 
 
@@ -183,7 +198,7 @@ def print_slopes(rows: list[Row]) -> None:
         print(f"{architecture:<32}{cells[0]:>16}{cells[1]:>12}{cells[2]:>12}")
 
 
-def plot(rows: list[Row], path: str) -> None:
+def plot(rows: list[Row], path: str, where: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -206,7 +221,7 @@ def plot(rows: list[Row], path: str) -> None:
             [adapter_bytes(size) / 1e6 for size in sizes], sizes, fontsize=7, rotation=60
         )
         models.minorticks_off()
-    figure.suptitle(f"Rank-4 LoRAs of the GPT-3 family, {os.cpu_count()} CPU cores")
+    figure.suptitle(f"Rank-4 LoRAs of the GPT-3 family, {where}")
     figure.savefig(path, dpi=110)
 
 
@@ -230,20 +245,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--csv", help="where to write the rows")
     parser.add_argument("--plot", help="where to draw them")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(*args.measure, args.repeats)))
+        print(json.dumps(measure(*args.measure, args.repeats, "cpu")))
         return
+    on_gpu = args.device == "cuda"
+    where = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores"
+    print(where)
     print(f"{'':<32}{'preprocessing':>16}{'forward':>12}{'peak':>12}")
     print(f"{'':<32}{'ms/adapter':>16}{'ms/adapter':>12}{'GB':>12}")
     rows = []
     for architecture in FEATURIZERS:
         for size in args.sizes:
             if fits(architecture, size):
-                rows.append(measured_apart(architecture, size, args.repeats))
+                rows.append(
+                    measure(architecture, size, args.repeats, "cuda")
+                    if on_gpu
+                    else measured_apart(architecture, size, args.repeats)
+                )
                 print_row(rows[-1])
     print_slopes(rows)
     if args.csv:
@@ -252,7 +275,7 @@ def main() -> None:
             writer.writeheader()
             writer.writerows(rows)
     if args.plot:
-        plot(rows, args.plot)
+        plot(rows, args.plot, where)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def featurizers() -> None:
     for size, shape in ZOOS.items():
         X = zoo(*shape)
         copy = seconds_to_copy(X.nbytes)
-        for name in FEATURIZERS:
+        for name in FEATURIZERS if size == "r=4" else [*FEATURIZERS][:3]:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             cpu, one, two = featurize(name, X)

@@ -202,3 +202,32 @@ def check_option(name: str, value: object, options: Iterable[str]) -> None:
     options = tuple(options)
     if value not in options:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, options))}.")
+
+
+def send(block: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Give an array as a tensor on a device: on the CPU as by :func:`as_tensor`, elsewhere a copy.
+
+    To CUDA it goes through pinned memory, without waiting for it to arrive: what is done there
+    starts afterwards.
+
+    Parameters
+    ----------
+    block : ndarray
+    device : torch.device
+
+    Returns
+    -------
+    torch.Tensor
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import torch
+    >>> from sklora._base import send
+    >>> send(np.arange(3), torch.device("cpu"))
+    tensor([0, 1, 2])
+    """
+    tensor = as_tensor(block)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

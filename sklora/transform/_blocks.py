@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -19,7 +20,7 @@ from sklearn.utils import gen_even_slices
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sklora._base import as_tensor, resolve_device
+from sklora._base import resolve_device, send
 from sklora._progress import progress
 from sklora._stores import ArrayStore, StreamingStore, as_slice, check_memory
 from sklora.collection import LoRACollection, LoRALayout, check_numbers
@@ -141,7 +142,7 @@ def read_block(X: LoRACollection, device: torch.device, *, check: bool = False) 
     ----------
     X : LoRACollection
     device : torch.device
-        To CUDA, rows go through pinned memory, without waiting for them to arrive.
+        To CUDA, as :func:`sklora._base.send` does.
     check : bool, default=False
         Whether to check all numbers. Those beyond the true ranks are checked anyway, as no result
         shows them.
@@ -161,11 +162,8 @@ def read_block(X: LoRACollection, device: torch.device, *, check: bool = False) 
     flat = X.read(copy=False)
     if check or (ranks != X.layout.ranks).any():
         check_numbers(X, slice(None), flat)
-    tensor = as_tensor(flat)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    moved = tensor.to(device, non_blocking=True)
-    return Block(factor_views(moved, X.layout), flat[:, X.layout.side_slice], ranks)
+    factors = factor_views(send(flat, device), X.layout)
+    return Block(factors, flat[:, X.layout.side_slice], ranks)
 
 
 def copy_back(result: Tensor, out: Tensor) -> None:
@@ -189,7 +187,7 @@ def _streamed(store: StreamingStore, layout: LoRALayout, row: int, device: torch
 
     def factors() -> Iterator[tuple[Tensor, Tensor]]:
         for module, pair in zip(layout.modules, store.iter_factors(row), strict=True):
-            U, V = (as_tensor(A)[None].to(device) for A in pair)
+            U, V = (send(A, device)[None] for A in pair)
             room = module.rank - U.shape[-1]
             yield (pad(U, (0, room)), pad(V, (0, room))) if room else (U, V)
 
@@ -312,7 +310,7 @@ def _run(
     device: str | torch.device,
 ) -> None:
     here = resolve_device(device)
-    with _own_stream(here), torch.autocast(here.type, enabled=False):
+    with at_work(here):
         function(X, here, out)
 
 
@@ -344,22 +342,39 @@ def _look_at(X: LoRACollection) -> None:
 # Streams of each GPU that no block is using. Torch keeps memory for every stream that was used, so
 # there are no more of them than blocks at once.
 _idle_streams: defaultdict[int, list[torch.cuda.Stream]] = defaultdict(list)
+_first_use = threading.Lock()
 
 
 @contextmanager
-def _own_stream(device: torch.device) -> Iterator[None]:
-    """On CUDA, give every block a stream, so that its copies overlap the work on another block."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.device(device):
-        idle = _idle_streams[torch.cuda.current_device()]
-        try:
-            stream = idle.pop()
-        except IndexError:
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        try:
-            with torch.cuda.stream(stream):
-                yield
-        finally:
-            idle.append(stream)
+def at_work(device: torch.device) -> Iterator[None]:
+    """Compute on a device as it is meant to be: in full precision, and beside other threads.
+
+    On CUDA, the block inside gets a stream, so that its copies overlap the work on another block.
+
+    Parameters
+    ----------
+    device : torch.device
+    """
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(device):
+            idle = _idle_streams[torch.cuda.current_device()]
+            with _first_use:
+                _load_linear_algebra()
+            try:
+                stream = idle.pop()
+            except IndexError:
+                stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            try:
+                with torch.cuda.stream(stream):
+                    yield
+            finally:
+                idle.append(stream)
+
+
+@cache
+def _load_linear_algebra() -> None:
+    # Torch loads it when it is first wanted, and fails where two threads are the first at once.
+    torch.linalg.inv(torch.eye(1, device="cuda"))

@@ -22,7 +22,7 @@ from sklora.collection import LoRACollection, LoRALayout
 from sklora.linalg import CompressedUpdates, compress_updates, leading_directions
 from sklora.linalg._random import gaussian_projections
 from sklora.transform._base import WeightsToWeights
-from sklora.transform._blocks import plan_blocks, read_block
+from sklora.transform._blocks import at_work, plan_blocks, read_block
 
 
 class GLEquivariantProjection(WeightsToWeights):
@@ -146,7 +146,8 @@ class GLEquivariantProjection(WeightsToWeights):
         with config_context(working_memory=get_config()["working_memory"] / 2):
             groups, blocks = _module_groups(X), plan_blocks(X, on_gpu=device.type != "cpu")
         n_passes = len(groups) * len(blocks)
-        with progress(n_passes, "higher-order SVD", "block", self.verbose) as advance:
+        bar = progress(n_passes, "higher-order SVD", "block", self.verbose)
+        with at_work(device), bar as advance:
             for modules in groups:
                 found: dict[LoRAModule, CompressedUpdates] = {}
                 for rows in blocks:
