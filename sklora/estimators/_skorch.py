@@ -151,9 +151,7 @@ def compose(
         iterator_train__shuffle=True,
         iterator_train__collate_fn=_as_it_is,
         iterator_valid__collate_fn=_as_it_is,
-        train_split=(
-            None if validation is None else predefined_split(LoRADataset(validation, device))
-        ),
+        train_split=None if validation is None else predefined_split(LoRADataset(validation)),
         callbacks=[*_callbacks(settings), ("keep_best", keeper)],  # last: it may end the epoch
         predict_nonlinearity=_NONLINEARITIES[loss],
         device=device,

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sklora._base import send
+from sklora._base import as_tensor, send
 from sklora._progress import progress
 from sklora.collection import LoRACollection
 from sklora.nets import GLNet, MLPNet
@@ -99,14 +99,11 @@ class LoRADataset(torch.utils.data.Dataset[Any]):
     Parameters
     ----------
     data : TrainingData
-    device : torch.device
-        Where the rows go; skorch moves the rest.
     """
 
-    def __init__(self, data: TrainingData, device: torch.device) -> None:
+    def __init__(self, data: TrainingData) -> None:
         # By these names skorch finds the classes, and what a scoring callback scores on.
         self.X, self.y, self.weights, self.columns = data
-        self.device = device
 
     def __len__(self) -> int:
         return len(self.X)
@@ -117,10 +114,7 @@ class LoRADataset(torch.utils.data.Dataset[Any]):
     def __getitems__(self, indices: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
         """Read one batch."""
         picked = np.asarray(indices)
-        rows, weight = (
-            send(self.X.read(picked), self.device),
-            torch.from_numpy(self.weights[picked]),
-        )
+        rows, weight = as_tensor(self.X.read(picked)), torch.from_numpy(self.weights[picked])
         columns = {name: torch.from_numpy(c[picked]) for name, c in self.columns.items()}
         return {"rows": rows, "weight": weight, **columns}, torch.from_numpy(self.y[picked])
 
@@ -252,7 +246,7 @@ def train(
         skorch_net.initialize()
         if optimizer_state is not None:
             _restore_optimizer(skorch_net.optimizer_, optimizer_state)
-        skorch_net.partial_fit(LoRADataset(training, device))
+        skorch_net.partial_fit(LoRADataset(training))
     epochs = [row for row in skorch_net.history if keeper.is_complete(row)]
     cut_short = len(epochs) < len(skorch_net.history)
     if cut_short and keeper.best is None:

@@ -107,7 +107,7 @@ class TestDataset:
             LoRACollection, "read", lambda X, rows=None, **_: reads.append(rows) or read(X, rows)
         )
         loader = torch.utils.data.DataLoader(
-            LoRADataset(data, torch.device("cpu")),
+            LoRADataset(data),
             batch_size=16,
             shuffle=True,
             collate_fn=lambda batch: batch,
@@ -120,7 +120,7 @@ class TestDataset:
             np.testing.assert_array_equal(target, data.targets[rows])
 
     def test_one_item_is_a_batch_of_one(self, data):
-        inputs, target = LoRADataset(data, torch.device("cpu"))[7]
+        inputs, target = LoRADataset(data)[7]
         assert inputs["rows"].shape == (1, data.loras.layout.width)
         assert target == data.targets[7]
 
