@@ -2,7 +2,8 @@
 
 Times, in turn in one process, of 64 adapters with one square module in memory: SVDSpectrum, OAlign
 and GLEquivariantProjection by `fit_transform` or `transform`, with everything that they check;
-`torch.bmm` of the same factors, as separate arrays that are ready. Prints the ratios of the best
+`torch.bmm` of the same factors, as separate arrays that are ready. SVDSpectrum of one adapter of
+560 small modules, against `spectrum` of every module by itself. Prints the ratios of the best
 times, which other work on the machine disturbs least. ``python benchmarks/bench_featurizers.py``
 """
 
@@ -23,6 +24,7 @@ from sklora import (
     OAlign,
     SVDSpectrum,
 )
+from sklora.linalg import spectrum
 
 N_ADAPTERS, N_COMPONENTS = 64, 32
 
@@ -102,20 +104,38 @@ def ratios_to_dense(rank: int, n_dense: int) -> dict[str, float]:
             randomized_svd(stack, N_COMPONENTS, random_state=0)
 
     hosvd = GLEquivariantProjection(N_COMPONENTS, method="hosvd")
-    spectrum = best_ratio(lambda: SVDSpectrum().fit_transform(X), dense_spectrum, 2)
+    ratio = best_ratio(lambda: SVDSpectrum().fit_transform(X), dense_spectrum, 2)
     return {
-        f"spectrum / dense svd n=768 r={rank}": spectrum * n_dense / N_ADAPTERS,
+        f"spectrum / dense svd n=768 r={rank}": ratio * n_dense / N_ADAPTERS,
         f"hosvd fit / randomized_svd n=768 r={rank}": best_ratio(
             lambda: hosvd.fit(X), dense_directions, 2
         ),
     }
 
 
+def ratio_of_one() -> dict[str, float]:
+    """Give the ratio for one adapter of many small modules, to `spectrum` module by module."""
+    layout = LoRALayout([(f"layers.{i}", 640, 640, 8) for i in range(560)])
+    flat = np.random.default_rng(0).standard_normal((1, layout.width), np.float32)
+    X = LoRACollection.from_array(flat, layout)
+    factors = [
+        [torch.from_numpy(flat[:, part].reshape(1, 640, 8)) for part in parts]
+        for parts in layout.factor_slices
+    ]
+    return {
+        "spectrum / by module, 1 x 560 n=640 r=8": best_ratio(
+            lambda: SVDSpectrum().fit_transform(X),
+            lambda: [spectrum(U, V) for U, V in factors],
+            5,
+        )
+    }
+
+
 def ratios(quick: bool = False) -> dict[str, float]:
     """Give all ratios; less is better."""
     if quick:
-        return {**ratios_at(2048, 4, 20), **ratios_at(1024, 32, 10)}
-    found = {}
+        return {**ratios_at(2048, 4, 20), **ratios_at(1024, 32, 10), **ratio_of_one()}
+    found = ratio_of_one()
     for n in (768, 4096, 12288):
         for rank in (4, 32):
             found.update(ratios_at(n, rank, 20))

@@ -20,7 +20,14 @@ from sklora._base import VersionedState, atomic_fit, resolve_device
 from sklora._modules import side_names
 from sklora._repr import DocumentedMixin
 from sklora.collection import LoRACollection, LoRALayout, check_loras
-from sklora.transform._blocks import Block, BlockFunction, copy_back, factor_views, map_blocks
+from sklora.transform._blocks import (
+    Block,
+    BlockFunction,
+    copy_back,
+    factor_views,
+    map_blocks,
+    stacks,
+)
 
 T = TypeVar("T")
 
@@ -211,13 +218,19 @@ class WeightsToFeatures(BlockwiseFeaturizer):
     ``_module_features``.
     """
 
+    # Whether modules of one shape are all worked on alike, so that they can be stacked.
+    _stacks: ClassVar[bool] = False
+
     @abstractmethod
     def _feature_names(self, position: int) -> Sequence[str]:
         """What the columns of the module at this position are called."""
 
     @abstractmethod
     def _module_features(self, position: int, U: Tensor, V: Tensor) -> Tensor:
-        """Features (B, C) of the module at this position. C may be other than in `fit`."""
+        """Features (k, B, C) of factors (k, B, n, r) and (k, B, m, r); C may differ from `fit`'s.
+
+        Of the module at this position alone, unless the class ``_stacks``.
+        """
 
     def _feature_counts(self) -> list[int]:
         return [len(self._feature_names(position)) for position in range(self.layout_.n_modules)]
@@ -231,18 +244,18 @@ class WeightsToFeatures(BlockwiseFeaturizer):
         return names + side_names(self.layout_.side)
 
     def _transform(self, X: LoRACollection) -> NDArray[Any]:
-        counts = self._feature_counts()
-        return self._map(partial(self._fill, counts), X, sum(counts) + self.layout_.n_side)
+        ends = np.cumsum([0, *self._feature_counts()]).tolist()
+        return self._map(partial(self._fill, ends), X, ends[-1] + self.layout_.n_side)
 
-    def _fill(self, counts: Sequence[int], block: Block, out: NDArray[Any]) -> None:
-        start = 0
-        for position, (count, (U, V)) in enumerate(zip(counts, block.factors, strict=True)):
-            columns = self._module_features(position, U, V)[:, :count].cpu().numpy()
-            # The ranks here may be lower than those that fit saw.
-            out[:, start : start + columns.shape[1]] = columns
-            out[:, start + columns.shape[1] : start + count] = 0
-            start += count
-        out[:, start:] = block.side
+    def _fill(self, ends: Sequence[int], block: Block, out: NDArray[Any]) -> None:
+        for positions, U, V in stacks(block.factors, small=self._stacks):
+            features = self._module_features(positions[0], U, V).cpu().numpy()
+            for position, columns in zip(positions, features, strict=True):
+                # The ranks here may be other than those that fit saw.
+                part = out[:, ends[position] : ends[position + 1]]
+                count = min(part.shape[1], columns.shape[1])
+                part[:, :count], part[:, count:] = columns[:, :count], 0
+        out[:, ends[-1] :] = block.side
 
 
 class _CollectionsStay:

@@ -30,7 +30,12 @@ _logger = logging.getLogger("sklora.transform")
 # Float64 copies of the largest module's factors, and what a QR decomposition makes of them.
 _BYTES_PER_MODULE_WEIGHT = 8 * 3
 
+# Factors of a module up to the first are copied into a stack of about the second: measured, from
+# there on the copy takes as long as it saves.
+_SMALL_BYTES, _STACK_BYTES = 2**20, 2**23
+
 Factors: TypeAlias = list[tuple[Tensor, Tensor]]
+Stack: TypeAlias = list[tuple[int, Tensor, Tensor]]
 
 
 class Block(NamedTuple):
@@ -75,6 +80,43 @@ def factor_views(flat: Tensor, layout: LoRALayout) -> Factors:
         (flat[:, U].reshape(-1, n, r), flat[:, V].reshape(-1, m, r))
         for (_, n, m, r), (U, V) in zip(layout.modules, layout.factor_slices, strict=True)
     ]
+
+
+def stacks(
+    factors: Iterable[tuple[Tensor, Tensor]], *, small: bool = True
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Put small factors of modules of one shape together, as work on them takes longest to start.
+
+    Parameters
+    ----------
+    factors : iterable of (Tensor of shape (B, n, r), Tensor of shape (B, m, r))
+    small : bool, default=True
+        False leaves every module by itself.
+
+    Yields
+    ------
+    positions : list of int
+        Of k modules. Those by themselves come in order.
+    U : Tensor of shape (k, B, n, r)
+        A view of the factors for ``k = 1``.
+    V : Tensor of shape (k, B, m, r)
+    """
+    waiting: defaultdict[tuple[torch.Size, torch.Size], Stack] = defaultdict(list)
+    for position, (U, V) in enumerate(factors):
+        n_bytes = U.nbytes + V.nbytes
+        if not small or n_bytes > _SMALL_BYTES:
+            yield [position], U[None], V[None]
+            continue
+        stack = waiting[U.shape, V.shape]
+        stack.append((position, U, V))
+        if len(stack) * n_bytes >= _STACK_BYTES:
+            yield _stacked(waiting.pop((U.shape, V.shape)))
+    yield from map(_stacked, waiting.values())
+
+
+def _stacked(stack: Stack) -> tuple[list[int], Tensor, Tensor]:
+    positions, left, right = zip(*stack, strict=True)
+    return [*positions], torch.stack(left), torch.stack(right)
 
 
 def plan_blocks(

@@ -235,7 +235,7 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
         if self.method == "sketch":
             name = self.layout_.names[position]
             U, V = (
-                torch.bmm(as_tensor(matrices[name]).to(A).expand(len(A), -1, -1), A)
+                torch.bmm(as_tensor(matrices[name]).to(A).expand(A.shape[1], -1, -1), A[0])[None]
                 for matrices, A in ((self.left_, U), (self.right_, V))
             )
         return dense_product(U, V).flatten(-2)

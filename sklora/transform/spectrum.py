@@ -93,6 +93,8 @@ class SVDSpectrum(WeightsToFeatures):
         self.verbose = verbose
         self.layout = layout
 
+    _stacks = True
+
     def _fit(self, X: LoRACollection) -> None:
         ranks = X.layout.ranks
         self.n_values_ = ranks if self.n_values is None else (int(self.n_values),) * len(ranks)

@@ -14,8 +14,8 @@ from sklearn.pipeline import make_pipeline
 from sklora import GLEquivariantProjection, LoRACollection, LoRALayout, OAlign, SVDSpectrum
 from sklora._stores import ArrayStore
 from sklora.testing import assert_gauge_invariant
-from sklora.transform import DenseProduct, UpdateKernel
-from sklora.transform._blocks import plan_blocks
+from sklora.transform import DenseProduct, UpdateKernel, _blocks
+from sklora.transform._blocks import factor_views, plan_blocks, stacks
 
 BY_BLOCKS = [
     OAlign(template=0),
@@ -148,6 +148,53 @@ def test_plans_cover_all_within_the_working_memory():
             # Result and copies in float32, and the module three times in float64.
             per_adapter = 4 * (500 + 1000 * n_copies) + 24 * 1001
             assert blocks[0].stop == 2**20 // (2 * per_adapter)
+
+
+class TestStacks:
+    """Small factors of one shape are worked on together."""
+
+    @pytest.fixture
+    def factors(self):
+        """Of 12 modules of two shapes in turn, of two adapters."""
+        shapes = [((2, 5, 3), (2, 4, 3)), ((2, 4, 3), (2, 4, 3))] * 6
+        return [(torch.randn(left), torch.randn(right)) for left, right in shapes]
+
+    # Bytes of U and V: 216 and 192.
+    @pytest.mark.parametrize(
+        ("small", "together", "sizes"),
+        [(1000, 10**6, {6}), (1000, 400, {2, 3}), (200, 10**6, {1, 6}), (100, 10**6, {1})],
+    )
+    def test_each_module_comes_once(self, factors, small, together, sizes, monkeypatch):
+        monkeypatch.setattr(_blocks, "_SMALL_BYTES", small)
+        monkeypatch.setattr(_blocks, "_STACK_BYTES", together)
+        found = [*stacks(iter(factors))]
+        assert {len(positions) for positions, *_ in found} == sizes
+        assert sorted(p for positions, *_ in found for p in positions) == [*range(12)]
+        for positions, *stacked in found:
+            for stack, expected in zip(
+                stacked, zip(*(factors[p] for p in positions), strict=True), strict=True
+            ):
+                torch.testing.assert_close(stack, torch.stack(expected), rtol=0, atol=0)
+
+    def test_large_ones_are_views_in_their_order(self, factors):
+        found = [*stacks(factors, small=False)]
+        assert [positions for positions, *_ in found] == [[p] for p in range(12)]
+        for (_, *stacked), pair in zip(found, factors, strict=True):
+            for stack, factor in zip(stacked, pair, strict=True):
+                assert stack.data_ptr() == factor.data_ptr()
+
+    @pytest.mark.parametrize("small", [0, 2**20], ids=["alone", "stacked"])
+    def test_features_and_ranks_are_those_of_every_module(self, mixed, small, monkeypatch):
+        monkeypatch.setattr(_blocks, "_SMALL_BYTES", small)
+        spectra = SVDSpectrum(device="cpu").fit(mixed)
+        wider = mixed.with_layout(mixed.layout.with_ranks([5] * mixed.layout.n_modules))
+        for X in (mixed, wider):
+            found, start = spectra.transform(X), 0
+            for U, V in factor_views(torch.from_numpy(np.array(X)), X.layout):
+                values = torch.linalg.svdvals(U @ V.mT)[:, :3]
+                columns = found[:, start : start + 3]
+                np.testing.assert_allclose(columns, values, atol=1e-12)
+                start += 3
 
 
 @by_blocks
