@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -350,13 +350,16 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
             raise AttributeError(str(error)) from None
 
     def _evaluated_net(self) -> nn.Module:
-        return self._fitted_net().double().eval().to(resolve_device(self.device))
+        return self._fitted_net(np.float64).eval().to(resolve_device(self.device))
 
-    def _fitted_net(self) -> nn.Module:
+    def _fitted_net(self, dtype: DTypeLike = np.float32) -> nn.Module:
+        """Give the network with copies of the weights, which are float32."""
         # On the meta device, weights that are replaced at once cost no time and no random numbers.
         with torch.device("meta"):
             net = self._net_type(**self.architecture_)
-        state = {name: torch.tensor(value, device="cpu") for name, value in self.weights_.items()}
+        state = {
+            name: torch.from_numpy(np.array(value, dtype)) for name, value in self.weights_.items()
+        }
         net.load_state_dict(state, assign=True)
         return net
 
