@@ -10,6 +10,8 @@ torch has taken of the GPU's memory. ``python benchmarks/bench_gpu.py``
 
 from __future__ import annotations
 
+import argparse
+import sys
 import time
 from collections.abc import Callable
 
@@ -126,6 +128,9 @@ def training() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("This needs a CUDA device.")
     print(f"{torch.cuda.get_device_name()}, {torch.get_num_threads()} threads on the CPU")
     training()
     featurizers()
