@@ -14,6 +14,7 @@ import sklearn
 import torch
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.metrics import get_scorer
 from sklearn.model_selection import cross_val_score
 from skorch.callbacks import Callback, EarlyStopping, EpochScoring, Freezer
 
@@ -424,6 +425,23 @@ class TestCallbacks:
             scorer = EpochScoring(scoring, name="score", lower_is_better=False)
             model = quick(estimator, callbacks=[scorer]).fit(zoo, y)
             assert all("score" in epoch for epoch in model.history_)
+
+    @pytest.mark.parametrize(
+        ("kind", "scoring"),
+        [
+            ("multiclass", "neg_log_loss"),
+            ("multilabel", "f1_macro"),
+            ("single", "r2"),
+        ],
+    )
+    def test_scores_are_those_of_the_estimator(self, kind, scoring, zoo, targets, quick):
+        scorer = EpochScoring(scoring, name="score", lower_is_better=False, on_train=True)
+        estimator = MLPNetRegressor if kind == "single" else MLPNetClassifier
+        # Scored are the outputs of the training batches, which hardly change the weights.
+        model = quick(estimator, callbacks=[scorer], early_stopping=False, lr=1e-9)
+        model.fit(zoo, targets[kind])
+        expected = get_scorer(scoring)(model, zoo, targets[kind])
+        assert model.history_[-1]["score"] == pytest.approx(expected, rel=1e-4)
 
 
 class TestOutput:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from torch import nn
 
 from sklora.collection import LoRACollection
 from sklora.estimators import MLPNetClassifier, MLPNetRegressor
@@ -80,3 +81,12 @@ def test_n_layers(n_layers, zoo, traces, quick):
 def test_docstring_shows_the_defaults():
     assert f"hidden_dim : int, default={MLPNetClassifier().hidden_dim}" in MLPNetClassifier.__doc__
     assert "$" not in MLPNetClassifier.__doc__ + MLPNetRegressor.__doc__
+
+
+def test_the_network_is_the_one_asked_for(zoo, traces, quick):
+    asked = {"hidden_dim": 5, "nonlinearity": "gelu", "dropout": 0.25}
+    net = quick(MLPNetRegressor, **asked).fit(zoo, traces).net_
+    kinds = [type(layer) for layer in net.mlp]
+    assert kinds == [*[nn.Linear, nn.GELU, nn.Dropout] * 2, nn.Linear]
+    assert net.mlp[0].weight.shape == (5, zoo.layout.width + 1)
+    assert {layer.p for layer in net.mlp if isinstance(layer, nn.Dropout)} == {0.25}

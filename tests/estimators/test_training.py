@@ -353,6 +353,14 @@ class TestCalibrateInput:
         found = self.calibrate(net, values, weights, size=10).state_dict()
         torch.testing.assert_close(found, expected)
 
+    def test_columns_that_are_constant_up_to_rounding_keep_the_scale_1(self, net, rng):
+        constants = np.geomspace(1e-3, 1e6, 18) / 3
+        values = np.repeat(constants[None], 5000, axis=0)
+        moments = weighted_moments([(torch.from_numpy(values), rng.random(5000))])
+        assert (moments[1] > np.finfo(float).eps * moments[0]).any()  # means are rounded
+        self.calibrate(net, values, rng.random(5000), 5000)
+        np.testing.assert_array_equal(net.standardize.scale, np.ones(18))
+
     def test_rows_of_one_norm_keep_the_scale_1(self, net):
         values = np.repeat([[1.0], [-1.0]], 18, axis=1).astype(np.float32)
         self.calibrate(net, values, np.ones(2))
@@ -407,6 +415,16 @@ class TestTrain:
         history, _ = self.train(net, data, optimizer=optimizer)
         assert history[-1]["train_loss"] < 0.1 * history[0]["train_loss"]
 
+    @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+    def test_weight_decay_keeps_the_weights_small(self, optimizer, net, data):
+        start = {name: value.clone() for name, value in net.state_dict().items()}
+        sizes = []
+        for weight_decay in (0.0, 5.0):
+            net.load_state_dict(start)
+            self.train(net, data, optimizer=optimizer, lr=0.01, weight_decay=weight_decay)
+            sizes.append(net.weight.detach().norm())
+        assert sizes[1] < 0.7 * sizes[0]
+
     def test_learning_rate_falls_along_half_a_cosine(self, net, data):
         history, _ = self.train(net, data, max_epochs=10)
         rates = [epoch["event_lr"] for epoch in history]
@@ -436,6 +454,30 @@ class TestTrain:
         outputs = net(torch.tensor(np.asarray(data.loras)).float())
         loss = (outputs - torch.from_numpy(data.targets)).square().mean().item()
         assert loss == pytest.approx(losses[2], rel=1e-5)
+
+    @pytest.mark.parametrize("validates", [True, False])
+    @pytest.mark.parametrize("event", ["on_epoch_end", "on_batch_end"])
+    def test_an_interrupt_leaves_the_weights_after_the_last_epoch(
+        self, net, data, event, validates, recwarn
+    ):
+        """A callback that ends the training sees an epoch's end first, and batches before it."""
+        kept = []
+
+        def end(trained, **_):
+            if len(trained.history) == 4 and trained.history[-1]["batches"][1:]:
+                raise KeyboardInterrupt
+
+        def keep(trained, **_):
+            kept.append(net.weight.detach().clone())
+
+        first, ender = Callback(), Callback()
+        first.on_epoch_end = keep
+        setattr(ender, event, end)
+        history, _ = self.train(
+            net, data, data if validates else None, callbacks=[first, ender], lr=1e-3
+        )
+        assert len(kept) == len(history) == (4 if event == "on_epoch_end" else 3)
+        torch.testing.assert_close(net.weight.detach(), kept[-1], rtol=0, atol=0)
 
     def test_history_is_numbers(self, net, data):
         history, _ = self.train(net, data, max_epochs=2)

@@ -96,6 +96,20 @@ def test_blocks_combine_to_the_whole_stack(make_stack):
     np.testing.assert_allclose(noise, compress_updates(U, V).noise, rtol=1e-12)
 
 
+def test_blocks_of_many_modules_combine(make_stack):
+    U, V = make_stack(13, 12, 8, 6, 2, batch=(3,))
+    first = compress_updates(U[:, :2], V[:, :2])
+    found = compress_updates(U[:, 2:], V[:, 2:], previous=first)
+    updates = U @ V.mT
+    squares = ((updates @ updates.mT).sum(1), (updates.mT @ updates).sum(1))
+    for matrix, expected in zip(found[:2], squares, strict=True):
+        torch.testing.assert_close(matrix.mT @ matrix, expected)
+    assert [matrix.shape for matrix in found[:2]] == [(3, 8, 8), (3, 6, 6)]
+    for module in range(3):
+        alone = compress_updates(U[module], V[module]).noise
+        torch.testing.assert_close(found.noise[module], alone)
+
+
 def test_float64_keeps_directions_whose_squares_it_would_lose(make_factors, make_gauge):
     left, right = (torch.linalg.qr(A).Q for A in make_factors(0, 6, 5, 2))
     U, V = (A.expand(8, -1, -1) for A in (left * torch.tensor([1.0, 1e-10]), right))
@@ -130,6 +144,30 @@ def test_directions_without_signal_are_zero_whatever_the_gauge(
     assert all((basis == 0).all() for basis in zeros)
 
 
+def test_rounding_on_either_side_is_no_direction(make_factors, dtype):
+    """Updates that live in two directions of each side, none of them along an axis."""
+    U, V = make_factors(14, 2, 2, 2, batch=(20,))
+    left, right = (torch.linalg.qr(A).Q for A in make_factors(15, 8, 6, 2))
+    bases = leading_subspaces((left @ U).to(dtype), (right @ V).to(dtype), 4)
+    for basis, expected in zip(bases, (left, right), strict=True):
+        assert (basis[:, 2:] == 0).all()
+        projector = (basis @ basis.mT).double()
+        torch.testing.assert_close(projector, expected @ expected.mT, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("noise", [1e-13, 1e-10, 1e-8, 1e-6, 1e-4])
+def test_the_noise_parts_directions_from_zeros(make_factors, noise, scale):
+    """Of two modules at once, whether by their squares or not."""
+    left, right = (torch.linalg.qr(A).Q for A in make_factors(16, 4, 4, 4, batch=(2,)))
+    values = torch.tensor([1.0, 3 * noise, noise / 3, 0.0], dtype=torch.float64)
+    rows = scale * (left * values) @ right.mT
+    basis = leading_directions(rows, 3, noise=torch.full((2,), scale * noise))
+    assert (basis[..., 2] == 0).all()
+    products = (right[..., :2].mT @ basis[..., :2]).abs()
+    torch.testing.assert_close(products, torch.eye(2).double().expand(2, 2, 2), rtol=0, atol=1e-2)
+
+
 def test_zero_padding_and_rank_above_the_shape(make_stack):
     U, V = make_stack(10, 20, 8, 6, 2)
     padded = [torch.nn.functional.pad(factor, (0, 3)) for factor in (U, V)]
@@ -152,6 +190,8 @@ def test_rejects_too_few_updates_and_missing_dimension(make_stack):
         leading_subspaces(U, V, 0)
     with pytest.raises(ValueError, match=r"expected stacks \(..., N, n, r\)"):
         leading_subspaces(U[0], V[0], 2)
+    with pytest.raises(ValueError, match=r"expected stacks \(..., N, n, r\)"):
+        leading_subspaces(U, V[0], 2)
 
 
 @given(

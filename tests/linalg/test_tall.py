@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from sklora.linalg import _tall
-from sklora.linalg._tall import cross_product, gram, times_small
+from sklora.linalg._tall import cross_product, gram, times_small, triangles
 
 
 @pytest.fixture(params=[2**21, 50], ids=["one-piece", "pieces"])
@@ -47,6 +47,21 @@ def test_cross_product_is_right_to_the_rounding_of_the_factors(make_factors, pie
     assert error.max() < 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float32, torch.float64)], ids=str)
+def test_cross_product_beside_others_that_overflow(make_factors, pieces, batch, dtypes):
+    """The square of a size is too small for float32, right, or too large, or all three."""
+    scales = torch.tensor([1e-30, 1.0, 1e30], dtype=torch.float64)
+    for scale in (scales[:, None, None],) if batch else scales:
+        A, B = (
+            (scale * make_factors(seed, 500, 2, r, batch=batch)[0]).to(dtype)
+            for seed, (r, dtype) in enumerate(zip((4, 5), dtypes, strict=True))
+        )
+        expected = A.double().mT @ B.double()
+        sizes = A.double().norm(dim=-2)[..., None] * B.double().norm(dim=-2)[..., None, :]
+        assert ((cross_product(A, B) - expected).abs() / sizes).max() < 1e-6
+
+
 @pytest.mark.parametrize(
     ("n", "r", "s"), [(37, 4, 4), (16, 1, 3), (5, 20, 18), (3, 0, 2), (1, 2, 2)]
 )
@@ -58,3 +73,14 @@ def test_times_small_is_the_product(make_factors, pieces, dtype, n, r, s):
     found = flat[:, : n * s].view(6, n, s)
     np.testing.assert_allclose(found, A @ Q, rtol=0, atol=100 * torch.finfo(dtype).eps)
     assert flat[:, n * s :].isnan().all()
+
+
+def test_triangles_of_factors_that_broadcast(make_factors):
+    """A well-conditioned factor goes with several, one of which wants a QR decomposition."""
+    U = make_factors(0, 9, 2, 3, batch=(2, 1), dtype=torch.float32)[0]
+    V = make_factors(1, 7, 2, 3, batch=(3,), dtype=torch.float32)[0]
+    V[1, :, 1] = V[1, :, 0] * (1 + 1e-6)
+    for factors in ((U, V), (V, U)):
+        for R, A in zip(triangles(*factors), factors, strict=True):
+            assert R.shape == (2, 3, 3, 3)
+            torch.testing.assert_close(R.mT @ R, (A.double().mT @ A.double()).expand(2, 3, 3, 3))

@@ -77,8 +77,8 @@ class TestEquivariantLinear:
 
     def test_keeps_the_size_of_the_update(self):
         torch.manual_seed(0)
-        U, V = EquivariantLinear(4, 64, 48, 32, 32)(
-            torch.randn(4, 64, 100, 1), torch.randn(4, 48, 100, 1)
+        U, V = EquivariantLinear(4, 64, 12, 32, 32)(
+            torch.randn(4, 64, 100, 1), torch.randn(4, 12, 100, 1)
         )
         entries = torch.einsum("aibr,ajbr->abij", U, V)
         assert entries.pow(2).mean().sqrt().item() == pytest.approx(1.0, rel=0.2)

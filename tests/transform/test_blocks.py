@@ -15,7 +15,7 @@ from sklora import GLEquivariantProjection, LoRACollection, LoRALayout, OAlign, 
 from sklora._stores import ArrayStore
 from sklora.testing import assert_gauge_invariant
 from sklora.transform import DenseProduct, UpdateKernel, _blocks
-from sklora.transform._blocks import factor_views, plan_blocks, stacks
+from sklora.transform._blocks import factor_views, map_blocks, plan_blocks, stacks
 
 BY_BLOCKS = [
     OAlign(template=0),
@@ -148,6 +148,34 @@ def test_plans_cover_all_within_the_working_memory():
             # Result and copies in float32, and the module three times in float64.
             per_adapter = 4 * (500 + 1000 * n_copies) + 24 * 1001
             assert blocks[0].stop == 2**20 // (2 * per_adapter)
+
+
+def test_plans_count_the_largest_module_and_rows_that_are_laid_out_anew():
+    layout = LoRALayout([("small", 3, 2, 1), ("large", 40, 50, 4)])
+    flat = np.zeros((1000, layout.width), np.float32)
+    wider = layout.with_ranks([2, 5])
+    with sklearn.config_context(working_memory=1):
+        for X, largest, copied in (
+            (LoRACollection.from_array(flat, layout), 90 * 4, 0),
+            (LoRACollection.from_array(flat.astype(np.float16), layout), 90 * 4, layout.width),
+            (LoRACollection.from_array(flat, layout).with_layout(wider), 90 * 5, wider.width),
+        ):
+            assert plan_blocks(X)[0].stop == 2**20 // (24 * largest + 4 * 2 * copied)
+
+
+@pytest.mark.parametrize("n_parallel", [1, 4, 9, 20])
+def test_there_is_a_block_for_each_that_works(X, n_parallel):
+    blocks = plan_blocks(X, n_parallel=n_parallel)
+    assert len(blocks) == min(n_parallel, 9)
+    assert [row for rows in blocks for row in range(9)[rows]] == [*range(9)]
+
+
+def test_other_errors_of_torch_are_passed_on(X):
+    def fail(block, out):
+        raise RuntimeError("not enough memory")
+
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        map_blocks(fail, X, 1, device="cpu", n_jobs=1)
 
 
 class TestStacks:

@@ -64,6 +64,16 @@ def test_single_precision_is_rounded_at_the_end(kernel, random_loras, rng):
     np.testing.assert_array_equal(found, expected.astype(np.float32))
 
 
+@pytest.mark.parametrize("stored", [np.float16, ">f2", ">f4", ">f8"], ids=str)
+def test_numbers_as_they_are_stored(stored, X):
+    flat = np.asarray(X).astype(np.float16)
+    found, expected = (
+        UpdateKernel().fit_transform(LoRACollection.from_array(flat.astype(dtype), X.layout))
+        for dtype in (stored, np.float64)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("dtype", "condition", "rtol"), [(np.float64, 1e4, 1e-7), (np.float32, 1e2, 1e-4)]
 )
