@@ -88,7 +88,7 @@ def left_out_of(rest: Iterable[str]) -> list[LeftOut]:
 
 
 def _why_left_out(name: str) -> str:
-    lower = name.lower()
+    lower = f"{name.lower()}."
     for mark, reason in _MARKS:
         if mark in lower:
             return reason
@@ -99,7 +99,8 @@ _MARKS = (
     (".modules_to_save.", "a module that was saved whole"),
     (".original_module.", "the original of a module that was saved whole"),
     (".base_layer.", "a weight of the base model"),
-    (".diff", "a dense difference, which is no low-rank update"),
+    (".diff.", "a dense difference, which is no low-rank update"),
+    (".diff_b.", "a dense difference, which is no low-rank update"),
     ("_norm", "a parameter of a normalisation layer"),
     ("norm.", "a parameter of a normalisation layer"),
     (".bias", "a bias"),

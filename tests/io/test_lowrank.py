@@ -191,6 +191,97 @@ def test_refusal_tells_shapes_and_what_is_expected(method):
     assert f"{min(roles)} (2,)" in str(error.value)
 
 
+FITTING = {
+    "lora": {"down": (2, 3), "up": (4, 2)},
+    "lora-right": {"a": (3, 2), "b": (2, 4)},
+    "lora-table": {"table": (5, 2), "up": (4, 2)},
+    "adalora": {"down": (2, 3), "up": (4, 2), "diagonal": (2, 1)},
+    "locon-tucker": {"down": (3, 4), "mid": (2, 3, 5), "up": (6, 2)},
+    "loha": {"hada_w1_a": (4, 2), "hada_w1_b": (2, 3), "hada_w2_a": (4, 3), "hada_w2_b": (3, 3)},
+    "loha with cores": {
+        "hada_w1_a": (2, 4),
+        "hada_w1_b": (2, 3),
+        "hada_w2_a": (2, 4),
+        "hada_w2_b": (2, 3),
+        "hada_t1": (2, 2, 5),
+        "hada_t2": (2, 2, 5),
+    },
+    "lokr": {"lokr_w1": (2, 3), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 5)},
+    "lokr with a core": {
+        "lokr_w1_a": (3, 2),
+        "lokr_w1_b": (2, 2),
+        "lokr_w2_a": (2, 4),
+        "lokr_w2_b": (3, 5),
+        "lokr_t2": (2, 3, 6),
+    },
+}
+# One tensor is changed, so that only one condition does not hold.
+NOT_FITTING = {
+    "lora": {"down": [(2,)], "up": [(4,), (4, 3), (4, 2, 2), (4, 2, 1, 2)]},
+    "lora-right": {"a": [(3,), (3, 2, 1), (3, 3)], "b": [(2,), (2, 4, 1)]},
+    "lora-table": {"table": [(5,), (5, 2, 1), (5, 3)], "up": [(4,), (4, 2, 1)]},
+    "adalora": {"diagonal": [(3,), (1, 2), (2, 2), (2, 1, 1)], "up": [(4, 3)]},
+    "locon-tucker": {
+        "down": [(3,), (2, 4), (3, 4, 2)],
+        "mid": [(2, 3), (3, 3, 5)],
+        "up": [(6,), (6, 3), (6, 2, 2)],
+    },
+    "loha": {
+        "hada_w1_a": [(4,), (4, 2, 1), (4, 3), (5, 2)],
+        "hada_w1_b": [(2,), (2, 4)],
+        "hada_w2_a": [(4,), (4, 3, 1), (4, 2), (5, 3)],
+        "hada_w2_b": [(3,), (3, 4)],
+    },
+    "loha with cores": {
+        "hada_w1_a": [(2,), (2, 4, 1), (3, 4), (2, 5)],
+        "hada_w1_b": [(2,), (2, 3, 1), (3, 3), (2, 4)],
+        "hada_w2_a": [(2, 4, 1), (2, 5)],
+        "hada_t1": [(2, 2), (2, 2, 6)],
+        "hada_t2": [(2, 2, 6)],
+    },
+    "lokr": {"lokr_w1": [(6,)], "lokr_w2_a": [(4,), (4, 3)], "lokr_w2_b": [(2,)]},
+    "lokr with a core": {"lokr_w1_b": [(3, 2)], "lokr_t2": [(2, 3), (3, 2, 6)]},
+}
+
+
+@pytest.mark.parametrize("case", FITTING)
+def test_every_condition_on_the_shapes_is_checked(case):
+    shapes = FITTING[case]
+    size = METHODS[case.split()[0]].size
+    n, m, rank = size(shapes)
+    U, V = METHODS[case.split()[0]].factors({role: np.ones(x) for role, x in shapes.items()})
+    assert (U.shape, V.shape) == ((n, rank), (m, rank))
+    for role, others in NOT_FITTING[case].items():
+        for shape in others:
+            with pytest.raises(Refusal, match="do not fit together"):
+                size(shapes | {role: shape})
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "expected"),
+    [
+        ("lokr", {"lokr_w1": (6,)}, "lokr_w1 must be a matrix or a convolution"),
+        ("lokr", {"lokr_w2_b": (2,)}, "lokr_w2_a (rows, r) and lokr_w2_b (r, columns) are"),
+        ("lokr with a core", {"lokr_t2": (2, 3)}, "lokr_w2_a (r, rows), lokr_w2_b (r, columns)"),
+        ("loha", {"hada_w1_a": (5, 2)}, "both parts must give updates of one shape"),
+    ],
+)
+def test_refusal_names_the_tensors_of_the_part(case, change, expected):
+    shapes = FITTING[case] | change
+    with pytest.raises(Refusal) as error:
+        METHODS[case.split()[0]].size(shapes)
+    given = ", ".join(f"{role} {shapes[role]}" for role in sorted(shapes))
+    assert str(error.value).startswith(f"shapes {given} do not fit together; {expected}")
+
+
+@pytest.mark.parametrize("method", ["lokr", "lokr-kronecker"])
+@pytest.mark.parametrize("part", ["lokr_w1", "lokr_w2"])
+def test_product_with_a_part_of_rank_0_has_rank_0(method, part):
+    shapes = {"lokr_w1_a": (4, 2), "lokr_w1_b": (2, 3), "lokr_w2_a": (5, 2), "lokr_w2_b": (2, 6)}
+    shapes |= {f"{part}_a": (4, 0), f"{part}_b": (0, 3)}
+    assert METHODS[method].size(shapes)[2] == 0
+
+
 def test_no_roles_are_no_method():
     assert method_of(()) is None
 

@@ -11,11 +11,12 @@ def test_safetensors_are_named_by_number(normal, save, assert_updates, scan):
         up, down = normal(5, r), normal(r, 4)
         tensors |= {f"{name}:up": up, f"{name}:down": down}
         expected[name] = up.double() @ down.double()
-    path = save(tensors | {"<s1>": normal(8)}, metadata={"unet:0:rank": "7"})
+    path = save(tensors | {"<s1>": normal(8), "<a:b>": normal(8)}, metadata={"unet:0:rank": "7"})
     assert_updates(path, expected)
     report = scan(path)
     assert (report.format, report.scales) == ("cloneofsimo", (1,))
-    assert report.left_out == (("<s1>", "an embedding of textual inversion"),)
+    embeddings = ("<a:b>", "<s1>")
+    assert report.left_out == tuple((x, "an embedding of textual inversion") for x in embeddings)
     assert read_adapters(path).layout.names == ("text_encoder:0", "unet:0", "unet:2", "unet:10")
 
 
@@ -45,6 +46,20 @@ def test_list_of_an_odd_number_is_refused(normal, tmp_path, refusal):
     path = tmp_path / "lora.pt"
     torch.save([normal(5, 2), normal(2, 4), normal(5, 2)], path)
     assert "an odd number of tensors, 3 in all" in refusal(path, allow_torch_zip=True)
+
+
+def test_list_of_nothing_is_refused(tmp_path, refusal):
+    torch.save([], tmp_path / "lora.pt")
+    assert "it holds no tensors" in refusal(tmp_path / "lora.pt", allow_torch_zip=True)
+
+
+def test_factors_of_a_module_without_a_name_are_refused(normal, save, refusal):
+    assert "no LoRA factors" in refusal(save({":up": normal(5, 2), ":down": normal(2, 4)}))
+
+
+def test_numbers_for_names_are_a_list_in_a_pickle_alone(normal, save, refusal):
+    why = refusal(save({"0": normal(5, 2), "1": normal(2, 4)}))
+    assert "no adapter that sklora knows" in why
 
 
 def test_list_of_other_tensors_is_refused(normal, tmp_path, refusal):

@@ -29,11 +29,12 @@ def test_scale_is_1_or_the_user_s(normal, save, assert_updates, scan, dtype, opt
         (("A[{module}]", "B[{module}]"), "x"),
     ],
 )
-def test_module_may_stand_anywhere(normal, save, assert_updates, keys, name):
+def test_module_may_stand_anywhere(normal, save, assert_updates, scan, keys, name):
     A, B = normal(3, 4), normal(5, 3)
     down, up = (key.format(module=name) for key in keys)
-    path = save({down: A, up: B, "other": normal(2)})
+    path = save({down: A, up: B, "other.bias": normal(2)})
     assert_updates(path, {name: B.double() @ A.double()}, keys=keys)
+    assert scan(path, keys=keys).left_out == (("other.bias", "a bias"),)
 
 
 def test_keys_win_over_every_format(normal, save, assert_updates):
@@ -51,9 +52,10 @@ def test_convolution(normal, save, assert_updates):
 
 
 def test_keys_that_no_tensor_has_are_refused(normal, save, refusal):
-    why = refusal(save({"x.0": normal(3, 4), "y.0": normal(5, 3)}), keys=SAM)
+    why = refusal(save({f"{name}.0": normal(3, 4) for name in "wxyz"}), keys=SAM)
     assert "no tensor has a name as keys=('w_a_{module}', 'w_b_{module}') say" in why
-    assert "'x.0', 'y.0'" in why
+    assert why.endswith("the first are 'w.0', 'x.0', 'y.0'.")
+    assert refusal(save({}), keys=SAM).endswith("the first are none.")
 
 
 def test_empty_name_of_a_module_does_not_count(normal, save, refusal):

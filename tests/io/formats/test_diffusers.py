@@ -120,6 +120,16 @@ class TestScale:
         }
         assert_updates(path, expected)
 
+    def test_of_one_component_is_not_that_of_another(self, pair, save, assert_updates):
+        tensors = self.tensors(pair, "unet.x", "text_encoder.x", "text_encoder_2.x")
+        path = save(
+            tensors | {"text_encoder.x.alpha": torch.tensor(-9.0)},
+            metadata=described(unet__lora_alpha=12, text_encoder__r=3),
+        )
+        scales = {"unet.x": 12 / 3, "text_encoder.x": -9 / 3, "text_encoder_2.x": 1}
+        expected = {module: product(*pair) * scale for module, scale in scales.items()}
+        assert_updates(path, expected)
+
     @pytest.mark.parametrize("prefix", ["", "transformer."])
     def test_follows_patterns_and_rslora(self, pair, save, assert_updates, prefix):
         modules = [f"{prefix}transformer_blocks.{n}.ff" for n in (0, 1)]
@@ -186,6 +196,19 @@ def test_magnitude_of_dora(pair, normal, save, scan, ending):
     }
     tensors[f"unet.{BLOCK}.to_q.lora_magnitude_vector{ending}"] = normal(5)
     assert scan(save(tensors)).side == ((f"unet.{BLOCK}.to_q:magnitude_out", 5),)
+
+
+def test_modules_and_magnitudes_are_in_the_order_of_their_names(pair, normal, save, scan):
+    tensors = {}
+    # Of two prefixes, so that the order of paths is another one.
+    for path in (f"{BLOCK}.to_q", "unet.a"):
+        for role, factor in zip("AB", pair, strict=True):
+            tensors[f"{path}.lora_{role}.weight"] = factor.clone()
+        tensors[f"{path}.lora_magnitude_vector"] = normal(5)
+    report = scan(save(tensors))
+    names = ["unet.a", f"unet.{BLOCK}.to_q"]
+    assert [module.name for module in report.modules] == names
+    assert report.side == tuple((f"{name}:magnitude_out", 5) for name in names)
 
 
 def test_language_model_is_no_transformer_of_diffusers(pair, save, refusal):

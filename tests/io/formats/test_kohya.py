@@ -150,15 +150,24 @@ class TestDoRA:
 
 
 def test_alpha_without_factors_is_left_out(pair, save, scan):
-    report = scan(save(tensors(*pair) | {"lora_unet_x.alpha": torch.tensor(1.0)}))
-    assert report.left_out == (("lora_unet_x.alpha", "there is no update of this module"),)
+    # One stands before all factors in the file, and one behind.
+    alphas = {
+        "lora_te_x.alpha": torch.tensor(1.0, dtype=torch.float64),
+        "lora_unet_x.alpha": torch.tensor(1.0),
+    }
+    report = scan(save(tensors(*pair) | alphas))
+    assert report.left_out == tuple((name, "there is no update of this module") for name in alphas)
+    assert len(report.modules) == 1
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({f"{MODULE}.alpha": torch.ones(2)}, "alpha is one number"),
-        ({f"{MODULE}.lora_up.weight": torch.ones(5, 2)}, "down (3, 4), up (5, 2) do not fit"),
+        ({f"{MODULE}.alpha": torch.ones(2)}, f"'{MODULE}.alpha' has shape (2,), but alpha"),
+        (
+            {f"{MODULE}.lora_up.weight": torch.ones(5, 2)},
+            f"module '{MODULE}': shapes down (3, 4), up (5, 2) do not fit",
+        ),
         ({f"{MODULE}.lora_up.weight": torch.ones(3)}, "do not fit"),
         ({f"{MODULE}.lora_up.weight": torch.ones(5, 3, dtype=torch.int8)}, "dequantise"),
         ({"lora_unet_x.lora_down.weight": torch.ones(2, 3)}, "has down and no more"),
@@ -186,6 +195,6 @@ def test_two_modules_of_one_canonical_name_are_refused_but_for_raw_names(pair, s
     twin = "lora_unet_input_blocks_1_1_proj_in"
     path = save(tensors(*pair) | tensors(*(x.clone() for x in pair), module=twin))
     why = refusal(path)
-    assert "are both called" in why
+    assert f"modules {MODULE!r} and {twin!r} are both called {NAME!r}" in why
     assert "names='raw'" in why
     assert {module.name for module in scan(path, names="raw").modules} == {MODULE, twin}

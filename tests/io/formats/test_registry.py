@@ -91,18 +91,30 @@ def test_file_without_tensors_is_refused(save, refusal):
     [
         (["lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight"], "kohya"),
         (["x.lora_down.weight", "x.lora_up.weight"], "kohya"),
+        (["lora_prior_unet_x.lora_down.weight", "lora_prior_unet_x.lora_up.weight"], "onetrainer"),
         (["lycoris_x.lora_down.weight", "lycoris_x.lora_up.weight"], "kohya"),
         (["unet.x.lora.down.weight", "unet.x.lora.up.weight"], "diffusers"),
         (["diffusion_model.x.lora_A.weight", "diffusion_model.x.lora_B.weight"], "diffusers"),
         (["unet:0:down", "unet:0:up"], "cloneofsimo"),
+        (["double_blocks.0.x.lora_down.weight", "double_blocks.0.x.lora_up.weight"], "kohya"),
+        (["double_blocks.0.x.lora.down.weight", "double_blocks.0.x.lora.up.weight"], "diffusers"),
+        (
+            ["single_blocks.0.processor.x.down.weight", "single_blocks.0.processor.x.up.weight"],
+            "xlabs",
+        ),
+        (["single_blocks.0.x.lora_A.weight", "single_blocks.0.x.lora_B.weight"], "bfl"),
     ],
 )
-def test_format_is_told_by_keys(save, scan, names, format):
+def test_format_is_told_by_keys_whatever_lies_beside_them(save, scan, names, format):
     down, up = names
-    assert scan(save({down: torch.ones(3, 4), up: torch.ones(5, 3)})).format == format
+    path = save({down: torch.ones(3, 4), up: torch.ones(5, 3), "other.bias": torch.ones(5)})
+    report = scan(path, scale=1 if format == "bfl" else None)
+    assert (report.format, [name for name, _ in report.left_out]) == (format, ["other.bias"])
 
 
-@pytest.mark.parametrize("marker", ["lora_down.weight", "hada_w1_a", "lora_a", "lora_A.weight"])
+@pytest.mark.parametrize(
+    "marker", ["lora_down.weight", "lora_up.weight", "hada_w1_a", "lora_a", "lora_A.weight"]
+)
 def test_format_without_a_complete_module_is_refused(normal, save, refusal, marker):
     assert "and no more" in refusal(save({f"lora_unet_x.{marker}": normal(2, 3)}), scale=1)
 
