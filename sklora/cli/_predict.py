@@ -122,7 +122,9 @@ class _Block:
         layout = self._layout
         try:
             together = LoRACollection.from_array(
-                np.concatenate([one.with_layout(layout).read() for one in self._adapters]),
+                np.concatenate(
+                    [one.with_layout(layout).read(copy=False) for one in self._adapters]
+                ),
                 layout,
                 ranks=np.concatenate([one.ranks for one in self._adapters]),
                 ids=np.concatenate([one.ids for one in self._adapters]),
@@ -163,10 +165,12 @@ def predict(model: Pipeline, loras: LoRACollection) -> list[Prediction]:
     """
     features = model[:-1].transform(loras)
     estimator: Any = model[-1]
-    values = _rows(estimator.predict(features))
+    # Once through the network for both, which is most of the work.
+    outputs = estimator._outputs(features)
+    values = _rows(estimator._predictions(outputs))
     probabilities: Sequence[Sequence[float]] = [[]] * len(loras)
     if hasattr(estimator, "predict_proba"):
-        probabilities = estimator.predict_proba(features).tolist()
+        probabilities = estimator._probabilities(outputs).tolist()
     paths = loras.ids.tolist()
     return [
         Prediction(str(path), None, tuple(row), tuple(shares))

@@ -98,11 +98,7 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
         ValueError
             When `X` does not match what the estimator was fitted on.
         """
-        logits = self._outputs(X)
-        if self.multilabel_:
-            return (logits > 0).astype(np.int64)
-        predicted: NDArray[Any] = self.classes_[logits.argmax(axis=1)]
-        return predicted
+        return self._predictions(self._outputs(X))
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
         """Predict probabilities.
@@ -122,11 +118,7 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
         ValueError
             When `X` does not match what the estimator was fitted on.
         """
-        logits = self._outputs(X)
-        probabilities: NDArray[np.float64] = (
-            expit(logits) if self.multilabel_ else softmax(logits, axis=1)
-        )
-        return probabilities
+        return self._probabilities(self._outputs(X))
 
     def predict_log_proba(self, X: Any) -> NDArray[np.float64]:
         """Predict logarithms of probabilities, also of those that round to zero.
@@ -175,6 +167,18 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
             odds: NDArray[np.float64] = logits[:, 1] - logits[:, 0]
             return odds
         return logits
+
+    def _predictions(self, logits: NDArray[np.float64]) -> NDArray[Any]:
+        if self.multilabel_:
+            return (logits > 0).astype(np.int64)
+        predicted: NDArray[Any] = self.classes_[logits.argmax(axis=1)]
+        return predicted
+
+    def _probabilities(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        probabilities: NDArray[np.float64] = (
+            expit(logits) if self.multilabel_ else softmax(logits, axis=1)
+        )
+        return probabilities
 
     @property
     def _loss(self) -> LossKind:
@@ -349,7 +353,10 @@ class NetRegressor(MultiOutputMixin, RegressorMixin, BaseNetEstimator):
         ValueError
             When `X` does not match what the estimator was fitted on.
         """
-        outputs = self._outputs(X) * self.target_scale_ + self.target_mean_
+        return self._predictions(self._outputs(X))
+
+    def _predictions(self, outputs: NDArray[np.float64]) -> NDArray[np.float64]:
+        outputs = outputs * self.target_scale_ + self.target_mean_
         return outputs if self.target_mean_.ndim else outputs[:, 0]
 
     @property

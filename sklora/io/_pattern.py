@@ -88,6 +88,38 @@ def matches_module(pattern: str, module: str) -> bool:
     return _run(_compiled(pattern), module)
 
 
+def first_match(patterns: Iterable[str], module: str) -> str | None:
+    """Give the first of some patterns under which PEFT would apply a setting to `module`.
+
+    Parameters
+    ----------
+    patterns : iterable of str
+    module : str
+
+    Returns
+    -------
+    str or None
+        None when no pattern matches.
+
+    Raises
+    ------
+    Refusal
+        As `matches_module`, for the patterns up to the first that matches.
+
+    Examples
+    --------
+    >>> first_match(["k_proj", "layers.[0-4].q_proj", "q_proj"], "model.layers.0.q_proj")
+    'layers.[0-4].q_proj'
+    """
+    # Adapters of mixed ranks have a pattern for each module: nearly all pairs differ in the ending.
+    name = f".{module}".removesuffix("\n")
+    patterns = tuple(patterns)
+    for pattern, ending in zip(patterns, _endings(patterns), strict=True):
+        if name.endswith(ending) and matches_module(pattern, module):
+            return pattern
+    return None
+
+
 def matching_work(patterns: Iterable[str], modules: Sequence[str]) -> int:
     """Bound the steps that matching all patterns with all modules may take; some 10^6 a second.
 
@@ -111,6 +143,21 @@ def _work(pattern: str, n_modules: int, letters: int) -> int:
 def _literal(pattern: str) -> str | None:
     """Give the one text that a pattern matches, if there is one."""
     return re.sub(r"\\(.)", r"\1", pattern) if _LITERAL.fullmatch(pattern) else None
+
+
+@lru_cache(maxsize=8)
+def _endings(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(map(_ending, patterns))
+
+
+def _ending(pattern: str) -> str:
+    """Give what a name, with a dot before it, has to end in to match."""
+    if len(pattern) > MAX_LENGTH:
+        return ""
+    literal = _literal(pattern)
+    if literal is not None:
+        return f".{literal}"
+    return pattern.rpartition(".")[2] if _PLAIN.fullmatch(pattern) else ""
 
 
 def _run(program: _Program, module: str) -> bool:

@@ -10,6 +10,8 @@ import pytest
 import sklearn
 
 from sklora._saved import load_model
+from sklora.cli._predict import predict
+from sklora.estimators._base import BaseNetEstimator
 from sklora.io import read_adapters, write_adapter
 
 SHAPES = {"layers.0.q_proj": (6, 4), "layers.0.v_proj": (5, 4)}
@@ -89,6 +91,23 @@ class TestJson:
         [entry] = json.loads(run("predict", models["loss"], zoo / "a01", "--json").out)
         assert set(entry) == {"path", "prediction"}
         assert entry["prediction"]["loss"] > 1.7
+
+
+@pytest.mark.parametrize("name", ["style", "labels", "loss"])
+def test_answers_are_the_models_at_one_pass_of_the_network(models, zoo, monkeypatch, name):
+    (model, _), X = load_model(models[name]), read_adapters(zoo)
+    expected = [model.predict(X).reshape(len(X), -1).tolist(), [[]] * len(X)]
+    if name != "loss":
+        expected[1] = model.predict_proba(X).tolist()
+    passes, outputs = [], BaseNetEstimator._outputs
+    monkeypatch.setattr(
+        BaseNetEstimator, "_outputs", lambda *args: passes.append(1) or outputs(*args)
+    )
+    given = predict(model, X)
+    assert [[list(one.values) for one in given], [list(one.probabilities) for one in given]] == (
+        expected
+    )
+    assert len(passes) == 1
 
 
 class TestBadFiles:

@@ -2,12 +2,12 @@ import itertools
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sklora._untrusted import Refusal
 from sklora.io import _pattern
-from sklora.io._pattern import matches_module, matching_work
+from sklora.io._pattern import first_match, matches_module, matching_work
 
 LETTERS = "ab0._-"
 
@@ -66,6 +66,21 @@ def test_nested_repeats(pattern):
 @given(st.text(alphabet="ab.-", max_size=4), st.text(alphabet="ab.-\n", max_size=8))
 def test_same_answer_as_peft_for_plain_keys(pattern, module):
     assert matches_module(pattern, module) == peft(pattern, module)
+
+
+@given(
+    st.lists(st.text("ab.-", max_size=3).flatmap(lambda t: st.sampled_from([t, re.escape(t)]))),
+    NAMES,
+)
+@example(["a", "b"], "a.b\n")
+def test_the_first_match_of_plain_and_escaped_keys(patterns, module):
+    expected = next((pattern for pattern in patterns if peft(pattern, module)), None)
+    assert first_match(patterns, module) == expected
+
+
+def test_a_pattern_too_long_is_refused_before_a_match():
+    with pytest.raises(Refusal, match="more than 1000 characters"):
+        first_match(["a" * 1001, "b"], "b")
 
 
 @given(st.text(alphabet=r"ab.09,-^$|()[]{}*+?\dP<>=!:&~", max_size=10), NAMES)

@@ -29,7 +29,7 @@ from sklora.io._build import (
     stated_scale,
 )
 from sklora.io._errors import counted
-from sklora.io._pattern import matches_module, matching_work
+from sklora.io._pattern import first_match, matching_work
 from sklora.io._plan import AdapterPlan, Format, ModulePlan, ReadOptions, Scale, Source
 
 PREFIX = "base_model.model."
@@ -271,10 +271,8 @@ def pattern_value(config: Mapping[str, Any], patterns: str, default: str, module
     table = config.get(patterns) or {}
     if not isinstance(table, Mapping):
         raise Refusal(f"{patterns} is {shown(table)} in its configuration; it must be a mapping.")
-    for pattern in table:
-        if matches_module(pattern, module):
-            return number(table, pattern)
-    return number(config, default)
+    pattern = first_match(table, module)
+    return number(config, default) if pattern is None else number(table, pattern)
 
 
 def _targets(config: Mapping[str, Any]) -> list[str]:
