@@ -18,6 +18,8 @@ _PARTS = 8
 _SUMMED_ROWS = 4096
 # Below this width a matrix product spends more time on its start than on its numbers.
 _NARROW = 16
+# Up to this width the Gram matrix of a factor takes less time where its columns are contiguous.
+_FEW_COLUMNS = 8
 
 # Squared norm of the inverse triangle up to which Cholesky is right to 1e-6: the rounding of a Gram
 # matrix of many rows, some 1e-15, times this, with room to spare.
@@ -53,10 +55,11 @@ def gram(A: Tensor) -> Tensor:
     piece_bytes = _piece_bytes(A)
     rows = -(-n // -(-8 * n * r * _PARTS // piece_bytes))
     step = min(len(flat), max(1, piece_bytes // (8 * rows * r)))
-    # Copied as they lie in memory: the factor of a file may be its tensor transposed.
-    shape = (step, r, rows) if flat.stride(1) == 1 else (step, rows, r)
+    # Else copied as they lie in memory: the factor of a file may be its tensor transposed.
+    by_columns = r <= _FEW_COLUMNS or flat.stride(1) == 1
+    shape = (step, r, rows) if by_columns else (step, rows, r)
     copies = torch.empty(shape, dtype=torch.float64, device=A.device)
-    copies = copies.mT if flat.stride(1) == 1 else copies
+    copies = copies.mT if by_columns else copies
     for top in range(0, n, rows):
         for first in range(0, len(flat), step):
             piece = flat[first : first + step, top : top + rows]
