@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from joblib import Parallel, delayed, effective_n_jobs
-from joblib.parallel import get_active_backend
+from joblib.parallel import ParallelBackendBase, get_active_backend
 from numpy.typing import NDArray
 from sklearn.utils import gen_even_slices
 from torch import Tensor
@@ -120,7 +120,7 @@ def _stacked(stack: Stack) -> tuple[list[int], Tensor, Tensor]:
 
 
 def plan_blocks(
-    X: LoRACollection, *, n_columns: int = 0, n_parallel: int = 1, on_gpu: bool = False
+    X: LoRACollection, *, n_columns: int = 0, n_parallel: int = 1, sent: bool = False
 ) -> list[slice]:
     """Blocks of adapters of which ``n_parallel`` at once fit in the ``working_memory``.
 
@@ -131,8 +131,8 @@ def plan_blocks(
         Width of the result that one adapter gives.
     n_parallel : int, default=1
         Blocks worked on at the same time; there are at least so many, if X has as many adapters.
-    on_gpu : bool, default=False
-        Whether they go through pinned memory to a GPU.
+    sent : bool, default=False
+        Whether they are sent to a GPU, or to another process.
 
     Returns
     -------
@@ -140,9 +140,9 @@ def plan_blocks(
         They cover X in order.
     """
     largest = max((module.n + module.m) * module.rank for module in X.layout.modules)
-    # Rows that have to be put together are there as stored and as laid out; those that go to a GPU
-    # are in pinned memory and there.
-    n_copies = (0 if _lies_in_memory(X) else 2) + 2 * on_gpu
+    # Rows that have to be put together are there as stored and as laid out; those that are sent, on
+    # the way (pinned, or pickled) and where they arrive.
+    n_copies = (0 if _lies_in_memory(X) else 2) + 2 * sent
     width = n_columns + n_copies * X.layout.width
     bytes_per_adapter = X.dtype.itemsize * width + _BYTES_PER_MODULE_WEIGHT * largest
     return parallel_blocks(X, bytes_per_adapter, n_parallel)
@@ -288,11 +288,24 @@ def map_blocks(
     )
     result = np.empty((len(X), n_columns), X.dtype)
     fill = partial(_fill, function)
-    n_parallel, on_gpu = effective_n_jobs(n_jobs), resolve_device(device).type != "cpu"
-    blocks = plan_blocks(X, n_columns=n_columns, n_parallel=n_parallel, on_gpu=on_gpu)
+    n_parallel = effective_n_jobs(n_jobs)
+    blocks = plan_blocks(X, n_columns=n_columns, n_parallel=n_parallel, sent=are_sent(device))
     tasks = [(fill, X[rows], result[rows]) for rows in blocks]
     run_tasks(tasks, device=device, n_jobs=n_jobs, what=what, verbose=verbose)
     return result
+
+
+def are_sent(device: str | torch.device) -> bool:
+    """Whether tasks get their adapters in memory of their own: on a GPU, or in another process."""
+    _, shared = _backend()
+    # Other processes may have devices that are not here.
+    return not shared or resolve_device(device).type != "cpu"
+
+
+def _backend() -> tuple[ParallelBackendBase, bool]:
+    """Give the backend of joblib that runs tasks, and whether they share memory."""
+    backend, _ = get_active_backend(prefer="threads")
+    return backend, getattr(backend, "supports_sharedmem", False)
 
 
 def run_tasks(
@@ -311,8 +324,7 @@ def run_tasks(
     device, n_jobs, what, verbose
         As for :func:`map_blocks`.
     """
-    backend, _ = get_active_backend(prefer="threads")
-    shared = getattr(backend, "supports_sharedmem", False)
+    backend, shared = _backend()
     where = resolve_device(device) if shared else f"{device} of {type(backend).__name__}"
     n_adapters = sum(len(X) for _, X, _ in tasks)
     _logger.debug("%s: %d adapters in %d blocks on %s", what, n_adapters, len(tasks), where)

@@ -12,13 +12,13 @@ from joblib import effective_n_jobs
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sklora._base import as_tensor, resolve_device
+from sklora._base import as_tensor
 from sklora._pages import Rows
 from sklora._stores import ArrayStore, as_slice, check_memory
 from sklora.collection import LoRACollection
 from sklora.linalg import squared_norm
 from sklora.linalg.products import add_inner_products
-from sklora.transform._blocks import Task, parallel_blocks, read_block, run_tasks
+from sklora.transform._blocks import Task, are_sent, parallel_blocks, read_block, run_tasks
 
 # The factors U (B, n, r) and V (B, m, r) of the module at a position.
 ReadModule: TypeAlias = Callable[[int], tuple[Tensor, Tensor]]
@@ -204,13 +204,13 @@ class KeepsTraining:
 
 def _blocks(X: LoRACollection, *, device: str | torch.device, n_parallel: int) -> list[slice]:
     """Blocks that leave room in the `working_memory` for as large a block of another collection."""
-    on_gpu = resolve_device(device).type != "cpu"
+    sent = are_sent(device)
     stored, itemsize = X._store.layout, X.dtype.itemsize
     # One module as read, and its copy in float64.
     largest = max((module.n + module.m) * module.rank for module in stored.modules)
     bytes_per_adapter = largest * (itemsize + 8)
-    if on_gpu or not isinstance(X._store, ArrayStore):
-        widths = stored.width + (X.layout.width if on_gpu or X.layout != stored else 0)
+    if sent or not isinstance(X._store, ArrayStore):
+        widths = stored.width + (X.layout.width if sent or X.layout != stored else 0)
         bytes_per_adapter += widths * itemsize
     return parallel_blocks(X, 2 * bytes_per_adapter, n_parallel)
 

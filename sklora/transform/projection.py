@@ -144,7 +144,7 @@ class GLEquivariantProjection(WeightsToWeights):
         device = resolve_device(self.device)
         # One half of the memory is for adapters, the other for what is kept of their updates.
         with config_context(working_memory=get_config()["working_memory"] / 2):
-            groups, blocks = _module_groups(X), plan_blocks(X, on_gpu=device.type != "cpu")
+            groups, blocks = _module_groups(X), plan_blocks(X, sent=device.type != "cpu")
         n_passes = len(groups) * len(blocks)
         bar = progress(n_passes, "higher-order SVD", "block", self.verbose)
         with at_work(device), bar as advance:

@@ -77,6 +77,7 @@ class SVDSpectrum(WeightsToFeatures):
         **WeightsToFeatures._parameter_constraints,
         "n_values": [None, Interval(Integral, 1, None, closed="left")],
     }
+    _stacks = True
 
     def __init__(
         self,
@@ -92,8 +93,6 @@ class SVDSpectrum(WeightsToFeatures):
         self.n_jobs = n_jobs
         self.verbose = verbose
         self.layout = layout
-
-    _stacks = True
 
     def _fit(self, X: LoRACollection) -> None:
         ranks = X.layout.ranks

@@ -15,7 +15,7 @@ from sklora import GLEquivariantProjection, LoRACollection, LoRALayout, OAlign, 
 from sklora._stores import ArrayStore
 from sklora.testing import assert_gauge_invariant
 from sklora.transform import DenseProduct, UpdateKernel, _blocks
-from sklora.transform._blocks import factor_views, map_blocks, plan_blocks, stacks
+from sklora.transform._blocks import are_sent, factor_views, map_blocks, plan_blocks, stacks
 
 BY_BLOCKS = [
     OAlign(template=0),
@@ -138,11 +138,11 @@ def test_plans_cover_all_within_the_working_memory():
     X = LoRACollection.from_array(np.zeros((100, 1000), np.float32), LoRALayout.rows(1000))
     shuffled = X[np.random.default_rng(0).permutation(100)]
     with sklearn.config_context(working_memory=1):
-        for collection, on_gpu, n_copies in (
+        for collection, sent, n_copies in (
             *((X, False, 0), (X[10:], False, 0), (shuffled, False, 2)),
             *((X, True, 2), (X[10:], True, 2), (shuffled, True, 4)),
         ):
-            blocks = plan_blocks(collection, n_columns=500, n_parallel=2, on_gpu=on_gpu)
+            blocks = plan_blocks(collection, n_columns=500, n_parallel=2, sent=sent)
             rows = [row for rows in blocks for row in range(len(collection))[rows]]
             assert rows == list(range(len(collection)))
             # Result and copies in float32, and the module three times in float64.
@@ -176,6 +176,15 @@ def test_other_errors_of_torch_are_passed_on(X):
 
     with pytest.raises(RuntimeError, match="not enough memory"):
         map_blocks(fail, X, 1, device="cpu", n_jobs=1)
+
+
+def test_adapters_are_sent_to_other_processes_and_not_to_threads():
+    assert not are_sent("cpu")
+    with joblib.parallel_config("threading", n_jobs=2):
+        assert not are_sent("cpu")
+    with joblib.parallel_config("loky", n_jobs=2):
+        assert are_sent("cpu")
+        assert are_sent("cuda:7")  # a device of theirs, not of this process
 
 
 class TestStacks:
