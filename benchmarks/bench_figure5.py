@@ -75,13 +75,16 @@ def adapter_bytes(size: str) -> int:
     return n_layers * 2 * width * RANK * 4
 
 
-def zoo(size: str) -> LoRACollection:
+def zoo(n_adapters: int, n_layers: int, width: int, rank: int) -> LoRACollection:
     """Draw one pool of normal numbers, and repeat it out of step with the adapters."""
-    n_layers, width = SIZES[size]
-    layout = LoRALayout([(f"layers.{i}", width, width, RANK) for i in range(n_layers)])
+    layout = LoRALayout([(f"layers.{i}", width, width, rank) for i in range(n_layers)])
     pool = np.random.default_rng(0).standard_normal(2**20 + 7, np.float32)
-    flat = np.resize(pool, (N_ADAPTERS, layout.width))
-    return LoRACollection.from_array(flat, layout, ranks=np.full((N_ADAPTERS, n_layers), RANK))
+    flat = np.resize(pool, (n_adapters, layout.width))
+    return LoRACollection.from_array(flat, layout, ranks=np.full((n_adapters, n_layers), rank))
+
+
+def zoo_of(size: str) -> LoRACollection:
+    return zoo(N_ADAPTERS, *SIZES[size], RANK)
 
 
 def median_seconds(function: Callable[[], object], repeats: int, device: str) -> float:
@@ -143,7 +146,7 @@ def measure(architecture: str, size: str, repeats: int, device: str) -> Row:
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    imported, X = peak_memory(), zoo(size)
+    imported, X = peak_memory(), zoo_of(size)
     preprocessing, features = preprocess(architecture, X, repeats, device)
     passing = forward(architecture, X, features, device)
     return {
@@ -228,7 +231,7 @@ def plot(rows: list[Row], path: str, where: str) -> None:
 def ratios(quick: bool = False) -> dict[str, float]:
     """Give times per byte of a large adapter over those of a small one: 1 is proportional."""
     small, large = ("125M", "760M") if quick else ("760M", "6.7B")
-    zoos = {size: zoo(size) for size in (small, large)}
+    zoos = {size: zoo_of(size) for size in (small, large)}
     found = {}
     for architecture in ("o-align", "svd", "gl-net"):
         per_byte = {}

@@ -17,15 +17,14 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from bench_glnet_epoch import RANK
-from bench_skorch_share import CONFIGURATIONS, SETTINGS, bare, make_data, make_net
+from bench_figure5 import zoo
+from bench_skorch_share import SETTINGS, bare, make_net, make_problem
 from sklearn.base import clone
 
 from sklora import (
     DenseProduct,
     GLEquivariantProjection,
     LoRACollection,
-    LoRALayout,
     OAlign,
     SVDSpectrum,
 )
@@ -40,13 +39,6 @@ FEATURIZERS = {
     "dense, gram": DenseProduct("gram"),
 }
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
-
-
-def zoo(n_adapters: int, n_modules: int, width: int, rank: int) -> LoRACollection:
-    layout = LoRALayout([(f"layers.{i}", width, width, rank) for i in range(n_modules)])
-    pool = np.random.default_rng(0).standard_normal(2**20 + 7, np.float32)
-    flat = np.resize(pool, (n_adapters, layout.width))
-    return LoRACollection.from_array(flat, layout, ranks=np.full((n_adapters, n_modules), rank))
 
 
 def medians(functions: list[Callable[[], object]], repeats: int = 3) -> list[float]:
@@ -97,9 +89,7 @@ def featurizers() -> None:
 
 def fit(name: str, configuration: str, batch: int) -> list[float]:
     """Give the medians of the training of a network on the GPU, bare there, and on the CPU."""
-    shapes, n_adapters = CONFIGURATIONS[configuration]
-    layout = LoRALayout([(f"m{i}", n, m, RANK) for i, (n, m) in enumerate(shapes)])
-    data = [make_data(layout, size) for size in (n_adapters, n_adapters // 5)]
+    layout, data = make_problem(configuration)
     there = [
         (torch.from_numpy(part.loras.read()).to(GPU), torch.from_numpy(part.targets).to(GPU))
         for part in data

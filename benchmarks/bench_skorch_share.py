@@ -46,6 +46,14 @@ def make_data(layout: LoRALayout, n_adapters: int) -> TrainingData:
     return TrainingData(loras, rng.integers(OUTPUTS, size=n_adapters), weights)
 
 
+def make_problem(configuration: str, share: int = 1) -> tuple[LoRALayout, list[TrainingData]]:
+    """Give the layout, adapters to train on, or one in `share` of them, and to validate on."""
+    shapes, n_adapters = CONFIGURATIONS[configuration]
+    layout = LoRALayout([(f"m{i}", n, m, RANK) for i, (n, m) in enumerate(shapes)])
+    sizes = n_adapters // share, n_adapters // share // 5
+    return layout, [make_data(layout, size) for size in sizes]
+
+
 def make_net(name: str, layout: LoRALayout) -> tuple[nn.Module, Callable[..., torch.Tensor]]:
     torch.manual_seed(0)
     if name == "MLPNet":
@@ -87,10 +95,7 @@ def seconds(function: Callable[..., object], *args: object, **options: object) -
 
 def compare(name: str, configuration: str, batch: int, quick: bool) -> float:
     """Give the median of the ratios of the two times."""
-    shapes, n_adapters = CONFIGURATIONS[configuration]
-    n_adapters = n_adapters // 2 if quick else n_adapters
-    layout = LoRALayout([(f"m{i}", n, m, RANK) for i, (n, m) in enumerate(shapes)])
-    data = [make_data(layout, size) for size in (n_adapters, n_adapters // 5)]
+    layout, data = make_problem(configuration, share=2 if quick else 1)
     tensors = [(torch.from_numpy(d.loras.read()), torch.from_numpy(d.targets)) for d in data]
     settings, device = SETTINGS._replace(batch_size=batch), torch.device("cpu")
     found = []
