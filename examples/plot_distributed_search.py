@@ -68,7 +68,7 @@ search = GridSearchCV(model, [grid[name] for name in names], cv=folds)
 cluster = SubprocessCluster(
     n_workers=2,
     threads_per_worker=1,
-    dashboard_address=None,
+    dashboard_address=":0",
     scheduler_kwargs={"scheduler_file": str(folder / "scheduler.json")},
     worker_kwargs={"local_directory": str(folder)},
 )

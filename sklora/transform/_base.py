@@ -197,6 +197,9 @@ class BlockwiseFeaturizer(Featurizer):
         "n_jobs": [None, Integral],
     }
 
+    # Whether modules of one shape may be worked on together.
+    _stacks: ClassVar[bool] = False
+
     n_jobs: int | None
 
     def _map(self, function: BlockFunction, X: LoRACollection, n_columns: int) -> NDArray[Any]:
@@ -218,18 +221,15 @@ class WeightsToFeatures(BlockwiseFeaturizer):
     ``_module_features``.
     """
 
-    # Whether modules of one shape are all worked on alike, so that they can be stacked.
-    _stacks: ClassVar[bool] = False
-
     @abstractmethod
     def _feature_names(self, position: int) -> Sequence[str]:
         """What the columns of the module at this position are called."""
 
     @abstractmethod
-    def _module_features(self, position: int, U: Tensor, V: Tensor) -> Tensor:
+    def _module_features(self, positions: Sequence[int], U: Tensor, V: Tensor) -> Tensor:
         """Features (k, B, C) of factors (k, B, n, r) and (k, B, m, r); C may differ from `fit`'s.
 
-        Of the module at this position alone, unless the class ``_stacks``.
+        They are of the k modules at these positions: one, unless the class ``_stacks``.
         """
 
     def _feature_counts(self) -> list[int]:
@@ -249,7 +249,7 @@ class WeightsToFeatures(BlockwiseFeaturizer):
 
     def _fill(self, ends: Sequence[int], block: Block, out: NDArray[Any]) -> None:
         for positions, U, V in stacks(block.factors, small=self._stacks):
-            features = self._module_features(positions[0], U, V).cpu().numpy()
+            features = self._module_features(positions, U, V).cpu().numpy()
             for position, columns in zip(positions, features, strict=True):
                 # The ranks here may be other than those that fit saw.
                 part = out[:, ends[position] : ends[position + 1]]
@@ -334,12 +334,16 @@ class WeightsToWeights(_CollectionsStay, BlockwiseFeaturizer):
     @abstractmethod
     def _move(
         self,
-        position: int,
-        factors: tuple[Tensor, Tensor],
+        positions: Sequence[int],
+        factors: Sequence[Tensor],
         ranks: NDArray[np.intp],
-        out: tuple[Tensor, Tensor],
+        out: Sequence[Tensor],
     ) -> None:
-        """Write new factors of the module at this position, whose true ranks are (B,)."""
+        """Write the pair of new factors, each (k, B, ...), of the k modules at these positions.
+
+        Theirs are (k, B, n, r) and (k, B, m, r), of true ranks (k, B). There is one module, unless
+        the class ``_stacks``.
+        """
 
     def _column_names(self) -> list[str]:
         return self._output_layout(self.layout_).feature_names()
@@ -357,12 +361,19 @@ class WeightsToWeights(_CollectionsStay, BlockwiseFeaturizer):
         target = torch.from_numpy(out)
         device = resolve_device(self.device)
         moved = target if device.type == "cpu" else torch.empty_like(target, device=device)
-        for position, (factors, new) in enumerate(
-            zip(block.factors, factor_views(moved, layout), strict=True)
-        ):
-            self._move(position, factors, block.ranks[:, position], new)
+        views = factor_views(moved, layout)
+        alike = stacks(block.factors, small=self._stacks, kinds=layout.ranks)
+        for positions, *factors in alike:
+            pairs = [views[position] for position in positions]
+            alone = len(pairs) == 1
+            new = [A[None] if alone else A.new_empty(len(pairs), *A.shape) for A in pairs[0]]
+            self._move(positions, factors, block.ranks[:, positions].T, new)
             if layout.has_plain_rows:
                 new[0].mul_(new[1])
+            if not alone:
+                for pair, *results in zip(pairs, *new, strict=True):
+                    for target_part, result in zip(pair, results, strict=True):
+                        target_part.copy_(result)
         if moved is not target:
             copy_back(moved, target)
         out[:, layout.side_slice] = block.side

@@ -6,9 +6,10 @@ import logging
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import repeat
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -27,12 +28,16 @@ from sklora.collection import LoRACollection, LoRALayout, check_numbers
 
 _logger = logging.getLogger("sklora.transform")
 
-# Float64 copies of the largest module's factors, and what a QR decomposition makes of them.
-_BYTES_PER_MODULE_WEIGHT = 8 * 3
+# Of the factors that are worked on: a stack of them, float64 copies, and what a QR decomposition
+# makes of those.
+_BYTES_PER_WEIGHT_AT_WORK = 8 * 4
 
-# Factors of a module up to the first are copied into a stack of about the second: measured, from
+# Factors of a module up to the first are copied into a stack of up to the second: measured, from
 # there on the copy takes as long as it saves.
 _SMALL_BYTES, _STACK_BYTES = 2**20, 2**23
+# On a GPU copies take next to nothing, and a step on few numbers as long as one on many; a stack
+# has up to so many weights of an adapter, which the blocks leave room for.
+_STACK_WEIGHTS_ON_GPU = 2**20
 
 Factors: TypeAlias = list[tuple[Tensor, Tensor]]
 Stack: TypeAlias = list[tuple[int, Tensor, Tensor]]
@@ -83,7 +88,10 @@ def factor_views(flat: Tensor, layout: LoRALayout) -> Factors:
 
 
 def stacks(
-    factors: Iterable[tuple[Tensor, Tensor]], *, small: bool = True
+    factors: Iterable[tuple[Tensor, Tensor]],
+    *,
+    small: bool = True,
+    kinds: Iterable[Hashable] = repeat(None),
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Put small factors of modules of one shape together, as work on them takes longest to start.
 
@@ -92,6 +100,8 @@ def stacks(
     factors : iterable of (Tensor of shape (B, n, r), Tensor of shape (B, m, r))
     small : bool, default=True
         False leaves every module by itself.
+    kinds : iterable of hashable
+        What else the modules of one stack have in common.
 
     Yields
     ------
@@ -101,22 +111,30 @@ def stacks(
         A view of the factors for ``k = 1``.
     V : Tensor of shape (k, B, m, r)
     """
-    waiting: defaultdict[tuple[torch.Size, torch.Size], Stack] = defaultdict(list)
-    for position, (U, V) in enumerate(factors):
+    waiting: defaultdict[Hashable, Stack] = defaultdict(list)
+    for position, ((U, V), kind) in enumerate(zip(factors, kinds, strict=False)):
         n_bytes = U.nbytes + V.nbytes
-        if not small or n_bytes > _SMALL_BYTES:
+        largest, full = _SMALL_BYTES, _STACK_BYTES
+        if U.is_cuda:
+            largest = full = _STACK_WEIGHTS_ON_GPU * U.itemsize * len(U)
+        if not small or n_bytes > largest:
             yield [position], U[None], V[None]
             continue
-        stack = waiting[U.shape, V.shape]
-        stack.append((position, U, V))
-        if len(stack) * n_bytes >= _STACK_BYTES:
-            yield _stacked(waiting.pop((U.shape, V.shape)))
+        alike = (U.shape, V.shape, kind)
+        waiting[alike].append((position, U, V))
+        if (len(waiting[alike]) + 1) * n_bytes > full:
+            yield _stacked(waiting.pop(alike))
     yield from map(_stacked, waiting.values())
 
 
 def _stacked(stack: Stack) -> tuple[list[int], Tensor, Tensor]:
     positions, left, right = zip(*stack, strict=True)
-    return [*positions], torch.stack(left), torch.stack(right)
+    return [*positions], as_one(left), as_one(right)
+
+
+def as_one(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack tensors; one alone is a view."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack([*tensors])
 
 
 def plan_blocks(
@@ -139,12 +157,14 @@ def plan_blocks(
     list of slice
         They cover X in order.
     """
-    largest = max((module.n + module.m) * module.rank for module in X.layout.modules)
+    at_work = max((module.n + module.m) * module.rank for module in X.layout.modules)
+    if sent:
+        at_work = max(at_work, min(_STACK_WEIGHTS_ON_GPU, X.layout.width))
     # Rows that have to be put together are there as stored and as laid out; those that are sent, on
     # the way (pinned, or pickled) and where they arrive.
     n_copies = (0 if _lies_in_memory(X) else 2) + 2 * sent
     width = n_columns + n_copies * X.layout.width
-    bytes_per_adapter = X.dtype.itemsize * width + _BYTES_PER_MODULE_WEIGHT * largest
+    bytes_per_adapter = X.dtype.itemsize * width + _BYTES_PER_WEIGHT_AT_WORK * at_work
     return parallel_blocks(X, bytes_per_adapter, n_parallel)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from sklora.collection import LoRACollection, LoRALayout
 from sklora.linalg import procrustes
 from sklora.linalg._tall import times_small
 from sklora.transform._base import WeightsToWeights
+from sklora.transform._blocks import as_one
 
 
 class OAlign(WeightsToWeights):
@@ -94,6 +96,7 @@ class OAlign(WeightsToWeights):
         "template": [StrOptions({"random"}), Interval(Integral, 0, None, closed="left")],
         "random_state": ["random_state"],
     }
+    _stacks = True
 
     def __init__(
         self,
@@ -171,22 +174,28 @@ class OAlign(WeightsToWeights):
 
     def _move(
         self,
-        position: int,
-        factors: tuple[Tensor, Tensor],
+        positions: Sequence[int],
+        factors: Sequence[Tensor],
         ranks: NDArray[np.intp],
-        out: tuple[Tensor, Tensor],
+        out: Sequence[Tensor],
     ) -> None:
+        templates = [self.template_[self.layout_.names[position]] for position in positions]
+        if len(positions) > 1 and (np.ptp(ranks) or len({U0.shape for U0, _ in templates}) > 1):
+            for k, position in enumerate(positions):
+                one = slice(k, k + 1)
+                self._move([position], [A[one] for A in factors], ranks[one], [A[one] for A in out])
+            return
         U0, V0 = (
-            as_tensor(factor).to(factors[0])
-            for factor in self.template_[self.layout_.names[position]]
+            as_one([*map(as_tensor, side)]).to(factors[0])[:, None]
+            for side in zip(*templates, strict=True)
         )
         # Padding would make the cross product singular, so all of one true rank go by themselves.
         for rank in np.unique(ranks).tolist():
-            rows = as_slice(np.flatnonzero(ranks == rank))
-            U, V = (factor[rows, :, :rank] for factor in factors)
+            rows = as_slice(np.flatnonzero(ranks[0] == rank))
+            U, V = (A[:, rows, :, :rank] for A in factors)
             Q = pad(procrustes(U, V, U0, V0), (0, out[0].shape[-1] - U0.shape[-1]))
-            for factor, moved in ((U, out[0]), (V, out[1])):
+            for A, moved in ((U, out[0]), (V, out[1])):
                 if isinstance(rows, slice):
-                    times_small(factor, Q, out=moved[rows])
+                    times_small(A.flatten(0, 1), Q.flatten(0, 1), out=moved[:, rows].flatten(0, 1))
                 else:
-                    moved[rows] = factor @ Q
+                    moved[:, rows] = A @ Q

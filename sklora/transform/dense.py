@@ -231,9 +231,9 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
             return len(self.left_[name]), len(self.right_[name])
         return (n, m) if self.method == "exact" else (0, 0)
 
-    def _module_features(self, position: int, U: Tensor, V: Tensor) -> Tensor:
+    def _module_features(self, positions: Sequence[int], U: Tensor, V: Tensor) -> Tensor:
         if self.method == "sketch":
-            name = self.layout_.names[position]
+            name = self.layout_.names[positions[0]]
             U, V = (
                 torch.bmm(as_tensor(matrices[name]).to(A).expand(A.shape[1], -1, -1), A[0])[None]
                 for matrices, A in ((self.left_, U), (self.right_, V))

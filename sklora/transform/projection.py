@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from numbers import Integral
 from typing import Any, ClassVar
@@ -199,16 +199,16 @@ class GLEquivariantProjection(WeightsToWeights):
 
     def _move(
         self,
-        position: int,
-        factors: tuple[Tensor, Tensor],
+        positions: Sequence[int],
+        factors: Sequence[Tensor],
         ranks: NDArray[np.intp],
-        out: tuple[Tensor, Tensor],
+        out: Sequence[Tensor],
     ) -> None:
-        name = self.layout_.names[position]
-        for matrices, factor, moved in zip((self.left_, self.right_), factors, out, strict=True):
-            P = as_tensor(matrices[name]).to(factor)
+        name = self.layout_.names[positions[0]]
+        for matrices, [A], [moved] in zip((self.left_, self.right_), factors, out, strict=True):
+            P = as_tensor(matrices[name]).to(A)
             # With the thin factor on the left, a product takes a fraction of the time.
-            moved.copy_(torch.bmm(factor.mT, P.mT.expand(len(factor), -1, -1)).mT)
+            moved.copy_(torch.bmm(A.mT, P.mT.expand(len(A), -1, -1)).mT)
 
 
 def _module_groups(X: LoRACollection) -> list[slice]:

@@ -101,5 +101,5 @@ class SVDSpectrum(WeightsToFeatures):
     def _feature_names(self, position: int) -> Sequence[str]:
         return [f"s{i}" for i in range(self.n_values_[position])]
 
-    def _module_features(self, position: int, U: Tensor, V: Tensor) -> Tensor:
+    def _module_features(self, positions: Sequence[int], U: Tensor, V: Tensor) -> Tensor:
         return spectrum(U, V)

@@ -145,8 +145,8 @@ def test_plans_cover_all_within_the_working_memory():
             blocks = plan_blocks(collection, n_columns=500, n_parallel=2, sent=sent)
             rows = [row for rows in blocks for row in range(len(collection))[rows]]
             assert rows == list(range(len(collection)))
-            # Result and copies in float32, and the module three times in float64.
-            per_adapter = 4 * (500 + 1000 * n_copies) + 24 * 1001
+            # Result and copies in float32, and the module in stacks and in float64.
+            per_adapter = 4 * (500 + 1000 * n_copies) + 32 * 1001
             assert blocks[0].stop == 2**20 // (2 * per_adapter)
 
 
@@ -160,7 +160,17 @@ def test_plans_count_the_largest_module_and_rows_that_are_laid_out_anew():
             (LoRACollection.from_array(flat.astype(np.float16), layout), 90 * 4, layout.width),
             (LoRACollection.from_array(flat, layout).with_layout(wider), 90 * 5, wider.width),
         ):
-            assert plan_blocks(X)[0].stop == 2**20 // (24 * largest + 4 * 2 * copied)
+            assert plan_blocks(X)[0].stop == 2**20 // (32 * largest + 4 * 2 * copied)
+
+
+def test_plans_leave_room_for_stacks_where_blocks_are_sent(monkeypatch):
+    layout = LoRALayout([(f"m{i}", 40, 50, 4) for i in range(10)])
+    X = LoRACollection.from_array(np.zeros((1000, layout.width), np.float32), layout)
+    with sklearn.config_context(working_memory=1):
+        for limit, at_work in ((10**6, layout.width), (1000, 1000), (100, 90 * 4)):
+            monkeypatch.setattr(_blocks, "_STACK_WEIGHTS_ON_GPU", limit)
+            per_adapter = 32 * at_work + 4 * 2 * layout.width
+            assert plan_blocks(X, sent=True)[0].stop == 2**20 // per_adapter
 
 
 @pytest.mark.parametrize("n_parallel", [1, 4, 9, 20])
@@ -199,7 +209,7 @@ class TestStacks:
     # Bytes of U and V: 216 and 192.
     @pytest.mark.parametrize(
         ("small", "together", "sizes"),
-        [(1000, 10**6, {6}), (1000, 400, {2, 3}), (200, 10**6, {1, 6}), (100, 10**6, {1})],
+        [(1000, 10**6, {6}), (1000, 600, {2, 3}), (200, 10**6, {1, 6}), (100, 10**6, {1})],
     )
     def test_each_module_comes_once(self, factors, small, together, sizes, monkeypatch):
         monkeypatch.setattr(_blocks, "_SMALL_BYTES", small)
@@ -232,6 +242,19 @@ class TestStacks:
                 columns = found[:, start : start + 3]
                 np.testing.assert_allclose(columns, values, atol=1e-12)
                 start += 3
+
+    @pytest.mark.parametrize(
+        "ranks",
+        [[(2, 2, 2)] * 6, [(2, 2, 2), *[(1, 2, 0)] * 5], [(2, 1, 1), *[(2, 1, 0)] * 5]],
+        ids=["one rank", "of the adapters", "of the templates"],
+    )
+    def test_aligned_factors_are_those_of_every_module(self, ranks, random_loras, rng, monkeypatch):
+        X = random_loras(rng, 6, ((6, 4),) * 3, ranks)
+        X = X.with_layout(X.layout.with_ranks([2] * 3))
+        found = np.asarray(OAlign(template=0, device="cpu").fit_transform(X))
+        monkeypatch.setattr(_blocks, "_SMALL_BYTES", 0)
+        expected = np.asarray(OAlign(template=0, device="cpu").fit_transform(X))
+        np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 @by_blocks
@@ -292,10 +315,13 @@ class TestCuda:
 
     @featurizer
     @n_jobs
-    @pytest.mark.parametrize("working_memory", [1e-6, 1024])
+    @pytest.mark.parametrize(
+        ("working_memory", "stack_weights"), [(1e-6, 2**20), (1024, 2**20), (1024, 40)]
+    )
     def test_gives_what_the_cpu_gives(
-        self, featurizer, n_jobs, working_memory, mixed, in_file, cuda
+        self, featurizer, n_jobs, working_memory, stack_weights, mixed, in_file, cuda, monkeypatch
     ):
+        monkeypatch.setattr(_blocks, "_STACK_WEIGHTS_ON_GPU", stack_weights)
         expected = np.asarray(clone(featurizer).set_params(device="cpu").fit_transform(mixed))
         on_cuda = clone(featurizer).set_params(device=cuda, n_jobs=n_jobs)
         with sklearn.config_context(working_memory=working_memory):
@@ -311,10 +337,9 @@ class TestCuda:
             found = on_cuda.fit_transform(in_file)
         np.testing.assert_allclose(np.asarray(found), expected, atol=1e-10)
 
-    # One adapter's dense updates are larger than the memory here.
-    @pytest.mark.parametrize(
-        "featurizer", [f for f in (*BY_BLOCKS, *BY_PAIRS) if repr(f) != "DenseProduct()"], ids=str
-    )
+    # Not those of which one adapter's dense updates, or what is kept of one module's updates, are
+    # more than the memory here.
+    @pytest.mark.parametrize("featurizer", [*BY_BLOCKS[:2], BY_BLOCKS[3], *BY_PAIRS], ids=str)
     @n_jobs
     def test_takes_no_more_of_its_memory_than_the_working_memory(self, featurizer, n_jobs, cuda):
         layout = LoRALayout([(f"m{i}", 2048, 2048, 8) for i in range(8)])
