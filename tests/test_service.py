@@ -84,6 +84,7 @@ FORKS = """
 import multiprocessing, os, signal, sys, warnings
 import numpy as np
 import torch
+from sklearn.base import clone
 from sklora import SVDSpectrum, GLNetClassifier, LoRACollection, UpdateKernel
 
 torch.set_num_threads(4)  # a pool of threads, however few cores there are
@@ -95,7 +96,8 @@ names = [f"m{i}" for i in range(4)]
 factors = [{n: (rng.normal(size=(64, 4)), rng.normal(size=(64, 4))) for n in names}
            for _ in range(64)]
 X, y = LoRACollection.from_factors(factors), np.arange(64) % 2
-estimators = [SVDSpectrum(), UpdateKernel(), GLNetClassifier(max_epochs=1, random_state=0)]
+net = GLNetClassifier(max_epochs=1, random_state=0, device="cpu")  # CUDA survives no fork
+estimators = [SVDSpectrum(device="cpu"), UpdateKernel(device="cpu"), net]
 
 def results():
     return [np.asarray(getattr(e, "predict_proba", getattr(e, "transform", None))(X))
@@ -109,7 +111,7 @@ expected = results()
 def child(send=None):
     # Sums may be split among threads otherwise, and then differ in the last bits.
     same = all(map(np.allclose, results(), expected))
-    again = GLNetClassifier(max_epochs=1, random_state=0).fit(X, y)
+    again = clone(net).fit(X, y)
     same = same and np.allclose(again.predict_proba(X), expected[-1], atol=1e-4)
     return same and torch.get_num_threads() == 1
 

@@ -250,6 +250,7 @@ def export_onnx(estimator: GLNetEstimator, path: str | os.PathLike[str]) -> None
             program,
             dynamo=True,
             dynamic_shapes=_free(layout),
+            custom_translation_table={torch.ops.aten.silu.default: _silu},
             input_names=[*names, "side"] if layout.n_side else names,
             output_names=[output],
             verbose=False,
@@ -258,6 +259,16 @@ def export_onnx(estimator: GLNetEstimator, path: str | os.PathLike[str]) -> None
     converted.model.metadata_props.update(_metadata(estimator))
     with replacing(os.path.realpath(path)) as file:
         file.write(converted.model_proto.SerializeToString())
+
+
+def _silu(scalar: Any) -> Any:
+    """``s * sigmoid(s)`` in ONNX, as onnxruntime before 1.31 fails on in float64.
+
+    It puts the two together in an operation that it has for float32 alone.
+    """
+    from onnxscript import opset18 as op
+
+    return op.Div(scalar, op.Add(op.Exp(op.Neg(scalar)), op.CastLike(1.0, scalar)))
 
 
 def _example(layout: LoRALayout) -> tuple[Any, ...]:

@@ -397,14 +397,20 @@ def _fill(
         _look_at(X)
         if not isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             raise
-        ids = X.ids.tolist()
-        raise ValueError(
-            f"numbers of adapters {ids[0]!r} to {ids[-1]!r} overflow in a decomposition in "
-            "float64; rescale them, or leave out those that are far too large."
-        ) from error
+        raise ValueError(_overflow(X)) from error
     # One sum says whether all are finite, unless it overflows; then a look at X says it.
     if not math.isfinite(torch.from_numpy(out).sum()):
         _look_at(X)
+        if np.isnan(out).any():  # on CUDA, decompositions of infinity are no errors
+            raise ValueError(_overflow(X))
+
+
+def _overflow(X: LoRACollection) -> str:
+    ids = X.ids.tolist()
+    return (
+        f"numbers of adapters {ids[0]!r} to {ids[-1]!r} are finite, but what is computed from them "
+        "overflows; rescale them, or leave out those that are far too large."
+    )
 
 
 def _look_at(X: LoRACollection) -> None:

@@ -289,6 +289,14 @@ class TestOnnx:
         assert not any(tensor.external_data for tensor in tensors)
         assert [opset.domain for opset in model.opset_import] == [""]
 
+    def test_nothing_is_multiplied_by_its_own_sigmoid(self, exported):
+        """Onnxruntime before 1.31 makes of that an operation that it has for float32 alone."""
+        nodes = onnx.load(exported.onnx_path).graph.node
+        sigmoids = {node.output[0]: node.input[0] for node in nodes if node.op_type == "Sigmoid"}
+        for node in nodes:
+            if node.op_type == "Mul":
+                assert {sigmoids.get(name) for name in node.input}.isdisjoint(node.input)
+
     def test_refuses_a_spectrum(self, tmp_path):
         X = np.random.default_rng(0).normal(size=(20, 5))
         model = GLNetRegressor(spectrum=True, max_epochs=1, device="cpu").fit(X, X[:, 0])
