@@ -122,5 +122,5 @@ if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("This needs a CUDA device.")
     print(f"{torch.cuda.get_device_name()}, {torch.get_num_threads()} threads on the CPU")
-    training()
     featurizers()
+    training()

@@ -268,7 +268,8 @@ def _silu(scalar: Any) -> Any:
     """
     from onnxscript import opset18 as op
 
-    return op.Div(scalar, op.Add(op.Exp(op.Neg(scalar)), op.CastLike(1.0, scalar)))
+    one = op.CastLike(op.Constant(value_float=1.0), scalar)
+    return op.Div(scalar, op.Add(op.Exp(op.Neg(scalar)), one))
 
 
 def _example(layout: LoRALayout) -> tuple[Any, ...]:

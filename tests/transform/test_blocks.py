@@ -103,14 +103,14 @@ def test_finite_numbers_whose_products_cancel_infinitely_are_named():
     rows = np.array([[1.0, 1.0, 1.0, 1.0], [1e30, -1e30, 1e30, 1e30]], np.float32)
     X = LoRACollection.from_array(rows, LoRALayout([("q", 1, 1, 2)]), ids=["a", "b"])
     featurizer = DenseProduct(device="cpu").fit(X)
-    with pytest.raises(ValueError, match="adapters 'b' to 'b' are finite, but .* overflows"):
+    with pytest.raises(ValueError, match=r"adapters 'b' to 'b' are finite, but .* overflows"):
         featurizer.transform(X[1:])
 
 
 @pytest.mark.parametrize("featurizer", [SVDSpectrum(), OAlign()], ids=str)
 def test_finite_numbers_that_cannot_be_decomposed_are_named(featurizer, X):
     huge = LoRACollection.from_array(np.asarray(X, np.float64) * 1e300, X.layout)
-    with pytest.raises(ValueError, match="adapters 0 to 8 are finite, but .* overflows"):
+    with pytest.raises(ValueError, match=r"adapters 0 to 8 are finite, but .* overflows"):
         featurizer.fit_transform(huge)
 
 
