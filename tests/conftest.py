@@ -18,6 +18,13 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # A worker of joblib that starts to use a GPU grows by more than joblib takes for a leak, and is
+    # replaced, with a warning that as an error would end the thread that replaces it.
+    if torch.cuda.is_available():
+        config.addinivalue_line("filterwarnings", "ignore:A worker stopped:UserWarning")
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

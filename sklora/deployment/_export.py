@@ -268,8 +268,8 @@ def _silu(scalar: Any) -> Any:
     """
     from onnxscript import opset18 as op
 
-    one = op.CastLike(op.Constant(value_float=1.0), scalar)
-    return op.Div(scalar, op.Add(op.Exp(op.Neg(scalar)), one))
+    one: Any = op.Constant(value_float=1.0)
+    return op.Div(scalar, op.Add(op.Exp(op.Neg(scalar)), op.CastLike(one, scalar)))
 
 
 def _example(layout: LoRALayout) -> tuple[Any, ...]:

@@ -39,6 +39,22 @@ def check_factors(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     return U.to(dtype), V.to(dtype)
 
 
+def to_decompose(A: Tensor) -> Tensor:
+    """Give back a matrix that is finite, on its way to a decomposition.
+
+    Raises
+    ------
+    torch.linalg.LinAlgError
+        When it is not, on CUDA: some decompositions give numbers there, where those of a CPU raise
+        this by themselves.
+    """
+    if A.is_cuda and not A.isfinite().all():
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+            "a matrix with NaN or infinity cannot be decomposed."
+        )
+    return A
+
+
 def rounding_level(U: Tensor, V: Tensor) -> Tensor:
     """Size (...) of what rounding the factors in their own dtype does to ``U V^T``.
 

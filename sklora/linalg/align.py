@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sklora.linalg._factors import check_factors
+from sklora.linalg._factors import check_factors, to_decompose
 from sklora.linalg._tall import cross_product
 
 
@@ -63,6 +63,6 @@ def procrustes(U: Tensor, V: Tensor, U0: Tensor, V0: Tensor) -> Tensor:
             "choose a template of at least that rank."
         )
     cross = cross_product(U, U0) + cross_product(V, V0)
-    A, _, Bh = torch.linalg.svd(cross, full_matrices=False)
+    A, _, Bh = torch.linalg.svd(to_decompose(cross), full_matrices=False)
     Q: Tensor = A @ Bh
     return Q.to(U.dtype)

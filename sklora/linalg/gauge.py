@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sklora.linalg._factors import check_factors, column_signs, rounding_level
+from sklora.linalg._factors import check_factors, column_signs, rounding_level, to_decompose
 
 
 def apply_gauge(U: Tensor, V: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ def balance(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     rank = U.shape[-1]
     Q_U, R_U = torch.linalg.qr(U.double())
     Q_V, R_V = torch.linalg.qr(V.double())
-    A, values, Bh = torch.linalg.svd(R_U @ R_V.mT, full_matrices=False)
+    A, values, Bh = torch.linalg.svd(to_decompose(R_U @ R_V.mT), full_matrices=False)
     noise = rank * rounding_level(U, V)
     lengths = torch.where(values > noise[..., None], values, 0.0).sqrt()[..., None, :]
     left, right = Q_U @ A, Q_V @ Bh.mT

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sklora.linalg._factors import check_factors
+from sklora.linalg._factors import check_factors, to_decompose
 from sklora.linalg._tall import triangles
 
 
@@ -46,5 +46,5 @@ def spectrum(U: Tensor, V: Tensor) -> Tensor:
     """
     U, V = check_factors(U, V)
     R_U, R_V = triangles(U, V)
-    values = torch.linalg.svdvals(R_U @ R_V.mT)
+    values = torch.linalg.svdvals(to_decompose(R_U @ R_V.mT))
     return pad(values, (0, U.shape[-1] - values.shape[-1])).to(U.dtype)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sklora.linalg._factors import check_factors, column_signs, rounding_level
+from sklora.linalg._factors import check_factors, column_signs, rounding_level, to_decompose
 from sklora.linalg._tall import triangles
 
 
@@ -131,7 +131,7 @@ def leading_directions(compressed: Tensor, k: int, *, noise: Tensor | float = 0.
     if (
         noise < 4 * torch.finfo(noise.dtype).eps ** 0.5 * torch.linalg.matrix_norm(compressed)
     ).any():
-        _, values, vectors = torch.linalg.svd(compressed, full_matrices=False)
+        _, values, vectors = torch.linalg.svd(to_decompose(compressed), full_matrices=False)
         values, basis = values[..., :k], vectors[..., :k, :].mT
     else:
         values, basis = _leading_by_gram(compressed, k)
@@ -196,7 +196,7 @@ def _at_most_square(rows: Tensor) -> Tensor:
 def _leading_by_gram(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Give the k largest singular values (..., k) and right vectors (..., n, k), by a Gram."""
     wide = rows.shape[-2] < rows.shape[-1]
-    squares, vectors = torch.linalg.eigh(rows @ rows.mT if wide else rows.mT @ rows)
+    squares, vectors = torch.linalg.eigh(to_decompose(rows @ rows.mT if wide else rows.mT @ rows))
     values = squares[..., -k:].flip(-1).clamp(min=0.0).sqrt()
     leading = vectors[..., -k:].flip(-1)
     # The lengths are left to the QR decomposition, which makes them orthonormal too.

@@ -209,6 +209,7 @@ class BlockwiseFeaturizer(Featurizer):
             n_columns,
             device=self.device,
             n_jobs=self.n_jobs,
+            stacked=self._stacks,
             what=type(self).__name__,
             verbose=self.verbose,
         )

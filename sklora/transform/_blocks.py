@@ -138,7 +138,12 @@ def as_one(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def plan_blocks(
-    X: LoRACollection, *, n_columns: int = 0, n_parallel: int = 1, sent: bool = False
+    X: LoRACollection,
+    *,
+    n_columns: int = 0,
+    n_parallel: int = 1,
+    sent: bool = False,
+    stacked: bool = False,
 ) -> list[slice]:
     """Blocks of adapters of which ``n_parallel`` at once fit in the ``working_memory``.
 
@@ -151,6 +156,8 @@ def plan_blocks(
         Blocks worked on at the same time; there are at least so many, if X has as many adapters.
     sent : bool, default=False
         Whether they are sent to a GPU, or to another process.
+    stacked : bool, default=False
+        Whether a GPU is to work on modules in stacks.
 
     Returns
     -------
@@ -158,7 +165,7 @@ def plan_blocks(
         They cover X in order.
     """
     at_work = max((module.n + module.m) * module.rank for module in X.layout.modules)
-    if sent:
+    if sent and stacked:
         at_work = max(at_work, min(_STACK_WEIGHTS_ON_GPU, X.layout.width))
     # Rows that have to be put together are there as stored and as laid out; those that are sent, on
     # the way (pinned, or pickled) and where they arrive.
@@ -263,6 +270,7 @@ def map_blocks(
     *,
     device: str | torch.device,
     n_jobs: int | None,
+    stacked: bool = False,
     what: str = "adapters",
     verbose: int = 0,
 ) -> NDArray[Any]:
@@ -283,6 +291,8 @@ def map_blocks(
         Blocks at once, by joblib: in threads, as torch computes outside Python's lock, unless the
         backend that joblib is configured for is another. Other processes and machines get the
         collection of their block, which of a file is its path, and return its rows.
+    stacked : bool, default=False
+        As for :func:`plan_blocks`.
     what : str, default="adapters"
         Stands before the progress bar, and in log messages.
     verbose : int, default=0
@@ -308,8 +318,13 @@ def map_blocks(
     )
     result = np.empty((len(X), n_columns), X.dtype)
     fill = partial(_fill, function)
-    n_parallel = effective_n_jobs(n_jobs)
-    blocks = plan_blocks(X, n_columns=n_columns, n_parallel=n_parallel, sent=are_sent(device))
+    blocks = plan_blocks(
+        X,
+        n_columns=n_columns,
+        n_parallel=effective_n_jobs(n_jobs),
+        sent=are_sent(device),
+        stacked=stacked,
+    )
     tasks = [(fill, X[rows], result[rows]) for rows in blocks]
     run_tasks(tasks, device=device, n_jobs=n_jobs, what=what, verbose=verbose)
     return result

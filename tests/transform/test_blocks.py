@@ -178,7 +178,7 @@ def test_plans_leave_room_for_stacks_where_blocks_are_sent(monkeypatch):
         for limit, at_work in ((10**6, layout.width), (1000, 1000), (100, 90 * 4)):
             monkeypatch.setattr(_blocks, "_STACK_WEIGHTS_ON_GPU", limit)
             per_adapter = 32 * at_work + 4 * 2 * layout.width
-            assert plan_blocks(X, sent=True)[0].stop == 2**20 // per_adapter
+            assert plan_blocks(X, sent=True, stacked=True)[0].stop == 2**20 // per_adapter
 
 
 @pytest.mark.parametrize("n_parallel", [1, 4, 9, 20])
