@@ -2,9 +2,10 @@
 
 Times, in turn in one process, of 64 adapters with one square module in memory: SVDSpectrum, OAlign
 and GLEquivariantProjection by `fit_transform` or `transform`, with everything that they check;
-`torch.bmm` of the same factors, as separate arrays that are ready. SVDSpectrum of one adapter of
-560 small modules, against `spectrum` of every module by itself. Prints the ratios of the best
-times, which other work on the machine disturbs least. ``python benchmarks/bench_featurizers.py``
+`torch.bmm` of the same factors, as separate arrays that are ready. SVDSpectrum and OAlign of one
+adapter of 560 small modules, against their kernels on every module by itself. Prints the ratios of
+the best times, which other work on the machine disturbs least.
+``python benchmarks/bench_featurizers.py``
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sklora import (
     OAlign,
     SVDSpectrum,
 )
-from sklora.linalg import spectrum
+from sklora.linalg import procrustes, spectrum
 
 N_ADAPTERS, N_COMPONENTS = 64, 32
 
@@ -113,29 +114,39 @@ def ratios_to_dense(rank: int, n_dense: int) -> dict[str, float]:
     }
 
 
-def ratio_of_one() -> dict[str, float]:
-    """Give the ratio for one adapter of many small modules, to `spectrum` module by module."""
+def ratios_of_one() -> dict[str, float]:
+    """Give ratios for one adapter of many small modules, to the kernels module by module."""
     layout = LoRALayout([(f"layers.{i}", 640, 640, 8) for i in range(560)])
-    flat = np.random.default_rng(0).standard_normal((1, layout.width), np.float32)
+    flat = np.random.default_rng(0).standard_normal((2, layout.width), np.float32)
     X = LoRACollection.from_array(flat, layout)
-    factors = [
-        [torch.from_numpy(flat[:, part].reshape(1, 640, 8)) for part in parts]
-        for parts in layout.factor_slices
-    ]
+    templates, factors = (
+        [
+            [torch.from_numpy(row[:, part].reshape(1, 640, 8)) for part in parts]
+            for parts in layout.factor_slices
+        ]
+        for row in (flat[:1], flat[1:])
+    )
+    spectra, align = SVDSpectrum().fit(X), OAlign(template=0).fit(X)
+
+    def align_one_by_one() -> None:
+        for (U, V), (U0, V0) in zip(factors, templates, strict=True):
+            Q = procrustes(U, V, U0, V0)
+            _ = U @ Q, V @ Q
+
+    label = "by module, 1 x 560 n=640 r=8"
     return {
-        "spectrum / by module, 1 x 560 n=640 r=8": best_ratio(
-            lambda: SVDSpectrum().fit_transform(X),
-            lambda: [spectrum(U, V) for U, V in factors],
-            5,
-        )
+        f"spectrum / {label}": best_ratio(
+            lambda: spectra.transform(X[1:]), lambda: [spectrum(U, V) for U, V in factors], 5
+        ),
+        f"o-align / {label}": best_ratio(lambda: align.transform(X[1:]), align_one_by_one, 5),
     }
 
 
 def ratios(quick: bool = False) -> dict[str, float]:
     """Give all ratios; less is better."""
     if quick:
-        return {**ratios_at(2048, 4, 20), **ratios_at(1024, 32, 10), **ratio_of_one()}
-    found = ratio_of_one()
+        return {**ratios_at(2048, 4, 20), **ratios_at(1024, 32, 10), **ratios_of_one()}
+    found = ratios_of_one()
     for n in (768, 4096, 12288):
         for rank in (4, 32):
             found.update(ratios_at(n, rank, 20))
