@@ -416,7 +416,7 @@ def _fill(
     # One sum says whether all are finite, unless it overflows; then a look at X says it.
     if not math.isfinite(torch.from_numpy(out).sum()):
         _look_at(X)
-        if np.isnan(out).any():  # on CUDA, decompositions of infinity are no errors
+        if np.isnan(out).any():  # infinities that cancelled
             raise ValueError(_overflow(X))
 
 
