@@ -96,8 +96,8 @@ names = [f"m{i}" for i in range(4)]
 factors = [{n: (rng.normal(size=(64, 4)), rng.normal(size=(64, 4))) for n in names}
            for _ in range(64)]
 X, y = LoRACollection.from_factors(factors), np.arange(64) % 2
-net = GLNetClassifier(max_epochs=1, random_state=0, device="cpu")  # CUDA survives no fork
-estimators = [SVDSpectrum(device="cpu"), UpdateKernel(device="cpu"), net]
+net = GLNetClassifier(max_epochs=1, random_state=0)
+estimators = [SVDSpectrum(), UpdateKernel(), net]
 
 def results():
     return [np.asarray(getattr(e, "predict_proba", getattr(e, "transform", None))(X))
@@ -137,6 +137,7 @@ sys.exit(process.exitcode if process.exitcode is not None else 3)
 @pytest.mark.parametrize("how", ["os.fork", "multiprocessing"])
 def test_a_fork_after_work_in_threads_computes_the_same(how):
     environment = {name: v for name, v in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # CUDA does not survive a fork
     command = [sys.executable, "-W", "error", "-c", FORKS, how]
     done = subprocess.run(command, env=environment, timeout=300, check=False)
     assert done.returncode == 0
