@@ -175,13 +175,13 @@ class FileSpan(NamedTuple):
 
     def open(self) -> NDArray[Any]:
         """Map the file, read only; nothing is read yet."""
-        file = np.memmap(self.path, dtype=np.uint8, mode="r")
         try:
+            file = np.memmap(self.path, dtype=np.uint8, mode="r")
             return np.ndarray(self.shape, self.dtype, file, self.offset, self.strides)
         except (TypeError, ValueError):
             raise ValueError(
-                f"{self.path} has {len(file)} bytes, and has no room for the array of shape "
-                f"{self.shape} that was in it when the collection was pickled; make it again "
+                f"{self.path} has {os.path.getsize(self.path)} bytes, and has no room for the array "
+                f"of shape {self.shape} that was in it when the collection was pickled; make it again "
                 "from the file that is there now."
             ) from None
 
@@ -243,7 +243,7 @@ class MemmapStore:
         return subset
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._inode not in (None, os.stat(self.span.path).st_ino):
+        if self._inode != os.stat(self.span.path).st_ino:
             raise ValueError(
                 f"{self.span.path} is another file than the one that this collection was made "
                 "from, so the collection cannot be pickled, copied or sent to other processes; "

@@ -114,6 +114,8 @@ class TestRefused:
             Estimator().fit(LORAS[:0])
         with pytest.raises(ValueError, match=r"0 sample\(s\)"):
             Estimator().fit(ROWS[:0])
+        with pytest.raises(ValueError, match="2D array"):
+            Estimator().fit([])
 
     @pytest.mark.parametrize("fitted", [False, True])
     def test_sparse(self, fitted):
@@ -131,7 +133,7 @@ class TestRefused:
     @pytest.mark.parametrize("fitted", [False, True])
     def test_numbers_that_are_not_finite(self, value, fitted):
         rows = ROWS.copy()
-        rows[3, 12] = value
+        rows[3, 12] = rows[4, 0] = value
         X = LoRACollection.from_array(rows, LAYOUT, ids=LORAS.ids)[1:]
         estimator = Estimator().fit(LORAS) if fitted else Estimator()
         with (
@@ -143,11 +145,11 @@ class TestRefused:
             Estimator(LAYOUT).fit(rows)
 
     def test_columns_beyond_the_given_ranks(self):
-        ranks = [[2, 1]] * 4 + [[1, 1]]
+        ranks = [[2, 1]] * 3 + [[2, 0], [1, 1]]
         X = LoRACollection.from_array(ROWS, LAYOUT, ranks=ranks)
-        with pytest.raises(ValueError, match=r"adapter 4 is said to have rank 1 in module 'q'"):
+        with pytest.raises(ValueError, match=r"adapter 3 is said to have rank 0 in module 'v'"):
             Estimator().fit(X)
-        assert Estimator().fit(X[:4]).layout_ == LAYOUT
+        assert Estimator().fit(X[:3]).layout_ == LAYOUT
 
     def test_ranks_above_the_fitted_ones(self):
         estimator = Estimator().fit(LORAS)

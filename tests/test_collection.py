@@ -38,9 +38,13 @@ class TestFromArray:
         np.testing.assert_array_equal(twin.ranks, X.ranks)
 
     def test_given_ranks_and_ids(self):
-        X = LoRACollection.from_array(ROWS, LAYOUT, ranks=np.ones((5, 2), int), ids=range(10, 15))
+        ids = np.arange(10, 15)
+        X = LoRACollection.from_array(ROWS, LAYOUT, ranks=np.ones((5, 2), np.int8), ids=ids)
         assert X.ranks.tolist() == [[1, 1]] * 5
+        assert X.ranks.dtype == np.intp
+        assert not X.ranks.flags.writeable
         assert X[2].id == 12
+        assert ids.flags.writeable
 
     @pytest.mark.parametrize("dtype", [bool, np.int8, np.int64, np.float16, np.float32])
     def test_other_numbers(self, dtype):
@@ -58,10 +62,13 @@ class TestFromArray:
             ({"ids": [1, 2]}, r"ids of shape \(2,\) do not name 5 adapters"),
             ({"ranks": [[1, 1]]}, r"ranks must be integers of shape \(5, 2\).* got shape \(1, 2\)"),
             ({"ranks": np.ones((5, 2))}, "dtype float64"),
+            ({"ranks": np.ones((5, 2), bool)}, "dtype bool"),
+            ({"X": ROWS[:, 1:], "ranks": np.ones((5, 2), int)}, "2 modules need rows of 15"),
             (
                 {"ranks": [[1, 1]] * 4 + [[1, 2]]},
                 r"adapter 4 is said to have rank 2 in module 'v', .* U \(2, 1\) and V \(2, 1\)",
             ),
+            ({"ranks": [[3, 1]] * 5}, r"'q', .* U \(3, 2\) and V \(2, 2\); .* lacks, to 2\."),
             ({"ranks": [[-1, 1]] * 5}, "adapter 0 is said to have rank -1 in module 'q'"),
         ],
     )
@@ -75,6 +82,13 @@ class TestFromArray:
         np.testing.assert_array_equal(LoRACollection.from_array(named, LAYOUT).read(), ROWS)
         with pytest.raises(ValueError, match="columns of the layout in another order"):
             LoRACollection.from_array(named[LAYOUT.feature_names()[::-1]], LAYOUT)
+
+    def test_columns_of_a_frame_that_may_have_any_names(self):
+        other = pd.DataFrame(ROWS, columns=LAYOUT.feature_names()).add_prefix("my ")
+        np.testing.assert_array_equal(LoRACollection.from_array(other, LAYOUT).read(), ROWS)
+        plain = LoRALayout.rows(15)
+        backwards = pd.DataFrame(ROWS, columns=plain.feature_names()[::-1])
+        np.testing.assert_array_equal(LoRACollection.from_array(backwards, plain).read(), ROWS)
 
 
 class TestArrayLike:
@@ -122,6 +136,17 @@ class TestArrayLike:
             flat = LORAS.read(rows)
             flat[:] = 0
         np.testing.assert_array_equal(LORAS.read([0]), ROWS[:1])
+        assert np.shares_memory(LORAS[1:3].read(copy=False), ROWS)
+
+    def test_picked_rows_are_copied_once(self):
+        X = LoRACollection.from_array(np.ones((10, 2**15)), LoRALayout.rows(2**15))
+        tracemalloc.start()
+        try:
+            picked = X.read([5, 1, 7, 3])
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 1.5 * picked.nbytes
 
     def test_factors(self):
         for (U, V), (all_U, all_V) in zip(LORAS.factors([3, 1]), LAYOUT.unpack(ROWS), strict=True):
@@ -215,6 +240,10 @@ class TestViews:
             found = LORAS[rows, columns]
         np.testing.assert_array_equal(found, ROWS[rows, columns])
 
+    def test_rows_of_a_store_counted_from_its_end(self):
+        view = LoRACollection(LORAS._store, np.array([-2, -1]))
+        np.testing.assert_array_equal(view.read(), ROWS[-2:])
+
     def test_columns_of_picked_rows(self):
         np.testing.assert_array_equal(LORAS[[2, 0], 3:5], ROWS[[2, 0], 3:5])
         np.testing.assert_array_equal(LORAS[[2, 0], 3], ROWS[[2, 0], 3])
@@ -289,8 +318,10 @@ class TestWithLayout:
         np.testing.assert_array_equal(np.asarray(view[::-1]), np.asarray(view)[::-1])
 
     def test_padding_alone_may_be_dropped(self, random_loras, rng):
-        X = random_loras(rng, rank=2)
-        narrow = X.with_layout(X.layout.with_ranks([5, 2, 3])).with_layout(X.layout)
+        X = random_loras(rng, rank=2, dtype=np.float32)
+        wide = X.with_layout(X.layout.with_ranks([5, 2, 3]))
+        assert wide.read().dtype == np.float32
+        narrow = wide.with_layout(X.layout)
         np.testing.assert_array_equal(narrow.read(), X.read())
 
     def test_truncation_is_refused(self):

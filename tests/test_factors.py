@@ -45,8 +45,11 @@ class TestFromFactors:
 
     def test_plain_rows_are_whole_updates(self):
         factors = [{"row": (np.array([[1.0], [2.0]]), np.array([[3.0]]))}]
-        X = LoRACollection.from_factors(factors, layout=LoRALayout.rows(2))
-        np.testing.assert_array_equal(X.read(), [[3, 6]])
+        for base_model in (None, "sd"):
+            X = LoRACollection.from_factors(
+                factors, layout=LoRALayout.rows(2), base_model=base_model
+            )
+            np.testing.assert_array_equal(X.read(), [[3, 6]])
 
     def test_a_base_model_completes_a_declared_layout(self):
         layout = LoRALayout([("q", 3, 2, 2)], side=[("a", 1)])
@@ -105,6 +108,8 @@ class TestFromFactors:
         U, V = pair()
         X = LoRACollection.from_factors([{"q": (U.astype(np.float16), V.astype(np.float32))}])
         assert X._store.array.dtype == np.float32
+        X = LoRACollection.from_factors([X[0]], side=[{"a": np.ones(1)}])
+        assert X._store.array.dtype == np.float64
 
     @pytest.mark.parametrize("other", [np.float16, np.int8, np.int64, np.float64])
     def test_every_dtype_mixes_with_bfloat16(self, other):
@@ -134,6 +139,10 @@ class TestRefusedFactors:
             ({"q": pair(fill=np.nan)}, r"module 'q' of adapter 1 with U \(3, 2\).* has NaN or inf"),
             ({"q": pair(fill=np.inf)}, "NaN or infinity; leave the adapter out"),
             ({"q": pair(n=4)}, r"'q' has updates of shape \(3, 2\) in adapter 0 and .* \(4, 2\)"),
+            ({"q": pair(m=3)}, r"\(3, 2\) in adapter 0 and .* \(3, 3\) in adapter 1"),
+            ({"q": (np.ones((3, 2)), np.full((2, 2), np.nan))}, "NaN or infinity"),
+            ({"q": (np.full((3, 2), np.nan), np.ones((2, 2)))}, "NaN or infinity"),
+            ({"q": (np.ones((3, 2)), np.ones(2))}, r"has U \(3, 2\) and V \(2,\); factors are"),
             ({"q": (np.ones(3), np.ones(2))}, r"has U \(3,\) and V \(2,\); factors are matrices"),
             ({"q": np.ones((3, 2))}, r"module 'q' of adapter 1 is no pair of factors"),
             ({"q": 3.0}, r"module 'q' of adapter 1 is no pair of factors"),
@@ -177,6 +186,7 @@ class TestRefusedFactors:
         [
             ({"k": pair()}, r"module 'k' of adapter 0, with U \(3, 2\) and V \(2, 2\), is not in"),
             ({"q": pair(n=4)}, r"has U \(4, 2\) and V \(2, 2\), but .* U \(3, 2\) and V \(2, 2\)"),
+            ({"q": pair(m=3)}, r"has U \(3, 2\) and V \(3, 2\), but .* and V \(2, 2\)"),
             ({"q": pair(rank=3)}, r"has U \(3, 3\).* raise its ranks with layout\.with_ranks"),
         ],
     )
@@ -187,8 +197,9 @@ class TestRefusedFactors:
 
     def test_side_features_have_to_be_complete(self):
         factors = [{"q": pair()}, {"q": pair()}]
-        with pytest.raises(ValueError, match="2 adapters have side features of 1"):
-            LoRACollection.from_factors(factors, side=[{"a": [1.0]}])
+        for side in ([{"a": [1.0]}], []):
+            with pytest.raises(ValueError, match=f"2 adapters have side features of {len(side)}"):
+                LoRACollection.from_factors(factors, side=side)
         with pytest.raises(ValueError, match=r"adapter 1 has side features \{\}, but \{'a': 1\}"):
             LoRACollection.from_factors(factors, side=[{"a": [1.0]}, {}])
         with pytest.raises(ValueError, match="side feature 'a' of adapter 1 has NaN or inf"):
@@ -210,6 +221,17 @@ class TestRefusedFactors:
         with pytest.raises(error, match=message):
             LoRACollection.from_factors([{"q": pair()}], side=side)
 
+    def test_the_first_adapter_that_has_a_module_sets_its_shape(self):
+        with pytest.raises(ValueError, match=r"in adapter 1 and .* in adapter 2"):
+            LoRACollection.from_factors([{}, {"q": pair()}, {"q": pair(n=4)}])
+
+    def test_complex_numbers_for_a_real_dtype(self):
+        for fill, side in ((1j, 1.0), (1.0, 1j)):
+            with pytest.raises(ValueError, match="real numbers"):
+                LoRACollection.from_factors(
+                    [{"q": pair(fill=fill)}], side=[{"a": side}], dtype=np.float64
+                )
+
     def test_two_base_models(self):
         layout = LoRALayout([("q", 3, 2, 2)], base_model="a")
         with pytest.raises(ValueError, match=r"base_model='b', but the layout is of 'a'"):
@@ -221,7 +243,7 @@ class TestRefusedFactors:
 
     def test_numbers_beyond_the_dtype(self):
         with pytest.raises(ValueError, match="module 'q' that float16 cannot hold; pass another"):
-            LoRACollection.from_factors([{"q": pair(fill=1e6)}], dtype=np.float16)
+            LoRACollection.from_factors([{"p": pair(), "q": pair(fill=1e6)}], dtype=np.float16)
 
     @pytest.mark.parametrize("dtype", [np.int8, np.int64, bool])
     def test_a_dtype_that_rounds(self, dtype):

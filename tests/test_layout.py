@@ -68,6 +68,7 @@ class TestDescription:
 
     def test_repr_is_short(self):
         assert repr(LAYOUT) == "LoRALayout(n_modules=3, width=22, n_side=2, base_model='base')"
+        assert repr(LoRALayout.rows(5)) == "LoRALayout(n_modules=1, width=5, has_plain_rows=True)"
 
     @pytest.mark.parametrize(
         ("column", "name"),
@@ -79,6 +80,8 @@ class TestDescription:
     def test_there_is_no_column_beyond_the_width(self):
         with pytest.raises(IndexError, match="column 22 of 22"):
             LAYOUT.column_name(22)
+        with pytest.raises(IndexError, match="column 30 of 22"):
+            LAYOUT.column_name(30)
 
     @given(st.one_of(layouts, plain_layouts))
     def test_every_column_has_a_name_of_its_own(self, layout):
@@ -179,6 +182,7 @@ class TestPacking:
         [(U, V)] = layout.unpack(flat)
         np.testing.assert_array_equal(U[:, 0, :, 0], flat)
         np.testing.assert_array_equal(V, np.ones((3, 1, 1, 1)))
+        assert layout._factors_at(flat.astype(np.float32), 0)[1].dtype == np.float32
         np.testing.assert_array_equal(layout.pack([(U, V)]), flat)
 
     def test_plain_rows_pack_the_update(self):
@@ -206,6 +210,10 @@ class TestPacking:
         for U, V in LAYOUT.unpack(flat):
             assert U.dtype == V.dtype == dtype
             assert not np.shares_memory(U, flat)
+        factors, side = LAYOUT.unpack(flat), np.zeros((3, 2))
+        assert LAYOUT.pack(factors, side).dtype == dtype
+        mixed = [(U, V.astype(np.float64)) for U, V in factors]
+        assert LAYOUT.pack(mixed, side).dtype == np.float64
 
     def test_no_rows(self):
         flat = np.empty((0, LAYOUT.width))
@@ -215,6 +223,8 @@ class TestPacking:
     def test_unpack_refuses_another_width(self, shape):
         with pytest.raises(ValueError, match=r"3 modules need rows of 22 columns.*shape \("):
             LAYOUT.unpack(np.zeros(shape))
+        with pytest.raises(ValueError, match=r"3 modules need rows of 22 columns.*shape \("):
+            LAYOUT.infer_ranks(np.zeros(shape))
 
     def test_pack_refuses_to_cut_off(self):
         layout = LAYOUT.with_ranks((2, 1, 2))
@@ -258,13 +268,14 @@ class TestRanks:
         for position, rank in enumerate(ranks):
             for factor in layout._factors_at(flat, position):
                 factor[:, :, rank:] = 0
-        np.testing.assert_array_equal(layout.infer_ranks(flat), [ranks] * 3)
+        np.testing.assert_array_equal(layout.infer_ranks(-flat), [ranks] * 3)
+        assert layout.infer_ranks(flat).dtype == np.intp
 
     def test_a_column_counts_when_either_factor_has_it(self):
         # As in an adapter that has not been trained: one factor random, the other zero.
         layout = LoRALayout([("q", 2, 1, 2)])
-        assert layout.infer_ranks(np.array([[0.0, 1, 0, 1, 0, 0]])).tolist() == [[2]]
-        assert layout.infer_ranks(np.array([[0.0, 0, 0, 0, 0, 1]])).tolist() == [[2]]
+        assert layout.infer_ranks(np.array([[0.0, 1, 0, -1, 0, 0]])).tolist() == [[2]]
+        assert layout.infer_ranks(np.array([[0.0, 0, 0, 0, 0, -1]])).tolist() == [[2]]
 
     def test_a_zero_column_before_others_counts(self):
         layout = LoRALayout([("q", 1, 1, 3)])
@@ -294,10 +305,11 @@ class TestDerived:
         assert not layout.with_shapes([(3, 2, 1)]).has_plain_rows
 
     def test_one_for_every_module(self):
-        with pytest.raises(ValueError, match=r"3 ranks are needed, .* got 1"):
-            LAYOUT.with_ranks([2])
-        with pytest.raises(ValueError, match=r"3 shapes are needed, .* got 4"):
-            LAYOUT.with_shapes([(1, 1, 1)] * 4)
+        for number in (1, 4):
+            with pytest.raises(ValueError, match=rf"3 ranks are needed, .* got {number}"):
+                LAYOUT.with_ranks([2] * number)
+            with pytest.raises(ValueError, match=rf"3 shapes are needed, .* got {number}"):
+                LAYOUT.with_shapes([(1, 1, 1)] * number)
 
 
 class TestSameModules:

@@ -17,6 +17,7 @@ from sklora._base import VersionWarning
 from sklora._layout import LoRALayout
 from sklora._saved import CARD, ModelCard, layout_of, load_model, save_model
 from sklora.io._plan import ReadOptions
+from sklora.transform import UpdateKernel
 from tests.stored import TARGETS, assert_same_answers, by_joblib, fitted
 
 
@@ -91,6 +92,13 @@ class TestFile:
         for _ in range(2):
             save_model(tmp_path / "m.skops", model, card_of(model))
         assert os.listdir(tmp_path) == ["m.skops"]
+
+    def test_link_stays_a_link(self, tmp_path, make_model):
+        (tmp_path / "link.skops").symlink_to("m.skops")
+        model = make_model()
+        save_model(tmp_path / "link.skops", model, card_of(model))
+        assert (tmp_path / "link.skops").is_symlink()
+        assert (tmp_path / "m.skops").is_file()
 
     def test_device_of_another_machine(self, tmp_path, make_model, loras):
         model = make_model()
@@ -173,11 +181,14 @@ class TestHostile:
             save_model(tmp_path / "m.skops", model, card_of(model))
         assert os.listdir(tmp_path) == []
 
+    def test_scores_that_json_has_no_place_for(self, make_model):
+        with pytest.raises(ValueError, match="not JSON"):
+            card_of(make_model(), scores={"constant": np.nan}).to_json()
+
     @pytest.mark.parametrize(
         "changes",
         [
             {"format": "other"},
-            {"version": 2},
             {"sklora": 1},
             {"task": "clustering"},
             {"task": ["classification"]},
@@ -185,15 +196,12 @@ class TestHostile:
             {"targets": "first"},
             {"targets": [1]},
             {"classes": ["a", 1, "c"]},
-            {"classes": ["a", "b", "d"]},
             {"classes": []},
-            {"classes": None, "targets": ["one", "two"]},
             {"architecture": "cnn"},
             {"architecture": {}},
             {"layout": []},
             {"layout": {"modules": [], "side": [], "base_model": None}},
             {"layout": {"modules": [["q", 1, 1]], "side": [], "base_model": None}},
-            {"layout": {"modules": [["q", 8, 6, 2]], "side": [], "base_model": None}},
             {"layout": {"modules": [["q", 8, 6, 2]], "side": [], "base_model": 1}},
             {"optional": [1]},
             {"reading": None},
@@ -213,7 +221,31 @@ class TestHostile:
         members = members_of(good)
         card = {**json.loads(members[CARD]), **changes}
         write_zip(good, {**members, CARD: json.dumps(card)})
-        self.refusal(good)
+        assert "is no model that sklora stored: " in self.refusal(good)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"classes": ["a", "b", "d"]},
+            {"classes": None, "targets": ["one", "two"]},
+            {"layout": {"modules": [["q", 8, 6, 2]]}},
+            {"layout": {"base_model": None}},
+        ],
+        ids=str,
+    )
+    def test_card_of_another_model(self, good, changes):
+        members = members_of(good)
+        card = json.loads(members[CARD])
+        if "layout" in changes:
+            changes = {"layout": {**card["layout"], **changes["layout"]}}
+        card |= changes
+        write_zip(good, {**members, CARD: json.dumps(card)})
+        assert "its pipeline is not what" in self.refusal(good)
+
+    def test_card_of_another_version(self, good):
+        members = members_of(good)
+        write_zip(good, {**members, CARD: json.dumps({**json.loads(members[CARD]), "version": 2})})
+        assert "it is of format version 2, and this sklora reads version 1" in self.refusal(good)
 
     @pytest.mark.parametrize("text", ["", "[]", "[" * 10**5, "{", "\xff", "null"])
     def test_card_is_no_json(self, good, text):
@@ -244,6 +276,17 @@ class TestHostile:
     @pytest.mark.parametrize("kind", ["binary", "one number", "multilabel"])
     def test_pipeline_of_other_targets(self, good, make_model, kind):
         self.swap(good, make_model(kind=kind))
+
+    def test_features_of_no_architecture(self, good, make_model, loras):
+        model = make_model().set_params(features=UpdateKernel())
+        self.swap(good, model.fit(loras, np.array(["a", "b", "c"])[np.arange(12) % 3]))
+
+    def test_classifier_of_numbers_is_no_regressor(self, tmp_path, make_model):
+        model = make_model()
+        model["model"].classes_ = np.arange(3.0)
+        card = card_of(model, task="regression", classes=None)
+        save_model(tmp_path / "m.skops", model, card)
+        assert "its pipeline is not what" in self.refusal(tmp_path / "m.skops")
 
     def test_pipeline_that_is_not_fitted(self, good):
         self.swap(good, make_architecture("svd"))

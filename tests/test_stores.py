@@ -1,5 +1,6 @@
 import os
 import pickle
+import tempfile
 from pathlib import Path
 
 import joblib
@@ -69,6 +70,19 @@ class TestMemmaps:
         np.testing.assert_array_equal(mapped.read(), ROWS)
         np.testing.assert_array_equal(mapped.ranks, [[2, 1]] * 7)
 
+    @pytest.mark.parametrize(("layout", "n_copied"), [(LAYOUT, 1), (LoRALayout.rows(14), 0)])
+    def test_ranks_are_found_in_copies_of_the_rows(self, npy, layout, n_copied, monkeypatch):
+        """Whose pages are given back; those of plain rows are known."""
+        copied, copy = [], _stores.MappedRows.copy
+
+        def counting(mapped, rows, dtype):
+            copied.append(rows)
+            return copy(mapped, rows, dtype)
+
+        monkeypatch.setattr(_stores.MappedRows, "copy", counting)
+        LoRACollection.from_array(np.load(npy, mmap_mode="r"), layout)
+        assert len(copied) == n_copied
+
     def test_arrays_over_a_map_are_found(self, npy):
         X = LoRACollection.from_array(np.asarray(np.load(npy, mmap_mode="r")), LAYOUT)
         assert isinstance(X._store, MemmapStore)
@@ -93,6 +107,7 @@ class TestMemmaps:
             np.testing.assert_array_equal(twin.read(slice(1, None)), values[1:])
             np.testing.assert_array_equal(twin.ids, view.ids)
             np.testing.assert_array_equal(twin.ranks, view.ranks)
+            assert twin.ranks.dtype == view.ranks.dtype
             np.testing.assert_array_equal(twin[::2].read(), values[::2])
 
     @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
@@ -115,6 +130,13 @@ class TestMemmaps:
         X = LoRACollection.from_array(np.load(npy, mmap_mode="r"), LAYOUT, ranks=ranks)
         np.testing.assert_array_equal(pickle.loads(pickle.dumps(X[::2])).ranks, ranks[::2])
 
+    def test_a_map_of_a_file_without_a_name(self):
+        with tempfile.TemporaryFile() as file:
+            array = np.memmap(file, np.float32, "w+", shape=ROWS.shape)
+        array[:] = ROWS
+        X = LoRACollection.from_array(array, LAYOUT)
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(X)).read(), ROWS)
+
     def test_copy_on_write_maps_pickle_what_has_been_written(self, npy):
         array = np.load(npy, mmap_mode="c")
         array[0] = 0
@@ -130,11 +152,22 @@ class TestMemmaps:
         with pytest.raises(FileNotFoundError):
             pickle.loads(pickled)
 
-    def test_a_file_that_has_become_shorter(self, tmp_path):
+    def test_a_file_that_had_gone_before_another_took_its_name(self, tmp_path):
         array = np.memmap(tmp_path / "rows", np.float32, "w+", shape=ROWS.shape)
+        os.remove(tmp_path / "rows")
+        X = LoRACollection.from_array(array, LAYOUT)
+        (tmp_path / "rows").write_bytes(bytes(array.nbytes))
+        with pytest.raises(ValueError, match="rows is another file"):
+            pickle.dumps(X)
+
+    @pytest.mark.parametrize("offset", [0, 8])
+    @pytest.mark.parametrize("left", [b"", b"1234"])
+    def test_a_file_that_has_become_shorter(self, tmp_path, offset, left):
+        array = np.memmap(tmp_path / "rows", np.float32, "w+", offset, ROWS.shape)
         pickled = pickle.dumps(LoRACollection.from_array(array, LAYOUT))
-        (tmp_path / "rows").write_bytes(b"1234")
-        with pytest.raises(ValueError, match=r"rows .* 4 bytes.* make it again"):
+        (tmp_path / "rows").write_bytes(left)
+        message = rf"rows has {len(left)} bytes.* shape \(7, 14\) .* make it again"
+        with pytest.raises(ValueError, match=message):
             pickle.loads(pickled)
 
     def test_changed_files_have_other_hashes(self, tmp_path):
@@ -197,7 +230,7 @@ class TestAvailableMemory:
         available = _stores.available_memory()
         assert available is None or available > 2**20
 
-    @pytest.mark.parametrize("text", ["", "MemFree: 1 kB\n"])
+    @pytest.mark.parametrize("text", ["", "MemFree: 1 kB\n", "no numbers\n"])
     def test_is_unknown_elsewhere(self, monkeypatch, tmp_path, text):
         (tmp_path / "meminfo").write_text(text)
         monkeypatch.setattr(

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy.sparse import csr_array
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -110,6 +111,8 @@ class TestApplyGauge:
         np.testing.assert_array_equal(moved.ranks, ranks)
         np.testing.assert_array_equal(X.layout.infer_ranks(moved.read()), ranks)
         np.testing.assert_allclose(updates(moved), updates(X), atol=1e-10)
+        zeros = LoRACollection.from_array(np.zeros(X.shape), X.layout, ranks=ranks)
+        np.testing.assert_array_equal(apply_gauge(zeros).ranks, ranks)
 
     def test_side_features_stay(self, random_loras, rng):
         side = [{"s": [float(i)]} for i in range(8)]
@@ -142,6 +145,7 @@ class TestInvariance:
         assert_gauge_invariant(FunctionTransformer(grams), X, group="O", random_state=0)
         with pytest.raises(AssertionError, match=r"not invariant to GL\(r\)"):
             assert_gauge_invariant(FunctionTransformer(grams), X, random_state=0)
+        assert_gauge_invariant(FunctionTransformer(grams), X, condition=1, random_state=0)
 
     @pytest.mark.parametrize("group", ["GL", "O"])
     def test_factors_are_not_invariant(self, random_loras, rng, group):
@@ -156,6 +160,30 @@ class TestInvariance:
                 group=group,
                 random_state=0,
             )
+
+    def test_one_seed_names_one_adapter_the_worst(self, random_loras, rng):
+        def off(X):
+            return updates(X) + np.array([1, 1, 1, 1, 1, 1, 1e3, 1])[:, None] * factors(X)[:, :1]
+
+        X = random_loras(rng, ids=list("abcdefgh"))
+        messages = set()
+        for _ in range(2):
+            with pytest.raises(AssertionError, match="for adapter 'g' is off by") as error:
+                assert_gauge_invariant(FunctionTransformer(off), X, random_state=3)
+            messages.add(str(error.value))
+        assert len(messages) == 1
+
+    def test_one_of_many_labels_is_a_deviation(self, random_loras, rng):
+        def labels(X):
+            return np.column_stack([updates(X)[:, 0] > 0, factors(X)[:, 0] > 0])
+
+        with pytest.raises(AssertionError, match=r"off by 0\.5, where at most 0 is"):
+            assert_gauge_invariant(FunctionTransformer(labels), random_loras(rng), random_state=0)
+
+    def test_sparse_output(self, random_loras, rng):
+        X = random_loras(rng)
+        model = FunctionTransformer(lambda X: csr_array(updates(X)))
+        assert_gauge_invariant(model, X, random_state=0)
 
     def test_collections_are_compared_as_they_are(self, random_loras, rng):
         with pytest.raises(AssertionError, match="not invariant"):
@@ -241,6 +269,17 @@ class TestInvariance:
         assert_gauge_invariant(model, random_loras(rng), np.arange(8.0), random_state=0)
         assert not hasattr(model[-1], "coef_")
 
+    def test_what_does_not_check_whether_it_is_fitted(self, random_loras, rng):
+        class Scaled(TransformerMixin, BaseEstimator):
+            def fit(self, X, y=None):
+                self.scale_ = 2.0
+                return self
+
+            def transform(self, X):
+                return self.scale_ * updates(X)
+
+        assert_gauge_invariant(Scaled(), random_loras(rng), random_state=0)
+
     def test_lists_of_probabilities(self, random_loras, rng):
         class ManyTargets(BaseEstimator):
             def __init__(self, of=updates):
@@ -312,6 +351,13 @@ class TestEquivariance:
         with pytest.raises(AssertionError):
             assert_gauge_equivariant(nearly, X, random_state=0)
         assert_gauge_equivariant(nearly, X, rtol=1e-2, random_state=0)
+        assert_gauge_equivariant(nearly, X, atol=1e-2, random_state=0)
+
+    def test_lengths_are_those_of_gauges_of_condition_one(self, random_loras, rng):
+        X, lengths = random_loras(rng), Map(lambda U: U * np.linalg.norm(U))
+        assert_gauge_equivariant(lengths, X, condition=1, random_state=0)
+        with pytest.raises(AssertionError, match=r"not equivariant to GL\(r\)"):
+            assert_gauge_equivariant(lengths, X, random_state=0)
 
     def test_other_ranks(self, random_loras, rng):
         padded = FunctionTransformer(

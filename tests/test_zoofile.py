@@ -5,6 +5,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -67,6 +68,7 @@ class TestRoundTrip:
         assert_same(opened, X)
         assert isinstance(opened._store, MemmapStore)
         assert opened._store.span.dtype == dtype
+        assert not opened._store._array.flags.writeable
         assert path.stat().st_size < X._store.array.nbytes + 1000
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -80,11 +82,27 @@ class TestRoundTrip:
             assert LoRACollection.open(path).shape == (0, LAYOUT.width)
         LoRACollection.open(str(path))[::-1].save(path)
         np.testing.assert_array_equal(LoRACollection.open(path).read(), X[::-1].read())
+        if len(X):
+            assert LoRACollection.open(path)._store.span.dtype == dtype
 
     def test_views_of_other_ranks(self, path):
         X = adapters(np.float16).with_layout(LAYOUT.with_ranks([4, 3]))[2:]
         X.save(path)
         assert_same(LoRACollection.open(path), X)
+
+    @pytest.mark.parametrize("dtype", [np.float16, np.float64])
+    def test_saving_stays_within_the_working_memory(self, path, dtype):
+        layout = LoRALayout([("q", 100, 100, 2)])
+        X = LoRACollection.from_array(np.ones((1000, layout.width), dtype), layout)
+        wider = X.with_layout(layout.with_ranks([3]))
+        with sklearn.config_context(working_memory=0.5):
+            tracemalloc.start()
+            try:
+                wider.save(path)
+                _, peak = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+        assert peak < 0.6 * 2**20
 
     @pytest.mark.parametrize(
         ("stored", "written"),
@@ -117,6 +135,7 @@ class TestRoundTrip:
         [
             [-5, 2**40],
             np.array([1, 2**64 - 1], np.uint64),
+            np.array([1, 2**63], np.uint64),
             np.array(["a", "b"], object),
             np.array([3, 4], np.int8),
         ],
@@ -340,8 +359,9 @@ class TestHostileFiles:
             (with_metadata(layout="[" * 100_000), "nested too deeply"),
             (with_metadata(layout="[]"), r"the layout in its metadata is '\[\]'"),
             (with_metadata(layout=""), "Expecting value"),
+            (with_metadata(layout='{"modules": [], "side": []}'), "the layout in its metadata is"),
             (with_metadata(layout='{"a": 1, "a": 2}'), "names .a. twice"),
-            (with_layout(base_model=3), "base_model is 3, which is no string"),
+            (with_layout(base_model=3), r"base_model is 3, which is no string\. Copy"),
             (with_layout(modules=[]), "at least one module"),
             (with_layout(modules=3), "not iterable"),
             (with_layout(modules=[["q", 3, 2]]), "described by"),
@@ -394,6 +414,7 @@ class TestHostileFiles:
         [
             ("[0, 1, 2, 3, 4, 5]   ", "no list of 7"),
             ('{"a": [1, 2, 3, 4]}  ', "no list of 7"),
+            ('"abcdefg"            ', "no list of 7"),
             ("[0, 1, 2, 3, 4, 5, 1.", "Expecting"),
             ("[0,1,2,3, 4, 5,  6.5]", "neither all integers nor all strings"),
             ('[0,1,2,3,4,5,   "6" ]', "neither all integers nor all strings"),

@@ -152,7 +152,7 @@ def _predict_one(model: Pipeline, adapter: LoRACollection) -> Prediction:
 def _failed(path: str, error: Exception) -> Prediction:
     # Below its first line, scikit-learn advises those who write the code.
     reason = error.reason if isinstance(error, AdapterError) else str(error).partition("\n")[0]
-    return Prediction(path, with_options(reason))
+    return Prediction(path, with_options(reason or type(error).__name__))
 
 
 def predict(model: Pipeline, loras: LoRACollection) -> list[Prediction]:

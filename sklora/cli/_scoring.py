@@ -130,7 +130,7 @@ def evaluate(
         try:
             evaluations.append(_evaluate(name, zoo, folds, args))
         except (ValueError, MemoryError, RuntimeError) as error:  # torch has but the last
-            say(f"{name} failed: {error}")
+            say(f"{name} failed: {str(error) or type(error).__name__}")
     if not evaluations:
         raise CommandError("no architecture could be trained.", FAILED)
     return evaluations

@@ -4,10 +4,11 @@ import sys
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from sklearn.dummy import DummyClassifier, DummyRegressor
 
 from sklora import ARCHITECTURES
 from sklora.cli import _scoring
-from sklora.cli._scoring import make_folds
+from sklora.cli._scoring import Evaluation, baseline, make_folds, metric, score_rows
 from sklora.cli._targets import Targets
 from sklora.cli._zoo import LabelledZoo
 from sklora.io._plan import ReadOptions
@@ -26,8 +27,6 @@ def compare(run, zoo, tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Constants in place of networks."""
-    from sklearn.dummy import DummyClassifier, DummyRegressor
-
     dummies = {"classification": DummyClassifier, "regression": DummyRegressor}
 
     def make(name, task, **options):
@@ -54,6 +53,8 @@ def test_chart_shows_every_fold(compare, quick, monkeypatch, tmp_path):
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     _, out, _ = compare("--json")
     [axes] = figures[0].axes
+    [times] = axes.child_axes
+    assert all(text.get_text().endswith(" s") for text in times.get_yticklabels())
     results = json.loads(out)["results"]
     [folds] = [
         line for line in axes.lines if line.get_linestyle() == "None" and len(line.get_xdata()) == 8
@@ -63,10 +64,27 @@ def test_chart_shows_every_fold(compare, quick, monkeypatch, tmp_path):
         one["architecture"] for one in results
     ]
     assert axes.get_title() == "style"
+    assert axes.get_xlabel() == "accuracy"
+    assert figures[0].get_suptitle() == "40 adapters, 2 folds"
+    assert figures[0].get_size_inches().tolist() == [6.5, pytest.approx(1.6 + 0.4 * 4)]
     assert "constant" in [text.get_text() for text in axes.texts]
 
 
-def test_json(compare, quick, tmp_path):
+def test_chart_of_groups_and_of_names_that_do_not_print(
+    run, quick, zoo, tmp_path, monkeypatch, write_csv
+):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    rows = [(f"a{n:02}", n % 2, n // 4) for n in range(40)]
+    labels = write_csv(tmp_path / "l.csv", ("path", "\x1b[2J", "run"), rows)
+    options = ("--target", "\x1b[2J", "--groups", "run", "--folds", "2", "-o", tmp_path / "c.png")
+    assert run("compare", zoo, "--labels", labels, *options).code == 1
+    assert figures[0].get_suptitle() == "40 adapters, 2 folds by group"
+    assert figures[0].axes[0].get_title() == "\\x1b[2J"
+
+
+def test_json(compare, quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     code, out, err = compare("--json", "--no-chart", "--groups", "run")
     summary = json.loads(out)
     assert code == 1
@@ -79,7 +97,7 @@ def test_json(compare, quick, tmp_path):
         "gl-net",
     ]
     assert len(summary["results"][0]["scores"]) == 2
-    assert not (tmp_path / "chart.png").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_many_labels_of_any_name(compare, quick, run, zoo, tmp_path, write_csv):
@@ -115,20 +133,42 @@ def test_refused(compare, options, message):
     assert message in err
 
 
-def test_all_fail(compare, monkeypatch):
+@pytest.mark.parametrize("error", [ValueError("no"), RuntimeError("no"), MemoryError()])
+def test_all_fail(compare, monkeypatch, error):
     def make(*arguments, **options):
-        raise ValueError("no")
+        raise error
 
     monkeypatch.setattr(_scoring, "make_architecture", make)
     code, _, err = compare("--no-chart")
     assert code == 1
+    assert f"sklora: mlp failed: {str(error) or 'MemoryError'}\n" in err
     assert err.endswith("sklora: error: no architecture could be trained.\n")
 
 
+def zoo_of(y, task="classification", groups=None):
+    y = np.asarray(y)
+    return LabelledZoo(range(len(y)), Targets(task, ("y",), y), groups, ReadOptions())
+
+
+def test_labels_count_one_by_one():
+    y = np.array([[1, 0], [1, 1], [1, 0], [1, 0]])
+    zoo = zoo_of(y)
+    assert baseline(zoo) == 0.875
+    name, scorer = metric(zoo)
+    always = DummyClassifier(strategy="constant", constant=[1, 0]).fit(np.zeros((4, 1)), y)
+    assert (name, scorer(always, np.zeros((4, 1)), y)) == ("accuracy", 0.875)
+
+
+def test_rows_of_scores():
+    one = Evaluation("svd", np.array([1.0, 3.0]), 1.26)
+    assert score_rows([one], "R2") == [
+        ("architecture", "R2", "spread", "fit time"),
+        ("svd", "2.000", "±1.414", "1.3 s"),
+    ]
+
+
 class TestFolds:
-    def zoo(self, y, task="classification", groups=None):
-        y = np.asarray(y)
-        return LabelledZoo(range(len(y)), Targets(task, ("y",), y), groups, ReadOptions())
+    zoo = staticmethod(zoo_of)
 
     def test_classes_are_spread(self):
         y = np.repeat(["a", "b"], [8, 4])
@@ -139,6 +179,12 @@ class TestFolds:
         groups = tuple("aaabbbcccddd")
         for train, test in make_folds(self.zoo(np.arange(12) % 2, groups=groups), 2, 0):
             assert not {groups[n] for n in train} & {groups[n] for n in test}
+
+    def test_as_many_as_there_can_be(self, capsys):
+        assert len(make_folds(self.zoo(np.arange(8.0), "regression"), 4, 0)) == 4
+        assert len(make_folds(self.zoo(np.arange(8) % 2), 4, 0)) == 4
+        assert len(make_folds(self.zoo(np.arange(8) % 2, groups=tuple("aabbccdd")), 4, 0)) == 4
+        assert capsys.readouterr().err == ""
 
     @pytest.mark.parametrize("task", ["classification", "regression"])
     def test_seed(self, task):

@@ -7,7 +7,7 @@ import skops.io
 
 from sklora import TRUSTED_TYPES, LoRACollection
 from sklora._saved import load_model
-from sklora.cli._zoo import optional_parts
+from sklora.cli._zoo import _in_memory, optional_parts
 from sklora.io import read_adapters, write_adapter
 
 
@@ -46,6 +46,7 @@ class TestModel:
         assert (card.architecture, card.n_adapters, card.scores) == ("svd", 40, None)
         assert card.layout == model["features"].layout_
         assert card.layout.base_model == "tiny/llama"
+        assert model["features"].verbose == model["model"].verbose == 0
 
     def test_same_seed_same_model(self, fit, zoo, tmp_path):
         weights = []
@@ -54,6 +55,9 @@ class TestModel:
             weights.append(load_model(tmp_path / "model.skops")[0]["model"].weights_)
         for name, array in weights[0].items():
             np.testing.assert_array_equal(array, weights[1][name])
+        assert fit(zoo, "--seed", "4").code == 0
+        others = load_model(tmp_path / "model.skops")[0]["model"].weights_
+        assert not all(np.array_equal(array, others[name]) for name, array in weights[0].items())
 
     def test_options_of_reading_are_kept(self, fit, zoo, tmp_path):
         assert fit(zoo, "--names", "raw", "--scale", "2").code == 0
@@ -75,7 +79,8 @@ class TestScores:
         assert "sklora: predicts style: classification, 2 classes" in err
         assert card.scores["metric"] == "accuracy"
         assert card.scores["constant"] == 0.5
-        assert len(card.scores["scores"]["svd"]) == 2
+        assert card.scores["folds"] == len(card.scores["scores"]["svd"]) == 2
+        assert not card.scores["grouped"]
 
     def test_auto_takes_the_best(self, fit, zoo, tmp_path):
         code, out, _ = fit(zoo, "--folds", "2", "--architecture", "auto", target="loss")
@@ -105,6 +110,7 @@ class TestScores:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
+            (("--folds", "1"), "--folds is 1; cross-validation takes at least 2"),
             (("--folds", "41"), "--folds 41 is too many for 40 adapters"),
             (("--folds", "21"), "no class has 21 adapters"),
             (("--folds", "11", "--groups", "run"), "--folds 11 is too many for 10 groups"),
@@ -165,8 +171,9 @@ class TestIds:
         assert (code, out) == (2, "")
         assert err.startswith(f"sklora: error: {labels}: no adapter is called 'b' (line 3); ")
 
-    def test_same_file_twice_in_the_zoo(self, fit, zoo):
-        assert fit([zoo, str(zoo)]).code == 0
+    def test_same_file_twice_in_the_zoo(self, fit, zoo, monkeypatch):
+        monkeypatch.chdir(zoo.parent)
+        assert fit([zoo, str(zoo), zoo.name]).code == 0
 
     def test_packed_zoo(self, fit, zoo, tmp_path, write_csv):
         X = read_adapters(zoo)
@@ -320,6 +327,18 @@ def test_optional_parts(factors):
     side = [{"always": [0, 1], "seldom": [0, 0]}, {"always": [2, 0], "seldom": [1, 1]}]
     X = LoRACollection.from_factors(adapters, side=side)
     assert optional_parts(X) == ("layers.0.v_proj", "seldom")
+
+
+def test_what_fits_in_half_of_the_memory_is_read_at_once(random_loras, rng, monkeypatch):
+    X = random_loras(rng)
+    X = LoRACollection.from_array(np.zeros(X.shape), X.layout, ranks=X.ranks, ids=list("abcdefgh"))
+    monkeypatch.setattr("sklora.cli._zoo.available_memory", lambda: 2 * X.nbytes - 1)
+    assert _in_memory(X) is X
+    monkeypatch.setattr("sklora.cli._zoo.available_memory", lambda: 2 * X.nbytes)
+    read = _in_memory(X)
+    assert read is not X
+    np.testing.assert_array_equal(read.ranks, X.ranks)
+    np.testing.assert_array_equal(read.ids, X.ids)
 
 
 def test_larger_than_memory_stays_in_files(fit, zoo, monkeypatch):

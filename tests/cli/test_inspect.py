@@ -1,11 +1,14 @@
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from sklora.io import write_adapter
+from sklora.cli._inspect import _cells
+from sklora.io import AdapterReport, write_adapter
+from sklora.io._scan import ScannedModule
 
 
 def test_table(run, zoo):
@@ -24,6 +27,18 @@ def test_many_ranks_are_summarised(run, tmp_path, factors):
         adapter |= factors(shapes={f"m{rank}": (8, 8)}, rank=rank)
     write_adapter(tmp_path, adapter)
     assert " 1..5 " in run("inspect", tmp_path).out
+
+
+def test_a_row_tells_apart_ranks_scales_side_features_and_what_is_left_out():
+    modules = [
+        ScannedModule("m", "m", "lora", 8, 8, rank, scale)
+        for rank, scale in ((1, 0.5), (2, 1.23456), (3, 1.5), (3, 2.0))
+    ]
+    report = AdapterReport(
+        "a", None, "peft", modules=tuple(modules), side=(("s", 1),), left_out=(("t", ""),) * 2
+    )
+    assert _cells(report) == ("a", "peft", "4", "1,2,3", "0.5..2", "", "-", "1", "2")
+    assert _cells(replace(report, modules=modules[1:2]))[4] == "1.235"
 
 
 def test_json(run, zoo):

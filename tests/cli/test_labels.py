@@ -41,6 +41,11 @@ class TestReadLabels:
         path = labels_file(f"{header}\n{','.join(cells.values())}\n")
         assert read_labels(path, ["y"]).rows[0].id == id
 
+    def test_spaces_around_cells_do_not_count(self, labels_file):
+        path = labels_file("path, y ,run\n a , 1, r \n,,\n")
+        labels = read_labels(path, ["y"], groups="run")
+        assert labels.rows == (Row(2, "a", ("1",), "r"),)
+
     def test_column_of_ids_by_name(self, labels_file):
         path = labels_file("path,file,y\na,b,1\n")
         assert read_labels(path, ["y"], id="file").rows[0].id == "b"
@@ -54,6 +59,8 @@ class TestReadLabels:
             ("path,y,y\na,1,2\n", "has 2 columns 'y'"),
             ("path,y\na,1\nb,2,3\n", "line 3 has 3 cells, but there are 2 columns"),
             ("path;y\na;1\n", "it has 'path;y'; separate cells by commas."),
+            ("path|y\na|1\n", "it has 'path|y'; separate cells by commas."),
+            ("path;,z\na,1\n", "it has 'path;', 'z'."),
             ("path\ty\na\t1\n", "it has 'path\\ty'; separate cells by commas."),
             ("path,y\na\n", "line 2 has 1 cell, but there are 2 columns"),
             ("path,y\na,1\nb, \n", "line 3 (b): column 'y' is empty"),
@@ -96,6 +103,13 @@ class TestMatch:
             "there are 'a', 'b'."
         )
 
+    def test_an_adapter_goes_by_its_shortest_name(self):
+        message = refusal(match, labels_of("1", ids=["x"]), [["zoo/a/w", "a", "zoo/a"]])
+        assert message.endswith("there are 'a'.")
+
+    def test_two_names_that_are_one(self):
+        assert match(labels_of("1", ids=["a"]), [["a", "./a"]]) == [0]
+
     def test_two_rows_of_one_adapter(self):
         message = refusal(match, labels_of("12", ids=["a", "zoo/a"]), [["zoo/a", "a"]])
         assert "line 3: 'zoo/a' is the adapter of line 2, too" in message
@@ -118,7 +132,10 @@ class TestMakeTargets:
             ([str(n) for n in range(20)], "classification", tuple(range(20))),
             ([str(n) for n in range(21)], "regression", None),
             (["a", *"0123456789" * 3], "classification", (*"0123456789", "a")),
-            (("9" * 20, "1", "1"), "classification", ("1", "9" * 20)),
+            (("9" * 19, "1", "1"), "classification", ("1", "9" * 19)),
+            (("9" * 18, "1", "1"), "classification", (1, int("9" * 18))),
+            (("-1", "0", "0"), "classification", (-1, 0)),
+            (("-0", "0", "0"), "classification", ("-0", "0")),
         ],
     )  # fmt: skip
     def test_task(self, cells, task, classes):
@@ -127,7 +144,9 @@ class TestMakeTargets:
         assert targets.y.shape == (len(cells),)
 
     def test_task_as_asked(self):
-        assert make_targets(labels_of("121"), "regression").y.tolist() == [1.0, 2.0, 1.0]
+        numbers = make_targets(labels_of("121"), "regression")
+        assert numbers.y.tolist() == [1.0, 2.0, 1.0]
+        assert numbers.describe() == "regression, 1 number"
         assert make_targets(labels_of(["0.5", "1"]), "classification").classes == ("0.5", "1")
 
     def test_many_labels(self):
@@ -146,6 +165,7 @@ class TestMakeTargets:
         [
             (["111"], None, "all targets in column 't0' are '1'"),
             (["1x"], "regression", "line 3 (b): t0 is 'x', but regression needs"),
+            (["12", "1x"], "regression", "line 3 (b): t1 is 'x', but regression needs"),
             ([["1.5", "nan"]], None, "line 3 (b): t0 is 'nan'"),
             ([["1.5", "inf"]], None, "line 3 (b): t0 is 'inf'"),
             (["01", "02"], None, "line 3 (b): t1 is '2', but several targets are labels"),

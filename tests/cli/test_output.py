@@ -17,7 +17,7 @@ class Terminal(io.StringIO):
     ("text", "shown"),
     [
         ("plain é 漢", "plain é 漢"),
-        ("\x1b[2J", "\\x1b[2J"),
+        ("é\x1b[2J", "é\\x1b[2J"),
         ("a\rb\n", "a\\rb\\n"),
         ("\u202egnp", "\\u202egnp"),
         ("\udcff", "\\udcff"),
@@ -44,6 +44,10 @@ def test_say_escapes_and_names_options(capsys):
         ("pass scale=, the factor", "pass --scale, the factor"),
         ("pass allow_torch_zip=True, which", "pass --allow-torch-zip, which"),
         ("pass names='raw' to keep", "pass --names raw to keep"),
+        ("pass lokr='kronecker' to", "pass --lokr kronecker to"),
+        ("pass on_extra='ignore'", "pass --allow-other-modules"),
+        ("pass on_missing='zero'", "pass --allow-other-modules"),
+        ("pass keys=('...{module}...', ...)", "pass --keys '...{module}...' '...{module}...'"),
         ("nothing to see", "nothing to see"),
     ],
 )

@@ -24,6 +24,32 @@ def test_commands():
 
 
 @pytest.mark.parametrize("command", ["inspect", "fit", "predict", "compare"])
+def test_defaults_are_those_that_the_help_says(command):
+    for action in commands()[command]._actions:
+        _, found, default = (action.help or "").partition("(default: ")
+        if found and action.default is not None:
+            assert default == f"{action.default})"
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value", "message"),
+    [
+        ("compare", "--folds", "1", "1 is less than 2"),
+        ("fit", "--folds", "-1", "-1 is less than 0"),
+        ("fit", "--jobs", "0", "0 is less than 1"),
+        ("fit", "--seed", str(2**32), f"{2**32} is more than {2**32 - 1}"),
+        ("fit", "--seed", "x", "invalid number value: 'x'"),
+    ],
+)
+def test_numbers_out_of_range(capsys, command, option, value, message):
+    arguments = [command, "zoo", "--labels", "l", "--target", "t", "-o", "o", option, value]
+    with pytest.raises(SystemExit) as error:
+        build_parser().parse_args(arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["inspect", "fit", "predict", "compare"])
 def test_options_are_documented(command):
     page = PAGE.read_text(encoding="utf-8")
     assert f"\n## {command}\n" in page

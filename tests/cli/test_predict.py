@@ -11,6 +11,7 @@ import sklearn
 
 from sklora._saved import load_model
 from sklora.cli._predict import predict
+from sklora.cli._reading import OneByOne
 from sklora.estimators._base import BaseNetEstimator
 from sklora.io import read_adapters, write_adapter
 
@@ -158,18 +159,52 @@ class TestBadFiles:
         assert code == 1
         assert len(json.loads(out)) == 1
 
+    @pytest.mark.parametrize("error", [ValueError, MemoryError, RuntimeError])
+    def test_adapter_that_the_model_fails_on(self, run, models, zoo, monkeypatch, error):
+        def failing(model, loras):
+            if any("a01" in path for path in loras.ids.tolist()):
+                raise error("too large\n\nadvice")
+            return predict(model, loras)
+
+        monkeypatch.setattr("sklora.cli._predict.predict", failing)
+        code, out, _ = run("predict", models["style"], *(zoo / f"a0{n}" for n in range(3)))
+        assert code == 1
+        assert [row["error"] for row in rows_of(out)] == ["", "too large", ""]
+
+    def test_no_memory_to_read_one(self, run, models, zoo, monkeypatch):
+        def failing(self, found):
+            if "a01" in found.path:
+                raise MemoryError  # of which Python says nothing
+            return read(self, found)
+
+        read = OneByOne.read
+        monkeypatch.setattr(OneByOne, "read", failing)
+        code, out, _ = run("predict", models["style"], *(zoo / f"a0{n}" for n in range(3)))
+        assert code == 1
+        assert [row["error"] for row in rows_of(out)] == ["", "MemoryError", ""]
+
     def test_in_small_blocks(self, run, models, uploads, monkeypatch):
         def predictions():
             rows = rows_of(run("predict", models["style"], *uploads).out)
             shares = [float(row.pop("large:probability") or 0) for row in rows]
             return shares, [{**row, "small:probability": None} for row in rows]
 
+        sizes = []
+        monkeypatch.setattr(
+            "sklora.cli._predict.predict",
+            lambda model, loras: sizes.append(len(loras)) or predict(model, loras),
+        )
         shares, whole = predictions()
+        assert sizes == [2]
+        sizes.clear()
         monkeypatch.setattr("sklora.cli._predict._MOST_PER_BLOCK", 1)
         assert predictions() == (pytest.approx(shares), whole)
-        monkeypatch.undo()
+        assert max(sizes) == 1
+        monkeypatch.setattr("sklora.cli._predict._MOST_PER_BLOCK", 256)
+        sizes.clear()
         with sklearn.config_context(working_memory=1e-6):
             assert predictions() == (pytest.approx(shares), whole)
+        assert max(sizes) == 1
 
 
 class TestOtherAdapters:

@@ -22,6 +22,7 @@ from sklora import (
     GLNetClassifier,
     GLNetRegressor,
     LoRACollection,
+    LoRALayout,
     MLPNetClassifier,
     make_architecture,
 )
@@ -241,6 +242,15 @@ class TestProgram:
         with pytest.raises(ValueError, match="module"):
             program_inputs(exported.estimator, LoRACollection.from_factors([{"q": ([[1]], [[1]])}]))
 
+    def test_one_rank_serves_all_modules(self):
+        layout = LoRALayout([("q", 3, 2, 1), ("v", 4, 2, 2)])
+        X = LoRACollection.from_array(np.ones((12, layout.width)), layout)
+        model = GLNetRegressor(max_epochs=1, device="cpu").fit(X, np.arange(12.0))
+        (factors,) = program_inputs(model, X)
+        assert [tuple(factor.shape) for pair in factors.values() for factor in pair] == [
+            (12, 3, 2), (12, 2, 2), (12, 4, 2), (12, 2, 2),
+        ]  # fmt: skip
+
 
 class TestOnnx:
     def test_says_what_it_is(self, exported):
@@ -273,7 +283,9 @@ class TestOnnx:
         X = np.random.default_rng(0).normal(size=(20, 5))
         days = np.array(["2026-11-01", "2026-11-26"], "datetime64[D]")
         model = GLNetClassifier(max_epochs=1, device="cpu").fit(X, days[np.arange(20) % 2])
+        (tmp_path / "model.onnx").symlink_to("other.onnx")
         export_onnx(model, tmp_path / "model.onnx")
+        assert (tmp_path / "model.onnx").is_symlink()
         [classes] = [
             entry.value
             for entry in onnx.load(tmp_path / "model.onnx").metadata_props

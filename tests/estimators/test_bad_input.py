@@ -6,6 +6,7 @@ import copy
 
 import numpy as np
 import pytest
+import torch
 
 from sklora.collection import LoRACollection, LoRALayout
 
@@ -42,6 +43,16 @@ class TestBadInput:
         bad = LoRACollection.from_array(flat, zoo.layout, ids=[f"a{i}" for i in range(60)])
         with pytest.raises(ValueError, match=r"for adapter 'a7' are NaN or infinite"):
             fitted.predict(bad)
+
+    def test_one_output_that_is_not_finite(self, fitted, zoo, monkeypatch):
+        def forward(rows):
+            outputs = torch.zeros(len(rows), fitted.n_outputs_)
+            outputs[-1, 0] = torch.nan
+            return outputs
+
+        monkeypatch.setattr(fitted, "_forward", lambda *_: forward)
+        with pytest.raises(ValueError, match="for adapter 59 are NaN or infinite"):
+            fitted.predict(zoo)
 
     @pytest.mark.parametrize("method", ["fit", "partial_fit"])
     def test_lengths_differ(self, fitted, case, zoo, method):

@@ -20,6 +20,7 @@ from skorch.callbacks import Callback, EarlyStopping, EpochScoring, Freezer
 
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.estimators import GLNetClassifier, GLNetRegressor, MLPNetClassifier, MLPNetRegressor
+from sklora.estimators._training import split_validation
 
 
 def train_losses(model):
@@ -72,6 +73,8 @@ class TestFittedState:
         with torch.no_grad():
             next(net.parameters()).zero_()
         assert np.any(next(iter(model.weights_.values())))
+        with pytest.raises(AttributeError, match="abacus"):  # as displays expect of attributes
+            _ = model.set_params(device="abacus").net_
 
     def test_rebuilding_draws_no_random_numbers(self, case, zoo, quick):
         model = quick(case[0]).fit(zoo, case[1])
@@ -221,6 +224,17 @@ class TestPrediction:
 
 
 class TestEarlyStopping:
+    def test_what_is_held_out(self, case, zoo, quick, monkeypatch):
+        seen = []
+
+        def split(y, fraction, random_state, *, classes):
+            seen.append((len(y), fraction, classes))
+            return split_validation(y, fraction, random_state, classes=classes)
+
+        monkeypatch.setattr("sklora.estimators._base.split_validation", split)
+        quick(case[0], validation_fraction=0.3).fit(zoo, case[1])
+        assert seen == [(60, 0.3, case[1].dtype.kind == "U")]
+
     def test_restores_the_best_weights(self, case, zoo, quick):
         rng = np.random.default_rng(0)
         y = rng.permutation(case[1])
@@ -274,6 +288,13 @@ class TestGoingOn:
             one.set_params(optimizer=second).partial_fit(zoo, case[1])
         assert same_state(model, twin)
         assert model.optimizer_state_.keys() == twin.optimizer_state_.keys()
+
+    def test_fit_after_partial_fit_begins_with_no_moments(self, case, zoo, quick, same_state):
+        classes = {"classes": np.unique(case[1])} if case[1].dtype.kind == "U" else {}
+        model = quick(case[0], warm_start=True).partial_fit(zoo, case[1], **classes)
+        twin = copy.deepcopy(model)
+        del twin.optimizer_state_
+        assert same_state(model.fit(zoo, case[1]), twin.fit(zoo, case[1]))
 
     @pytest.mark.parametrize("how", ["partial_fit", "warm_start"])
     def test_another_order_is_drawn_each_time(self, how, case, zoo, quick):

@@ -284,6 +284,11 @@ class TestSpectrum:
         model.fit(zoo, traces)
         with pytest.raises(ValueError, match=r"module 'q'.* overflow .*spectrum=False"):
             model.predict(large)
+        flat = np.asarray(zoo).copy()
+        for columns in zoo.layout.factor_slices[1]:
+            flat[:, columns] *= 1e200
+        with pytest.raises(ValueError, match=r"module 'k'.* overflow .*spectrum=False"):
+            model.predict(LoRACollection.from_array(flat, zoo.layout))
 
     def test_moments_are_weighted(self, zoo, traces, quick):
         weights = np.linspace(0, 1, 60)

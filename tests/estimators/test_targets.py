@@ -45,7 +45,10 @@ class TestClassifier:
         assert isinstance(proba, np.ndarray)
         np.testing.assert_allclose(proba, expit(decision))
         np.testing.assert_array_equal(model.predict(zoo), (proba > 0.5).astype(int))
+        assert model.predict(zoo).dtype == np.int64
         assert model.score(zoo, targets["multilabel"]) >= 0
+        two = quick(classifier).fit(zoo, targets["multilabel"][:, :2])
+        assert two.decision_function(zoo).shape == (60, 2)
 
     @pytest.mark.parametrize("kind", ["binary", "multiclass", "multilabel"])
     def test_logarithms(self, kind, classifier, zoo, targets, quick):
@@ -184,6 +187,8 @@ class TestClassWeight:
         assert not same_state(models[0], models[1])
         shares = [model.predict_proba(zoo)[:, 2].mean() for model in models]
         assert shares[3] > max(shares[:3])
+        weighted = quick(classifier).fit(zoo, y, sample_weight=np.linspace(0.1, 2, 60))
+        assert not same_state(models[0], weighted)
 
     def test_a_label_that_is_always_there(self, classifier, zoo, targets, quick):
         y = targets["multilabel"].copy()
@@ -253,6 +258,12 @@ class TestPartialFit:
         with pytest.raises(ValueError, match=r"classes=\['no', 'yes'\].*3 labels"):
             quick(classifier).partial_fit(zoo, y, classes=["no", "yes"])
 
+    def test_zero_and_one_stand_for_labels_alone(self, classifier, zoo, quick):
+        y = np.arange(60) % 3
+        model = quick(classifier).partial_fit(zoo, y, classes=[0, 1, 2])
+        with pytest.raises(ValueError, match="not those of the first call"):
+            model.partial_fit(zoo, y, classes=[0, 1])
+
     def test_one_class_in_classes(self, classifier, zoo, targets, quick):
         with pytest.raises(ValueError, match=r"but classes holds one class only: 'no'\.$"):
             quick(classifier).partial_fit(zoo, targets["binary"], classes=["no"])
@@ -260,8 +271,16 @@ class TestPartialFit:
     @pytest.mark.parametrize(
         ("kind", "change", "message"),
         [
-            ("binary", lambda y: {"y": np.where(y == "no", "not", y)}, "classes.*'not'"),
-            ("binary", lambda y: {"classes": ["a", "b"]}, "not those of the first call"),
+            (
+                "binary",
+                lambda y: {"y": np.where(y == "no", "not", y)},
+                r"classes \['not'\], which.*\['no', 'yes'\]\.",
+            ),
+            (
+                "binary",
+                lambda y: {"classes": ["a", "b"]},
+                "not those of the first call.*'no', 'yes'",
+            ),
             (
                 "multiclass",
                 lambda y: {"y": np.eye(3, dtype=int)[np.arange(60) % 3]},

@@ -5,7 +5,7 @@ from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.exceptions import NotFittedError
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401
 from sklearn.linear_model import Ridge
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, r2_score
 from sklearn.model_selection import GridSearchCV, HalvingGridSearchCV, cross_validate
 from sklearn.pipeline import Pipeline, make_pipeline
 
@@ -65,12 +65,23 @@ class TestFromEstimator:
     def test_is_drawn(self, search, overlapping):
         display = ArchitectureComparisonDisplay.from_estimator(search)
         assert rows(display.ax_) == [*ARCHITECTURES, "dense (kernel)"]
+        np.testing.assert_allclose(display.figure_.get_size_inches(), (6.5, 1.2 + 0.4 * 6))
         assert overlapping(display.figure_) == []
 
     def test_one_architecture(self, zoo):
         model = make_architecture("mlp", "regression").set_params(model__max_epochs=1)
         search = GridSearchCV(model, {"model__lr": [1e-3, 1e-2]}, cv=2).fit(*zoo)
-        display = ArchitectureComparisonDisplay.from_estimator(search, score_name="share")
+        _, ax = plt.subplots()
+        display = ArchitectureComparisonDisplay.from_estimator(
+            search,
+            score_name="share",
+            ax=ax,
+            errorbar_kw={"ms": 9},
+            fold_kw={"marker": "x"},
+        )
+        assert display.ax_ is ax
+        assert display.folds_[0].get_marker() == "x"
+        assert display.errorbars_[0][0].get_markersize() == 9
         assert rows(display.ax_) == ["mlp"]
         assert display.ax_.get_xlabel() == "share"
 
@@ -180,7 +191,10 @@ class TestFromCVResults:
             spreads, [results[name]["test_score"].std(ddof=1) for name in ("ridge", "mean")]
         )
         [folds] = display.folds_
-        assert len(folds.get_xdata()) == 6
+        scores = [results[name]["test_score"] for name in ("ridge", "mean")]
+        np.testing.assert_array_equal(folds.get_xdata(), np.concatenate(scores))
+        assert folds.get_ydata().tolist() == [0, 0, 0, 1, 1, 1]
+        assert display.ax_.yaxis_inverted()
 
     def test_tasks(self, results):
         display = ArchitectureComparisonDisplay.from_cv_results(
@@ -194,6 +208,10 @@ class TestFromCVResults:
             ["constant"],
             [],
         ]
+        [text] = display.ax_.texts
+        assert text.xy[0] == 0.0
+        assert [len(axes.lines) for axes in display.axes_] == [5, 4]
+        assert display.figure_.get_size_inches().tolist() == [12, 2]
         display.figure_.draw_without_rendering()
 
     def test_axes(self, results):
@@ -246,6 +264,22 @@ def test_numbers_beside_the_rows():
     assert numbers(display.ax_) == ["−0.600 ± 0.141  0.12 s", " 0.500            12 s"]
 
 
+@pytest.mark.parametrize(
+    ("score", "seconds", "expected"),
+    [
+        (0.01, 0.994, "0.010   0.99 s"),
+        (0.00999, 1.0, "9.99e−03   1.0 s"),
+        (9999.4, 9.94, "9999.400   9.9 s"),
+        (1e4, 10.0, "1.00e+04   10 s"),
+    ],
+)
+def test_how_many_digits_there_are(score, seconds, expected):
+    display = ArchitectureComparisonDisplay(
+        scores={"t": {"a": np.array([score])}}, fit_times={"t": {"a": seconds}}
+    ).plot()
+    assert numbers(display.ax_) == [expected]
+
+
 def test_numbers_of_any_size_say_something(overlapping):
     scores = {"svd": np.array([-1e-6, -3e-6]), "mlp": np.array([-4e-5]), "zero": np.array([0.0])}
     for size, expected in [(1, "−2.00e−06 ± 1.41e−06"), (1e14, "−2.00e+08 ± 1.41e+08")]:
@@ -269,6 +303,21 @@ class TestFromPredictions:
         }
         assert display.ax_.get_xlabel() == "accuracy score"
         assert numbers(display.ax_) == ["0.750", "0.750"]
+
+    def test_styles_and_axes(self):
+        _, ax = plt.subplots()
+        display = ArchitectureComparisonDisplay.from_predictions(
+            [0.0, 1.0, 2.0],
+            {"a": [0.0, 1.0, 5.0]},
+            metric=r2_score,
+            ax=ax,
+            errorbar_kw={"ms": 9},
+            fold_kw={"marker": "x"},
+        )
+        assert display.ax_ is ax
+        assert display.folds_[0].get_xdata() == [r2_score([0, 1, 2], [0, 1, 5])]
+        assert display.folds_[0].get_marker() == "x"
+        assert display.errorbars_[0][0].get_markersize() == 9
 
     def test_lengths(self):
         with pytest.raises(ValueError, match="inconsistent"):

@@ -25,6 +25,9 @@ def test_from_estimator(rng, random_loras):
     np.testing.assert_allclose(widths, expected.importances_mean)
     assert {bar.get_height() for bar in display.bars_} == {0.5}
     assert labels(display) == ["m0", "m1", "m2"]
+    assert {label.get_size() for label in display.ax_.get_yticklabels()} == {9}
+    assert display.ax_.yaxis_inverted()
+    assert display.ax_.get_ylabel() == ""
 
 
 def test_error_bars_are_standard_deviations(rng):
@@ -51,6 +54,16 @@ def test_every_label_is_at_its_bar(rng):
     names = [f"part_{n}" for n in range(300)]
     display = ModuleImportanceDisplay(importances=rng.normal(size=(300, 2)), names=names).plot()
     assert labels(display) == [f"part_{place}" for place in display.ax_.get_yticks()]
+
+
+def test_names_are_no_mathematics():
+    names = ["$a_.q", "$a_.v"]
+    display = ModuleImportanceDisplay(importances=np.ones((2, 2)), names=names).plot()
+    display.figure_.draw_without_rendering()
+    assert display.ax_.get_ylabel() == "$a_.*"
+    np.testing.assert_allclose(display.figure_.get_size_inches(), (6.5, 2))
+    many = ModuleImportanceDisplay(importances=np.ones((16, 2)), names=list("abcdefghijklmnop"))
+    np.testing.assert_allclose(many.plot().figure_.get_size_inches(), (6.5, 5.2))
 
 
 def test_lists():

@@ -19,7 +19,9 @@ from sklora.inspection._plotting import (
     MARKERS,
     PALETTE,
     plain_labels,
+    save_figure,
     short_names,
+    windowless_axes,
 )
 
 DISPLAYS = {
@@ -67,9 +69,23 @@ class TestShortNames:
 
     def test_long_names_keep_both_ends(self):
         _, [name, _] = short_names(["begin" + 50 * "x" + "end", "y"])
-        assert len(name) <= 40
+        assert len(name) == 39
+        assert short_names([40 * "x", "y"])[1][0] == 40 * "x"
         assert name.startswith("begin")
         assert name.endswith("end")
+
+
+def test_figures_of_a_size_that_no_window_shows(tmp_path):
+    ax = windowless_axes("test", (3, 2))
+    assert ax.figure.get_layout_engine() is not None  # else labels are cut off
+    assert plt.get_fignums() == []
+    for name, start in (("a.PNG", b"\x89PNG"), ("b", b"\x89PNG"), ("c.pdf", b"%PDF")):
+        save_figure(ax.figure, tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(start)
+    (tmp_path / "link").symlink_to("b")
+    save_figure(ax.figure, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert plt.imread(tmp_path / "a.PNG").shape[:2] == (300, 450)
 
 
 def test_names_are_no_mathematics():
@@ -85,6 +101,7 @@ class TestEveryDisplay:
         assert display.plot() is display
         assert display.figure_ is plt.gcf()
         assert display.ax_.figure is display.figure_
+        assert display.figure_.get_layout_engine() is not None  # else labels are cut off
 
     def test_given_axes(self, display):
         figure, (ax, other) = plt.subplots(1, 2)

@@ -101,22 +101,52 @@ class TestPlot:
         assert shown.mask.tolist() == [[False, False, True], [False] * 3, [False, False, True]]
         assert "median of 4 adapters" in display.colorbar_.ax.get_ylabel()
         assert display.lines_ is display.band_ is None
+        assert display.ax_.yaxis_inverted()
+        assert [text.get_text() for text in display.ax_.get_xticklabels()] == ["1", "2", "3"]
+        assert display.ax_.get_xticks().tolist() == [0.5, 1.5, 2.5]
+        assert display.ax_.get_yticks().tolist() == [0.5, 1.5, 2.5]
+        assert display.ax_.get_ylabel() == "module"
+        alone = SpectrumDisplay.from_loras(X[0])
+        assert alone.colorbar_.ax.get_ylabel() == "singular value"
 
     def test_decay(self, X):
         display = SpectrumDisplay.from_loras(X, kind="decay", quantiles=(0.25, 0.75))
         assert len(display.lines_) == 3 + 1
         largest = [dense_spectrum(x, name, 1)[0] for x in X for name in x]
         assert display.lines_[-1].get_ydata()[0] == pytest.approx(np.median(largest))
+        second = [dense_spectrum(x, name, 2)[1] for x in X for name in x]
+        median = np.median([value for value in second if value > 1e-9])
+        assert display.lines_[-1].get_ydata()[1] == pytest.approx(median)
         ends = display.band_.get_paths()[0].vertices
         edge = ends[ends[:, 0] == 1][:, 1]
         assert edge.min() == pytest.approx(np.quantile(largest, 0.25))
         assert edge.max() == pytest.approx(np.quantile(largest, 0.75))
+        texts = [text.get_text() for text in display.ax_.get_legend().get_texts()]
+        assert texts == ["quantiles 0.25 to 0.75 of all", "median of all"]
+        assert display.ax_.get_yscale() == "log"
+        assert "median of 4 adapters" in display.ax_.get_ylabel()
+        assert display.lines_[-1].get_xdata().tolist() == [1, 2, 3]
+        shades = [sum(line.get_color()[:3]) for line in display.lines_[:-1]]
+        assert shades == sorted(set(shades))  # lighter the deeper
+        assert [text.get_text() for text in display.colorbar_.ax.get_yticklabels()] == [
+            "first",
+            "last",
+        ]
         assert display.image_ is None
 
     @pytest.mark.parametrize("kind", ["heatmap", "decay"])
     def test_one_value(self, kind):
         display = SpectrumDisplay(values=np.full((1, 1, 1), 2.0), module_names=["q"])
         display.plot(kind=kind).figure_.draw_without_rendering()
+
+    def test_values_below_the_scale_are_told(self):
+        values = np.array([[[1.0, 1e-9]]])
+        low = SpectrumDisplay(values=values, module_names=["a.q"]).plot()
+        assert low.colorbar_.extend == "min"
+        assert low.ax_.get_ylabel() == "module  a.*"
+        assert low.ax_.patch.get_hatch() == "////"
+        all_seen = SpectrumDisplay(values=values[..., :1], module_names=["a.q"]).plot()
+        assert all_seen.colorbar_.extend == "neither"
 
     @pytest.mark.parametrize("kind", ["heatmap", "decay"])
     def test_rounding_errors_do_not_stretch_the_scale(self, kind):
@@ -138,6 +168,11 @@ class TestPlot:
         values[0] = 1e-9  # below all quantiles
         display = SpectrumDisplay(values=values, module_names=["a"]).plot(kind="decay")
         assert display.ax_.get_ylim()[0] > 0.01
+        values = np.ones((11, 2, 1))
+        values[:, 1] = 1e-9  # the lower line alone, between the quantiles of all
+        display = SpectrumDisplay(values=values, module_names=["a", "b"])
+        display.plot(kind="decay", quantiles=(0.6, 0.9))
+        assert display.ax_.get_ylim()[0] == pytest.approx(1e-4)
 
     @pytest.mark.parametrize("n_modules", [1, 5, 40, 700])
     def test_labels_do_not_overlap(self, n_modules, rng, overlapping):

@@ -55,7 +55,9 @@ class TestFromEstimator:
 
 
 def test_best_epoch():
-    display = TrainingCurveDisplay(train_losses=[3, 2, 1, 0], valid_losses=[4, 2.5, np.nan, 3])
+    display = TrainingCurveDisplay(
+        train_losses=[3, 2, 1, 0, 0], valid_losses=[4, 2.5, np.nan, 3, 2.5]
+    )
     display.plot()
     assert display.best_epoch_ == 2
     assert (*display.best_.get_xdata(), *display.best_.get_ydata()) == (2, 2.5)

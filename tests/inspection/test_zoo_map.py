@@ -31,8 +31,11 @@ class TestFromLoras:
         display = ZooMapDisplay.from_loras(X)
         np.testing.assert_allclose(np.abs(display.points), np.abs(pca.transform(updates)))
         np.testing.assert_allclose(display.shares, pca.explained_variance_ratio_)
-        assert f"{display.shares[0]:.0%}" in display.ax_.get_xlabel()
-        assert f"{display.shares[1]:.0%}" in display.ax_.get_ylabel()
+        for axis, number in ((display.ax_.xaxis, 0), (display.ax_.yaxis, 1)):
+            text = f"component {number + 1} ({display.shares[number]:.0%} of variance)"
+            assert axis.get_label_text() == text
+        assert display.ax_.get_aspect() == 1
+        assert display.ax_.get_xticks().size == display.ax_.get_yticks().size == 0
 
     @pytest.mark.parametrize(
         ("dtype", "condition", "atol"), [(np.float64, 1e4, 1e-6), (np.float32, 1e3, 1e-3)]
@@ -121,6 +124,17 @@ class TestLabels:
         assert len(display.scatters_) == 2
         assert display.legend_ is not None
 
+    @pytest.mark.parametrize(("n_labels", "numeric"), [(8, False), (9, True)])
+    def test_more_than_eight_integers_are_numbers(self, n_labels, numeric):
+        labels = np.arange(n_labels)
+        display = ZooMapDisplay(points=points(n_labels), labels=labels, label_name="$n_").plot()
+        assert (display.colorbar_ is not None) == numeric
+        assert (display.legend_ is None) == numeric
+        if not numeric:
+            assert legend(display) == [f"{n} (1)" for n in range(8)]
+            assert display.legend_.get_title().get_text() == "$n_"
+            display.figure_.draw_without_rendering()
+
     @pytest.mark.parametrize("labels", [np.arange(20), np.linspace(0, 1, 20), [0.0, 1.0] * 10])
     def test_numbers_have_a_colour_bar(self, labels):
         display = ZooMapDisplay(points=points(20), labels=labels, label_name="$n_").plot()
@@ -135,6 +149,10 @@ class TestLabels:
         known, unknown = display.scatters_
         np.testing.assert_array_equal(known.get_array(), [1, 2])
         np.testing.assert_allclose(unknown.get_offsets(), points(3)[1:2])
+        assert to_hex(unknown.get_facecolor()[0]) == "#ffffff"
+        assert unknown.get_zorder() < known.get_zorder()
+        infinite = ZooMapDisplay(points=points(3), labels=[1.0, np.inf, 2.0]).plot()
+        np.testing.assert_array_equal(infinite.scatters_[0].get_array(), [1, 2])
 
     def test_the_rarest_of_many_categories_are_others(self):
         labels = [letter for n, letter in enumerate("abcdefghij") for _ in range(n + 1)]
@@ -157,6 +175,7 @@ class TestLabels:
             (["a", None, 1.5], ["1.5 (1)", "None (1)", "a (1)"]),
             ([True, None, False], ["False (1)", "None (1)", "True (1)"]),
             ([16, 4, 8], ["4 (1)", "8 (1)", "16 (1)"]),
+            ([None, None, None], ["None (3)"]),
         ],
     )
     def test_categories_in_order(self, labels, expected):
@@ -168,6 +187,11 @@ class TestLabels:
         display.figure_.draw_without_rendering()
         assert display.ax_.get_position().width > 0.3
         assert [text[-5:] for text in legend(display)] == ["a (1)", "b (1)", "c (1)"]
+
+    def test_a_marker_for_all(self):
+        display = ZooMapDisplay(points=points(4), labels=list("aabb"))
+        one, other = display.plot(scatter_kw={"marker": "s"}).scatters_
+        np.testing.assert_array_equal(one.get_paths()[0].vertices, other.get_paths()[0].vertices)
 
     def test_none(self):
         display = ZooMapDisplay(points=points(4)).plot(scatter_kw={"s": 3})

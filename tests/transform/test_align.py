@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.linalg import orthogonal_procrustes
 
-from sklora.collection import LoRACollection
+from sklora.collection import LoRACollection, LoRALayout
 from sklora.testing import apply_gauge, assert_gauge_invariant
 from sklora.transform import OAlign
 
@@ -129,11 +129,19 @@ def test_every_module_draws_its_template_where_adapters_lack_different_ones(
 
 
 def test_a_template_without_a_module_refuses_adapters_that_have_it(random_loras, rng):
-    X = random_loras(rng, 3, ((6, 4), (5, 4)), [[2, 0], [2, 0], [2, 1]])
+    X = random_loras(rng, 4, ((6, 4), (5, 4)), [[2, 0], [2, 0], [2, 1], [2, 1]], ids=list("abcd"))
     align = OAlign(template=0).fit(X[:2])
     np.testing.assert_array_equal(align.transform(X[:2]).ranks, X.ranks[:2])
-    with pytest.raises(ValueError, match=r"module 'm1' .* rank 1.*template has rank 0"):
+    with pytest.raises(ValueError, match=r"'m1' of adapter 'c' has rank 1.*template has rank 0"):
         align.transform(X)
+
+
+def test_adapters_without_the_modules_of_templates_of_different_ranks(random_loras, rng):
+    layout = LoRALayout([("m0", 6, 4, 1), ("m1", 6, 4, 1)])
+    X = random_loras(rng, 3, ((6, 4), (6, 4)), [[1, 0], [0, 0], [0, 0]], layout=layout)
+    aligned = OAlign(template=0).fit(X).transform(X[1:])
+    assert not aligned.ranks.any()
+    assert not aligned.read().any()
 
 
 def test_the_template_is_part_of_the_fitted_state(X):
@@ -151,6 +159,11 @@ def test_same_random_state_same_template(X):
 def test_rejects_template(X, template):
     with pytest.raises(ValueError, match="template"):
         OAlign(template=template).fit(X)
+
+
+def test_rejects_a_template_by_its_number_and_theirs(X):
+    with pytest.raises(ValueError, match="template=12, but there are 9 adapters"):
+        OAlign(template=12).fit(X)
 
 
 def test_names(random_loras, rng):

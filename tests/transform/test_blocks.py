@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import joblib
 import numpy as np
@@ -167,6 +168,11 @@ def test_plans_count_the_largest_module_and_rows_that_are_laid_out_anew():
             (LoRACollection.from_array(flat, layout), 90 * 4, 0),
             (LoRACollection.from_array(flat.astype(np.float16), layout), 90 * 4, layout.width),
             (LoRACollection.from_array(flat, layout).with_layout(wider), 90 * 5, wider.width),
+            # Of twice the bytes.
+            (
+                LoRACollection.from_array(flat.astype(float), layout).with_layout(wider),
+                *(90 * 5, 2 * wider.width),
+            ),
         ):
             assert plan_blocks(X)[0].stop == 2**20 // (32 * largest + 4 * 2 * copied)
 
@@ -175,6 +181,9 @@ def test_plans_leave_room_for_stacks_where_blocks_are_sent(monkeypatch):
     layout = LoRALayout([(f"m{i}", 40, 50, 4) for i in range(10)])
     X = LoRACollection.from_array(np.zeros((1000, layout.width), np.float32), layout)
     with sklearn.config_context(working_memory=1):
+        assert plan_blocks(X, stacked=True)[0].stop == 2**20 // (32 * 90 * 4)
+        per_adapter = 32 * 90 * 4 + 4 * 2 * layout.width
+        assert plan_blocks(X, sent=True)[0].stop == 2**20 // per_adapter
         for limit, at_work in ((10**6, layout.width), (1000, 1000), (100, 90 * 4)):
             monkeypatch.setattr(_blocks, "_STACK_WEIGHTS_ON_GPU", limit)
             per_adapter = 32 * at_work + 4 * 2 * layout.width
@@ -182,10 +191,41 @@ def test_plans_leave_room_for_stacks_where_blocks_are_sent(monkeypatch):
 
 
 @pytest.mark.parametrize("n_parallel", [1, 4, 9, 20])
-def test_there_is_a_block_for_each_that_works(X, n_parallel):
-    blocks = plan_blocks(X, n_parallel=n_parallel)
-    assert len(blocks) == min(n_parallel, 9)
+@pytest.mark.parametrize("n_least", [1, 2])
+def test_there_is_a_block_for_each_that_works(X, n_parallel, n_least):
+    at_once = n_parallel * (5 if n_least == 2 else 9)
+    with sklearn.config_context(working_memory=at_once * 32 * 30 / 2**20):
+        blocks = plan_blocks(X, n_parallel=n_parallel)
+    assert len(blocks) == min(max(n_parallel, n_least), 9)
     assert [row for rows in blocks for row in range(9)[rows]] == [*range(9)]
+
+
+@pytest.mark.parametrize(
+    ("n_jobs", "sent", "stacked"),
+    [(1, False, False), (2, False, False), (1, True, False), (1, True, True)],
+)
+def test_what_works_at_once_fits_in_the_working_memory(X, n_jobs, sent, stacked, monkeypatch):
+    def note_size(block, out):
+        out[:] = len(out)
+
+    monkeypatch.setattr(_blocks, "are_sent", lambda device: sent)
+    at_work = X.layout.width if stacked else 30
+    per_adapter = 8 * (100 + 2 * X.layout.width * sent) + 32 * at_work
+    with sklearn.config_context(working_memory=n_jobs * 2 * per_adapter / 2**20):
+        found = map_blocks(note_size, X, 100, device="cpu", n_jobs=n_jobs, stacked=stacked)
+    assert found[:, 0].tolist() == [2] * 8 + [1]
+
+
+def test_jobs_work_at_the_same_time(X):
+    both = threading.Barrier(2, timeout=30)
+
+    def meet(block, out):
+        both.wait()
+        out[:] = len(out)
+
+    np.testing.assert_array_equal(
+        map_blocks(meet, X, 1, device="cpu", n_jobs=2)[:, 0], [5] * 5 + [4] * 4
+    )
 
 
 def test_other_errors_of_torch_are_passed_on(X):
@@ -230,6 +270,11 @@ class TestStacks:
                 stacked, zip(*(factors[p] for p in positions), strict=True), strict=True
             ):
                 torch.testing.assert_close(stack, torch.stack(expected), rtol=0, atol=0)
+
+    def test_shapes_of_either_side_part_them(self):
+        sizes = [(5, 4), (5, 6), (6, 4)]
+        found = [*stacks((torch.ones(2, n, 3), torch.ones(2, m, 3)) for n, m in sizes)]
+        assert [positions for positions, *_ in found] == [[0], [1], [2]]
 
     def test_large_ones_are_views_in_their_order(self, factors):
         found = [*stacks(factors, small=False)]

@@ -13,6 +13,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.metrics.pairwise import pairwise_kernels
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils import get_tags
 
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.transform import (
@@ -40,6 +41,10 @@ def test_output_keeps_the_precision_of_the_input(featurizer, X):
     found = featurizer.fit_transform(single)
     assert expected.dtype == np.float64
     assert found.dtype == np.float32
+    for learned in ("left_", "right_"):
+        assert {A.dtype for A in getattr(featurizer, learned, {}).values()} <= {found.dtype}
+    assert clone(featurizer).fit(X).transform(single).dtype == np.float32
+    assert get_tags(featurizer).transformer_tags.preserves_dtype == ["float64", "float32"]
     np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-4, atol=1e-4)
 
 
@@ -117,6 +122,8 @@ def test_names_of_the_columns(featurizer, kind, request):
     with pytest.raises(NotFittedError):
         featurizer.get_feature_names_out()
     output = np.asarray(featurizer.fit_transform(X))
+    with pytest.raises(ValueError, match="input_features"):
+        featurizer.get_feature_names_out(["one"])
     names = featurizer.get_feature_names_out()
     assert names.dtype == object
     assert len(names) == len(set(names)) == output.shape[1]
@@ -239,7 +246,7 @@ class TestBadInput:
         assert vars(fitted).keys() == before.keys()
         np.testing.assert_array_equal(np.asarray(fitted.transform(X)), expected)
 
-    @pytest.mark.parametrize("method", ["fit", "transform"])
+    @pytest.mark.parametrize("method", ["fit", "fit_transform", "transform"])
     @pytest.mark.parametrize("value", [np.nan, np.inf])
     def test_not_finite(self, fitted, X, method, value):
         flat = np.array(X)

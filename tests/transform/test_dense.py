@@ -59,7 +59,8 @@ ATOL = {np.float64: 1e-12, np.float32: 1e-5}
 def test_entries_that_do_not_fit_into_memory_are_refused_with_their_size(X, monkeypatch):
     monkeypatch.setattr("sklora._stores.available_memory", lambda: 100)
     with pytest.raises(
-        MemoryError, match=r"DenseProduct gives of .* columns takes .* GiB are free"
+        MemoryError,
+        match=r"DenseProduct gives of .* takes .* GiB are free\. Take fewer adapters, or",
     ):
         DenseProduct().fit_transform(X)
 
@@ -209,11 +210,39 @@ class TestGram:
         kept = DenseProduct("gram", layout=X.layout).fit(flat)._training
         assert np.shares_memory(np.asarray(kept), flat)
 
+    @pytest.mark.parametrize("seed", range(8))
+    def test_zero_updates_of_factors_that_are_not_zero(self, random_loras, rng, seed):
+        """Of which what cancels leaves an eigenvalue of either sign."""
+        X = random_loras(rng, 1, ((8, 7),), 2)
+        flat = X.read()
+        [(U, V)] = [X.layout._factors_at(flat, 0)]
+        U[:, :, 1], V[:, :, 1] = U[:, :, 0], -V[:, :, 0]
+        zero = LoRACollection.from_array(flat, X.layout)
+        moved = apply_gauge(zero, condition=1e4, random_state=seed)
+        np.testing.assert_allclose(DenseProduct("gram").fit_transform(moved), 0, atol=1e-3)
+
+    @pytest.mark.parametrize(("size", "n_coordinates"), [(10, 1), (50, 2)])
+    def test_eigenvalues_below_the_rounding_of_all_are_left_out(self, size, n_coordinates):
+        rows = np.zeros((40, 2))
+        rows[0, 0], rows[1, 1] = 1, np.sqrt(size * np.finfo(float).eps)
+        assert len(DenseProduct("gram").fit(rows).eigenvalues_) == n_coordinates
+
+    def test_a_disguise_in_single_precision_is_no_direction_of_its_own(self):
+        # One that is rounded more than most.
+        U, V = np.random.default_rng(112).normal(size=(2, 2, 1)).astype(np.float32)
+        disguise = U * np.float32(1.1), V / np.float32(1.1)
+        X = LoRACollection.from_factors([{"q": (U, V)}, {"q": disguise}])
+        assert len(DenseProduct("gram").fit(X).eigenvalues_) == 1
+        double = LoRACollection.from_array(X.read().astype(float), X.layout)
+        assert len(DenseProduct("gram").fit(double).eigenvalues_) == 2
+
     def test_a_refit_with_another_method_forgets_the_training(self, X):
         model = DenseProduct("gram").fit(X)
         model.set_params(method="sketch", random_state=0).fit(X)
         fresh = DenseProduct("sketch", random_state=0).fit(X)
         assert vars(model).keys() == vars(fresh).keys()
+        model.set_params(method="gram").fit(X)
+        assert vars(model).keys() == vars(DenseProduct("gram").fit(X)).keys()
 
     def test_a_stored_model_needs_no_files(self, mixed, tmp_path):
         path = tmp_path / "zoo.safetensors"
@@ -288,6 +317,7 @@ class TestSketch:
         y = DenseProduct().fit_transform(X)[:, 0] > 0
         model = make_pipeline(DenseProduct("sketch", random_state=0), LogisticRegression())
         assert model.fit(X, y).score(X, y) > 0.9
+        assert model[0].left_["m0"].shape == (32, 40)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from sklearn.model_selection import GridSearchCV, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import SVC
 
-from sklora import TRUSTED_TYPES, LoRACollection
+from sklora import TRUSTED_TYPES, LoRACollection, LoRALayout
 from sklora.testing import apply_gauge, assert_gauge_invariant
 from sklora.transform import DenseProduct, UpdateKernel, _pairs, pairwise_update_kernel
 
@@ -88,6 +89,8 @@ def test_is_invariant_to_gl(kernel, random_loras, rng, dtype, condition, rtol):
 def test_distances_to_oneself_are_zero_whatever_the_gauge(X):
     moved = apply_gauge(X, condition=1e7, random_state=0)
     np.testing.assert_array_equal(UpdateKernel("rbf").fit_transform(moved).diagonal(), 1.0)
+    # Nor are any below zero.
+    assert UpdateKernel("rbf").fit(X).transform(moved).max() <= 1
 
 
 def test_gamma(X):
@@ -99,6 +102,7 @@ def test_gamma(X):
     np.testing.assert_allclose(given.fit_transform(X), expected, atol=1e-13)
     np.testing.assert_allclose(pairwise_update_kernel(X, None, "rbf", gamma=0.01), expected)
     assert given.gamma_ == 0.01
+    np.testing.assert_array_equal(pairwise_update_kernel(X, None, "rbf", gamma=0), 1)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -195,14 +199,51 @@ def test_blocks_fit_in_the_working_memory(random_loras, rng, monkeypatch, tmp_pa
         found = _pairs.inner_products(opened, device="cpu")
         assert 0 < max(sizes) < 2**18
         sizes.clear()
+        for compute in (_pairs.inner_products, _pairs.squared_norms):
+            compute(opened, device="cpu", n_jobs=2)
+            assert 0 < max(sizes) < 2**17
+            sizes.clear()
         np.testing.assert_allclose(_pairs.inner_products(X[::-1], device="cpu"), found[::-1, ::-1])
         assert not sizes  # what is in memory is not copied whole
+
+
+def test_plans_count_what_is_read_and_sent(tmp_path, monkeypatch):
+    layout = LoRALayout([("small", 3, 2, 1), ("large", 40, 50, 4)])
+    wider = layout.with_ranks([2, 5])
+    X = LoRACollection.from_array(np.zeros((1000, layout.width), np.float32), layout)
+    X.save(tmp_path / "zoo.safetensors")
+    opened = LoRACollection.open(tmp_path / "zoo.safetensors")
+    for collection, sent, width in (
+        *((X, False, 0), (X.with_layout(wider), False, 0), (X, True, 2 * layout.width)),
+        (opened, False, layout.width),
+        (opened.with_layout(wider), False, layout.width + wider.width),
+    ):
+        monkeypatch.setattr(_pairs, "are_sent", lambda device, sent=sent: sent)
+        with sklearn.config_context(working_memory=1):
+            [first, *_] = _pairs._blocks(collection, device="cpu", n_parallel=1)
+        # One module as it is and in float64, twice: of the other collection, too.
+        assert first.stop == 2**20 // (2 * (90 * 4 * (4 + 8) + 4 * width))
+
+
+def test_jobs_work_at_the_same_time(X, monkeypatch):
+    both = threading.Barrier(2, timeout=30)
+
+    def meet(U, V):
+        both.wait()
+        return U.sum(dim=(-2, -1))
+
+    gram = DenseProduct("gram", n_jobs=2, device="cpu").fit(X)
+    monkeypatch.setattr(_pairs, "add_inner_products", lambda *given, **options: both.wait())
+    _pairs.inner_products(X, X, device="cpu", n_jobs=2)
+    _pairs.sum_over_modules(meet, X, device="cpu", n_jobs=2)
+    gram.transform(X)
+    pairwise_update_kernel(X, X, device="cpu", n_jobs=2)
 
 
 @pytest.mark.parametrize("featurizer", [UpdateKernel(), DenseProduct("gram")], ids=str)
 def test_a_matrix_that_does_not_fit_into_memory_is_refused(featurizer, X, monkeypatch):
     monkeypatch.setattr("sklora._stores.available_memory", lambda: 8 * len(X) ** 2 - 1)
-    with pytest.raises(MemoryError, match="matrix of inner products of 9 adapters x 9 columns"):
+    with pytest.raises(MemoryError, match=r"inner products of 9 adapters x 9 .* Take fewer"):
         clone(featurizer).fit_transform(X)
     monkeypatch.setattr("sklora._stores.available_memory", lambda: 8 * len(X) ** 2)
     clone(featurizer).fit_transform(X)
@@ -229,7 +270,8 @@ def test_columns_and_data_frames(X):
 def test_a_stored_kernel_needs_no_files(kernel, mixed, tmp_path):
     path = tmp_path / "zoo.safetensors"
     mixed.save(path)
-    model = UpdateKernel(kernel).fit(LoRACollection.open(path)[1:])
+    wider = mixed.layout.with_ranks([5] * 4)
+    model = UpdateKernel(kernel).fit(LoRACollection.open(path)[1:].with_layout(wider))
     expected = model.transform(mixed)
     trusted = [*TRUSTED_TYPES, "sklora.transform.kernel.UpdateKernel"]
     stored, stored_by_skops = pickle.dumps(model), skops.io.dumps(model)

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import sklearn
 
-from sklora.collection import LoRACollection
+from sklora.collection import LoRACollection, LoRALayout
 from sklora.linalg import compress_updates
 from sklora.testing import apply_gauge, assert_gauge_equivariant, assert_gauge_invariant
 from sklora.transform import DenseProduct, GLEquivariantProjection, SVDSpectrum
+from sklora.transform.projection import _module_groups
 
 METHODS = ("random", "hosvd")
 
@@ -159,16 +160,20 @@ def test_other_ranks_at_transform(X, random_loras, rng, updates, method, rank):
     projected = projection.transform(other)
     np.testing.assert_array_equal(projected.ranks, other.ranks)
     # Lower ranks keep the width of fit, for steps that count columns.
-    assert projected.layout.ranks == (max(rank, 3),) * 4
+    padded = other.with_layout(other.layout.with_ranks([9] * 4))
+    for found in (projected, projection.transform(padded)):
+        assert found.layout.ranks == (max(rank, 3),) * 4
     expected = projection.left_["m2"] @ updates(other, 2) @ projection.right_["m2"].T
     np.testing.assert_allclose(updates(projected, 2), expected, atol=1e-12)
 
 
 def test_hosvd_needs_enough_updates(X, random_loras, rng):
-    with pytest.raises(
-        ValueError, match=r"'m0' of shape \(6, 4\): .* add up to 3, fewer than the 5"
-    ):
-        GLEquivariantProjection(5, "hosvd").fit(X[:1])
+    message = (
+        r"'m0' of shape \(6, 4\): the ranks of its 1 training updates add up to 3, fewer than "
+        "the 6 directions that n_components=50 asks"
+    )
+    with pytest.raises(ValueError, match=message):
+        GLEquivariantProjection(50, "hosvd").fit(X[:1])
     GLEquivariantProjection(3, "hosvd").fit(X[:1])
     GLEquivariantProjection(5, "random").fit(X[:1])
     lacking = random_loras(rng, 4, ((6, 4), (6, 4)), [[2, 0]] * 3 + [[2, 1]])
@@ -228,3 +233,16 @@ def test_hosvd_keeps_as_many_modules_in_memory_as_fit(random_loras, rng, monkeyp
     for matrices in ("left_", "right_"):
         for name, P in getattr(expected, matrices).items():
             np.testing.assert_allclose(getattr(found, matrices)[name], P, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("n_adapters", "kept"), [(100, 8 * (40**2 + 10**2)), (3, 8 * (6 * 40 + 6 * 10))]
+)
+def test_modules_are_kept_in_groups_that_fit_in_the_working_memory(n_adapters, kept):
+    layout = LoRALayout([(f"m{i}", 40, 10, 2) for i in range(5)])
+    X = LoRACollection.from_array(np.ones((n_adapters, layout.width)), layout)
+    for n_modules, starts in ((2.5, [0, 2, 4]), (0.5, [0, 1, 2, 3, 4])):
+        with sklearn.config_context(working_memory=n_modules * kept / 2**20):
+            groups = _module_groups(X)
+        assert [group.start for group in groups] == starts
+        assert [group.stop for group in groups] == [*starts[1:], 5]
