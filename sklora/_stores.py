@@ -180,9 +180,9 @@ class FileSpan(NamedTuple):
             return np.ndarray(self.shape, self.dtype, file, self.offset, self.strides)
         except (TypeError, ValueError):
             raise ValueError(
-                f"{self.path} has {os.path.getsize(self.path)} bytes, and has no room for the array "
-                f"of shape {self.shape} that was in it when the collection was pickled; make it again "
-                "from the file that is there now."
+                f"{self.path} has {os.path.getsize(self.path)} bytes, and has no room for the "
+                f"array of shape {self.shape} that was in it when the collection was pickled; make "
+                "it again from the file that is there now."
             ) from None
 
 
