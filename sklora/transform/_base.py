@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
+from itertools import chain, repeat
 from numbers import Integral
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -332,6 +333,13 @@ class WeightsToWeights(_CollectionsStay, BlockwiseFeaturizer):
     def _output_ranks(self, ranks: NDArray[np.intp]) -> NDArray[np.intp]:
         """Ranks of the result for adapters of these ranks."""
 
+    def _kinds(self, ranks: NDArray[np.intp]) -> Iterable[Hashable]:
+        """What modules, of true ranks (B, n_modules), that are stacked share beside their shapes.
+
+        A class that ``_stacks`` names the shapes of what they become, at least.
+        """
+        return repeat(None)
+
     @abstractmethod
     def _move(
         self,
@@ -363,18 +371,17 @@ class WeightsToWeights(_CollectionsStay, BlockwiseFeaturizer):
         device = resolve_device(self.device)
         moved = target if device.type == "cpu" else torch.empty_like(target, device=device)
         views = factor_views(moved, layout)
-        alike = stacks(block.factors, small=self._stacks, kinds=layout.ranks)
-        for positions, *factors in alike:
-            pairs = [views[position] for position in positions]
-            alone = len(pairs) == 1
-            new = [A[None] if alone else A.new_empty(len(pairs), *A.shape) for A in pairs[0]]
+        kinds = self._kinds(block.ranks)
+        for positions, *factors in stacks(block.factors, small=self._stacks, kinds=kinds):
+            sides = [*zip(*(views[position] for position in positions), strict=True)]
+            alone = len(positions) == 1
+            new = [A[None] if alone else A.new_empty(len(positions), *A.shape) for A, *_ in sides]
             self._move(positions, factors, block.ranks[:, positions].T, new)
             if layout.has_plain_rows:
                 new[0].mul_(new[1])
             if not alone:
-                for pair, *results in zip(pairs, *new, strict=True):
-                    for target_part, result in zip(pair, results, strict=True):
-                        target_part.copy_(result)
+                for view, result in zip(chain(*sides), chain(*new), strict=True):
+                    view.copy_(result)
         if moved is not target:
             copy_back(moved, target)
         out[:, layout.side_slice] = block.side

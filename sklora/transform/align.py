@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -172,6 +172,12 @@ class OAlign(WeightsToWeights):
         self._check_ranks(X)
         return super()._moved(X)
 
+    def _kinds(self, ranks: NDArray[np.intp]) -> list[Hashable]:
+        """Templates of one rank, and adapters of one; others are modules by themselves."""
+        alike = (ranks == ranks[0]).all(axis=0)
+        positions = np.where(alike, -1, np.arange(len(alike)))
+        return [*map(tuple, np.column_stack([self._template_ranks, ranks[0], positions]).tolist())]
+
     def _move(
         self,
         positions: Sequence[int],
@@ -180,11 +186,6 @@ class OAlign(WeightsToWeights):
         out: Sequence[Tensor],
     ) -> None:
         templates = [self.template_[self.layout_.names[position]] for position in positions]
-        if len(positions) > 1 and (np.ptp(ranks) or len({U0.shape for U0, _ in templates}) > 1):
-            for k, position in enumerate(positions):
-                one = slice(k, k + 1)
-                self._move([position], [A[one] for A in factors], ranks[one], [A[one] for A in out])
-            return
         U0, V0 = (
             as_one([*map(as_tensor, side)]).to(factors[0])[:, None]
             for side in zip(*templates, strict=True)
