@@ -190,11 +190,15 @@ def _exists(device: torch.device) -> bool:
 
 
 def as_tensor(block: NDArray[Any]) -> torch.Tensor:
-    """Give an array as a tensor that shares its memory, or as a copy if that cannot be."""
+    """Give an array as a tensor that shares its memory, or as a copy if that cannot be.
+
+    Either way its numbers are in the order in memory that they had: products depend on it, in the
+    last digit and in their time.
+    """
     import torch
 
     even = all(stride >= 0 and stride % block.itemsize == 0 for stride in block.strides)
-    return torch.from_numpy(block if even and block.flags.writeable else block.copy())
+    return torch.from_numpy(block if even and block.flags.writeable else block.copy("K"))
 
 
 def check_option(name: str, value: object, options: Iterable[str]) -> None:

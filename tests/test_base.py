@@ -1,9 +1,10 @@
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
-from sklora._base import atomic_fit, resolve_device
+from sklora._base import as_tensor, atomic_fit, resolve_device
 
 
 class Estimator:
@@ -92,3 +93,13 @@ def test_what_is_no_device(device):
 def test_devices_without_memory_are_refused():
     with pytest.raises(ValueError, match="device='meta' does not exist"):
         resolve_device("meta")
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_tensors_of_read_only_arrays_keep_the_order_in_memory(order):
+    """Such as those of an estimator that joblib maps for its workers."""
+    array = np.asarray(np.arange(6.0).reshape(2, 3), order=order)
+    array.flags.writeable = False
+    tensor = as_tensor(array)
+    assert tensor.tolist() == array.tolist()
+    assert tensor.stride() == tuple(stride // 8 for stride in array.strides)

@@ -33,6 +33,7 @@ def gaussian_projections(
     Yields
     ------
     P : ndarray of shape (min(n_components, n), n)
+        Its columns are contiguous, as :func:`sklora.linalg._tall.project` wants them.
     Q : ndarray of shape (min(n_components, m), m)
 
     Examples
@@ -46,10 +47,10 @@ def gaussian_projections(
 
     def draw(size: int) -> NDArray[np.floating]:
         if size <= n_components:
-            return np.eye(size, dtype=dtype)
+            return np.eye(size, dtype=dtype, order="F")
         gaussian: NDArray[np.floating] = rng.standard_normal((n_components, size))
         gaussian /= np.sqrt(n_components)
-        return gaussian.astype(dtype, copy=False)
+        return gaussian.astype(dtype, order="F", copy=False)
 
     for n, m in shapes:
         yield draw(n), draw(m)

@@ -18,6 +18,7 @@ from sklora.collection import LoRACollection, LoRALayout
 from sklora.linalg import dense_product
 from sklora.linalg._factors import column_signs
 from sklora.linalg._random import gaussian_projections
+from sklora.linalg._tall import project
 from sklora.transform._base import WeightsToFeatures
 from sklora.transform._pairs import KeepsTraining, inner_products, sum_over_modules
 
@@ -235,7 +236,7 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
         if self.method == "sketch":
             name = self.layout_.names[positions[0]]
             U, V = (
-                torch.bmm(as_tensor(matrices[name]).to(A).expand(A.shape[1], -1, -1), A[0])[None]
+                project(as_tensor(matrices[name]).to(A), A[0])[None]
                 for matrices, A in ((self.left_, U), (self.right_, V))
             )
         return dense_product(U, V).flatten(-2)

@@ -13,6 +13,7 @@ def test_shapes_identities_and_dtype():
         ((3, 3), (3, 3)),
     ]
     assert all(A.dtype == np.float32 for pair in projections for A in pair)
+    assert all(A.flags.f_contiguous for pair in projections for A in pair)
     for matrix in (projections[0][1], projections[1][0], *projections[2]):
         np.testing.assert_array_equal(matrix, np.eye(len(matrix)))
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from sklora.linalg import _tall
-from sklora.linalg._tall import cross_product, gram, times_small, triangles
+from sklora.linalg._tall import cross_product, gram, project, times_small, triangles
 
 
 @pytest.fixture(params=[2**21, 50], ids=["one-piece", "pieces"])
@@ -65,7 +65,11 @@ def test_cross_product_beside_others_that_overflow(make_factors, pieces, batch, 
 @pytest.mark.parametrize(
     ("n", "r", "s"), [(37, 4, 4), (16, 1, 3), (5, 20, 18), (3, 0, 2), (1, 2, 2)]
 )
-def test_times_small_is_the_product(make_factors, pieces, dtype, n, r, s):
+@pytest.mark.parametrize("large_bytes", [1, 2**17])
+def test_times_small_is_the_product(
+    make_factors, pieces, monkeypatch, dtype, n, r, s, large_bytes
+):
+    monkeypatch.setattr(_tall, "_LARGE_BYTES", large_bytes)
     A = make_factors(0, n, 2, r, batch=(6,), dtype=dtype)[0]
     Q = make_factors(1, r, 2, s, batch=(6,), dtype=dtype)[0]
     flat = torch.full((6, 2 * n * s), torch.nan, dtype=dtype)
@@ -73,6 +77,15 @@ def test_times_small_is_the_product(make_factors, pieces, dtype, n, r, s):
     found = flat[:, : n * s].view(6, n, s)
     np.testing.assert_allclose(found, A @ Q, rtol=0, atol=100 * torch.finfo(dtype).eps)
     assert flat[:, n * s :].isnan().all()
+
+
+@pytest.mark.parametrize("r", [0, 1, 4])
+@pytest.mark.parametrize("columns", [True, False], ids=["by-columns", "by-rows"])
+def test_project_is_the_product(make_factors, dtype, r, columns):
+    A = make_factors(0, 40, 2, r, batch=(6,), dtype=dtype)[0]
+    P = make_factors(1, 7, 2, 40, dtype=dtype)[0]
+    found = project(P.mT.contiguous().mT if columns else P, A)
+    torch.testing.assert_close(found, P @ A, rtol=0, atol=100 * torch.finfo(dtype).eps)
 
 
 def test_triangles_of_factors_that_broadcast(make_factors):
