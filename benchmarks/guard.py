@@ -2,9 +2,10 @@
 
 Runs ``ratios(quick=True)`` of every ``bench_*.py`` here that has it, one process for each, and
 compares with recorded.json. A ratio is our time over that of something beside which it was
-measured, so that it says the same on any machine, and less is better. Each process has one thread,
-as threads that wait for a busy core say nothing of the code. What is over the limit is measured up
-to three times more: other work on the machine only ever makes a ratio worse for a while.
+measured, and less is better. It says much the same on any machine of one make of processor; for
+other makes the worst that was recorded counts. Each process has one thread, as threads that wait
+for a busy core say nothing of the code. What is over the limit is measured up to three times more:
+other work on the machine only ever makes a ratio worse for a while.
 ``python benchmarks/guard.py``, and with ``--record`` to write the ratios down.
 """
 
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import re
 import runpy
 import subprocess
 import sys
@@ -27,6 +30,7 @@ LIMIT = 2.0
 MORE_TIMES = 3
 
 Ratios = Mapping[str, float]
+Benchmarks = Mapping[str, Ratios]
 
 
 class Line(NamedTuple):
@@ -48,7 +52,42 @@ class Line(NamedTuple):
         return "" if self.now <= LIMIT * self.recorded else f"over {LIMIT:g} times the recorded"
 
 
-def compare(now: Mapping[str, Ratios], recorded: Mapping[str, Ratios]) -> list[Line]:
+def make_of_processor() -> str:
+    """Who made it, where the system tells; else its architecture."""
+    about = Path("/proc/cpuinfo")
+    found = re.search(r"^vendor_id\s*:\s*(\S+)", about.read_text() if about.exists() else "", re.M)
+    return found[1] if found else platform.machine()
+
+
+def expected(recorded: Mapping[str, Benchmarks], make: str) -> dict[str, dict[str, float]]:
+    """Give every ratio as recorded for this make of processor, or the worst of others."""
+    found: dict[str, dict[str, float]] = {}
+    for benchmarks in recorded.values():
+        for benchmark, ratios in benchmarks.items():
+            worst = found.setdefault(benchmark, {})
+            for ratio, value in ratios.items():
+                worst[ratio] = max(value, worst.get(ratio, value))
+    for benchmark, ratios in recorded.get(make, {}).items():
+        found[benchmark].update(ratios)
+    return found
+
+
+def with_new(
+    recorded: Mapping[str, Benchmarks], make: str, now: Benchmarks
+) -> dict[str, Benchmarks]:
+    """Put in what was measured, and leave out of other makes what is no longer measured."""
+    others = {
+        other: {
+            benchmark: {ratio: ratios[ratio] for ratio in ratios.keys() & now[benchmark].keys()}
+            for benchmark, ratios in benchmarks.items()
+            if benchmark in now
+        }
+        for other, benchmarks in recorded.items()
+    }
+    return {**others, make: now}
+
+
+def compare(now: Benchmarks, recorded: Benchmarks) -> list[Line]:
     """Put ratios beside those recorded, benchmark by benchmark."""
     lines = []
     for benchmark in sorted(now.keys() | recorded.keys()):
@@ -104,12 +143,14 @@ def main() -> int:
     if args.measure:
         print(json.dumps(ratios_of(args.measure)))
         return 0
+    make, recorded = make_of_processor(), json.loads(RECORDED.read_text())
     now = {benchmark: measure(benchmark) for benchmark in guarded()}
     if args.record:
         # The better of two, by which a disturbance does not loosen the guard.
         now = {benchmark: best_of(found, measure(benchmark)) for benchmark, found in now.items()}
-        RECORDED.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n")
-    recorded = json.loads(RECORDED.read_text())
+        recorded = with_new(recorded, make, now)
+        RECORDED.write_text(json.dumps(recorded, indent=2, sort_keys=True) + "\n")
+    recorded = expected(recorded, make)
     for _ in range(MORE_TIMES):
         for benchmark in {line.benchmark for line in compare(now, recorded) if line.problem}:
             if benchmark in now:

@@ -66,9 +66,7 @@ def test_cross_product_beside_others_that_overflow(make_factors, pieces, batch, 
     ("n", "r", "s"), [(37, 4, 4), (16, 1, 3), (5, 20, 18), (3, 0, 2), (1, 2, 2)]
 )
 @pytest.mark.parametrize("large_bytes", [1, 2**17])
-def test_times_small_is_the_product(
-    make_factors, pieces, monkeypatch, dtype, n, r, s, large_bytes
-):
+def test_times_small_is_the_product(make_factors, pieces, monkeypatch, dtype, n, r, s, large_bytes):
     monkeypatch.setattr(_tall, "_LARGE_BYTES", large_bytes)
     A = make_factors(0, n, 2, r, batch=(6,), dtype=dtype)[0]
     Q = make_factors(1, r, 2, s, batch=(6,), dtype=dtype)[0]
