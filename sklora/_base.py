@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import sklora
@@ -199,6 +199,42 @@ def as_tensor(block: NDArray[Any]) -> torch.Tensor:
 
     even = all(stride >= 0 and stride % block.itemsize == 0 for stride in block.strides)
     return torch.from_numpy(block if even and block.flags.writeable else block.copy("K"))
+
+
+def empty(
+    shape: int | Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Give a tensor whose numbers are to be written, fit for a large one.
+
+    On a CPU it is in memory of NumPy, which asks the system for it in large pages. Torch does not:
+    to find its memory, page by page, can take longer than to write to it.
+
+    Parameters
+    ----------
+    shape : int or sequence of int
+    dtype : torch.dtype
+        One that NumPy has.
+    device : torch.device or str, default="cpu"
+
+    Returns
+    -------
+    torch.Tensor
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sklora._base import empty
+    >>> empty((2, 3), torch.float64).shape
+    torch.Size([2, 3])
+    """
+    import numpy as np
+    import torch
+
+    if torch.device(device).type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.from_numpy(
+        np.empty(shape, torch.empty(0, dtype=dtype, device="cpu").numpy().dtype)
+    )
 
 
 def check_option(name: str, value: object, options: Iterable[str]) -> None:

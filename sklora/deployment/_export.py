@@ -53,7 +53,7 @@ class _Program(nn.Module):
         layout = estimator.layout_
         self.layout = layout
         self.groups = [[layout.names[i] for i in group.index] for group in layout.groups]
-        self.net = estimator._fitted_net(np.float64)
+        self.net = estimator._fitted_net(torch.float64)
         if isinstance(estimator, GLNetRegressor):
             self.decode: nn.Module = _Unscale(estimator)
         else:

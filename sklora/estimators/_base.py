@@ -10,14 +10,14 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_consistent_length, check_is_fitted
 from torch import Tensor, nn
 
-from sklora._base import VersionedState, atomic_fit, resolve_device
+from sklora._base import VersionedState, as_tensor, atomic_fit, empty, resolve_device
 from sklora._repr import DocumentedMixin
 from sklora.collection import LoRALayout, check_loras
 from sklora.estimators._training import (
@@ -350,15 +350,16 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
             raise AttributeError(str(error)) from None
 
     def _evaluated_net(self) -> nn.Module:
-        return self._fitted_net(np.float64).eval().to(resolve_device(self.device))
+        return self._fitted_net(torch.float64).eval().to(resolve_device(self.device))
 
-    def _fitted_net(self, dtype: DTypeLike = np.float32) -> nn.Module:
+    def _fitted_net(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Give the network with copies of the weights, which are float32."""
         # On the meta device, weights that are replaced at once cost no time and no random numbers.
         with torch.device("meta"):
             net = self._net_type(**self.architecture_)
         state = {
-            name: torch.from_numpy(np.array(value, dtype)) for name, value in self.weights_.items()
+            name: empty(np.shape(value), dtype).copy_(as_tensor(np.asarray(value)))
+            for name, value in self.weights_.items()
         }
         net.load_state_dict(state, assign=True)
         return net

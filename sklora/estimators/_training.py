@@ -417,9 +417,10 @@ def iter_blocks(
     ------
     rows : slice
     block : Tensor of shape (B, width)
+        Not to be written to: it may be the collection's own memory.
     """
-    for rows, flat in loras.iter_blocks(8 * entries_per_adapter):
-        yield rows, send(flat, device)
+    for rows in loras.iter_batches(8 * entries_per_adapter):
+        yield rows, send(loras.read(rows, copy=False), device)
 
 
 def weighted_moments(

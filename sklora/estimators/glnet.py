@@ -12,7 +12,7 @@ import torch
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor, nn
 
-from sklora._base import resolve_device
+from sklora._base import empty, resolve_device
 from sklora._modules import ModuleGroup
 from sklora.collection import LoRALayout
 from sklora.estimators._base import BaseNetEstimator
@@ -87,7 +87,7 @@ class _GLNetEstimator(BaseNetEstimator):
         memory: list[Tensor] = []
 
         def forward(rows: Tensor, spectra: Tensor | None = None) -> Tensor:
-            factors, side = cut_factors(rows.to(dtype), layout, memory)
+            factors, side = cut_factors(rows, layout, memory, dtype=dtype)
             if net.spectrum and spectra is None:
                 spectra = singular_values(factors, self.layout_)
             outputs: Tensor = net(factors, side, spectra)
@@ -102,7 +102,7 @@ class _GLNetEstimator(BaseNetEstimator):
 
         def factors() -> Iterator[tuple[slice, Factors, Tensor | None]]:
             for rows, block in iter_blocks(data.loras, device, entries):
-                yield rows, *cut_factors(block.to(torch.float32), layout)
+                yield rows, *cut_factors(block, layout, dtype=torch.float32)
 
         weights = data.adapter_weights
         square, _ = weighted_moments(
@@ -141,7 +141,11 @@ class _GLNetEstimator(BaseNetEstimator):
 
 
 def cut_factors(
-    rows: Tensor, layout: LoRALayout, memory: list[Tensor] | None = None
+    rows: Tensor,
+    layout: LoRALayout,
+    memory: list[Tensor] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Factors, Tensor | None]:
     """Cut flat rows into module-major factors.
 
@@ -154,6 +158,8 @@ def cut_factors(
     memory : list of Tensor, optional
         Holds the memory of the factors, which calls with the same list overwrite: fresh memory
         costs more time than the copy into it. Start with an empty list.
+    dtype : torch.dtype, optional
+        Of what is returned; by default that of `rows`.
 
     Returns
     -------
@@ -163,14 +169,17 @@ def cut_factors(
     side : Tensor of shape (B, n_side) or None
         The side features.
     """
+    dtype = dtype or rows.dtype
     if layout.has_plain_rows:
+        rows = rows.to(dtype)
         return [(rows.T[None, :, :, None], rows.new_ones(1, 1, len(rows), 1))], None
     shapes = [
         (len(group.index), n, len(rows), group.rank)
         for group in layout.groups
         for n in (group.n, group.m)
     ]
-    flat = _of_sizes([math.prod(shape) for shape in shapes], rows, [] if memory is None else memory)
+    memory = [] if memory is None else memory
+    flat = _of_sizes([math.prod(shape) for shape in shapes], dtype, rows.device, memory)
     factors = [part.view(shape) for part, shape in zip(flat, shapes, strict=True)]
     pairs = list(zip(factors[::2], factors[1::2], strict=True))
     for group, pair in zip(layout.groups, pairs, strict=True):
@@ -185,7 +194,7 @@ def cut_factors(
                 factor[members, :, :, :rank] = cut
                 if rank < group.rank:
                     factor[members, :, :, rank:] = 0
-    return pairs, rows[:, layout.side_slice] if layout.n_side else None
+    return pairs, rows[:, layout.side_slice].to(dtype) if layout.n_side else None
 
 
 def _runs(group: ModuleGroup, layout: LoRALayout) -> Iterator[tuple[int, int, int]]:
@@ -235,10 +244,12 @@ def singular_values(factors: Sequence[tuple[Tensor, ...]], layout: LoRALayout) -
     return torch.cat(columns, dim=1)
 
 
-def _of_sizes(sizes: list[int], like: Tensor, memory: list[Tensor]) -> list[Tensor]:
+def _of_sizes(
+    sizes: list[int], dtype: torch.dtype, device: torch.device, memory: list[Tensor]
+) -> list[Tensor]:
     """Give uninitialised flat tensors, in the memory of the last call if they fit there."""
     if not memory or any(len(m) < size for m, size in zip(memory, sizes, strict=True)):
-        memory[:] = [like.new_empty(size) for size in sizes]
+        memory[:] = [empty(size, dtype, device) for size in sizes]
     return [m[:size] for m, size in zip(memory, sizes, strict=True)]
 
 

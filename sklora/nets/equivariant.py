@@ -206,12 +206,13 @@ def _multiply(weight: Tensor, factor: Tensor) -> Tensor:
     """Multiply ``(M, out, n)`` by ``(M, n, B, r)``.
 
     One batched product over the modules serves factors that lie module after module in memory.
-    Where each adapter's lie in one piece, as in flat rows, one for every module spares the copy.
+    Where each adapter's lie in one piece, as in flat rows, one for every module spares the copy;
+    where they are more than the weights, these are laid out as such a product is fast.
     """
     modules, rows, adapters, rank = factor.shape
-    if factor.stride(2) > factor.stride(1) >= rank:
+    if factor.stride(2) > factor.stride(1) >= rank and adapters * rank > weight.shape[1]:
         parts = [
-            torch.bmm(one.permute(1, 2, 0), matrix.mT.expand(adapters, -1, -1))
+            torch.bmm(one.permute(1, 2, 0), matrix.mT.contiguous().expand(adapters, -1, -1))
             for matrix, one in zip(weight, factor, strict=True)
         ]
         return torch.stack(parts).permute(0, 3, 1, 2)

@@ -79,6 +79,19 @@ class TestCutFactors:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
+    @pytest.mark.parametrize(
+        "layout",
+        [LoRALayout([("a", 3, 2, 1), ("b", 3, 2, 4)], side=[("magnitude", 2)]), LoRALayout.rows(3)],
+        ids=["modules", "rows"],
+    )
+    def test_in_another_dtype(self, layout):
+        rows = torch.randn(5, layout.width)
+        found, expected = (
+            cut_factors(rows, layout, dtype=torch.float64),
+            cut_factors(rows.double(), layout),
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
     def test_plain_rows(self):
         rows = torch.randn(5, 3)
         [(U, V)], side = cut_factors(rows, LoRALayout.rows(3))
