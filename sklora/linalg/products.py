@@ -177,11 +177,12 @@ def add_inner_products(
     for start in range(0, N1, step):
         stop = min(start + step, N1)
         first = start if symmetric else 0
+        # A product for every column of the second stack takes the factors as they lie.
         U_gram, V_gram = (
-            A[:, start:stop].flatten(0, 1) @ B[:, first:].flatten(0, 1).mT
+            torch.bmm(A[start:stop].flatten(0, 1).expand(r2, -1, -1), B[first:].permute(1, 2, 0))
             for A, B in zip(left, right, strict=True)
         )
-        grams = U_gram.mul_(V_gram).view(r1, stop - start, r2, N2 - first)
+        grams = U_gram.mul_(V_gram).view(r2, stop - start, r1, N2 - first)
         strip = grams.sum(dim=(0, 2))
         products[start:stop, first:] += strip
         if symmetric:
@@ -324,5 +325,5 @@ def _by_module(A: Tensor) -> Tensor:
 
 
 def _columns(A: Tensor) -> Tensor:
-    """The columns (r, N, n) of ``A (N, n, r)``, in float64."""
-    return A.permute(2, 0, 1).contiguous().double()
+    """The columns (N, r, n) of ``A (N, n, r)``, in float64."""
+    return A.new_empty(A.mT.shape, dtype=torch.float64).copy_(A.mT)

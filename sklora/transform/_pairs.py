@@ -229,8 +229,7 @@ def _reader(X: LoRACollection, device: torch.device) -> ReadModule:
 
     def read(position: int) -> tuple[Tensor, Tensor]:
         U, V = (
-            as_tensor(np.ascontiguousarray(A[picked], X.dtype))
-            for A in layout._factors_at(flat, position)
+            as_tensor(np.asarray(A[picked], X.dtype)) for A in layout._factors_at(flat, position)
         )
         return U, V
 
