@@ -17,6 +17,7 @@ from skorch.callbacks import Callback, LRScheduler
 from skorch.helper import predefined_split
 from torch import Tensor, nn
 
+from sklora._base import empty
 from sklora._progress import Advance, write
 from sklora.estimators._training import (
     OPTIMIZERS,
@@ -100,7 +101,10 @@ class KeepBest(Callback):
         losses = {name: epoch[name] for name in ("train_loss", "valid_loss") if name in epoch}
         self.advance(1, **losses)
         if not self.validates or losses["valid_loss"] < self._bound:
-            weights = {name: value.clone() for name, value in net.module_.state_dict().items()}
+            weights = {
+                name: empty(value.shape, value.dtype, value.device).copy_(value)
+                for name, value in net.module_.state_dict().items()
+            }
             # In one step, for an interrupt may come between any two.
             self.best = Kept(epoch["epoch"], weights)
             self._bound = (1 - _LEAST_PROGRESS) * losses.get("valid_loss", 0)
