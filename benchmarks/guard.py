@@ -143,7 +143,8 @@ def main() -> int:
     if args.measure:
         print(json.dumps(ratios_of(args.measure)))
         return 0
-    make, recorded = make_of_processor(), json.loads(RECORDED.read_text())
+    make = make_of_processor()
+    recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     now = {benchmark: measure(benchmark) for benchmark in guarded()}
     if args.record:
         # The better of two, by which a disturbance does not loosen the guard.

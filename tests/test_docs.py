@@ -1,5 +1,6 @@
 """Pages' code runs from top to bottom, links lead somewhere, every public object is documented."""
 
+import ast
 import importlib
 import inspect
 import re
@@ -81,6 +82,9 @@ def documented_names():
     return names
 
 
+DEFAULT = re.compile(r"^(\w+) : .*, default=(.+)$", flags=re.MULTILINE)
+
+
 def has_example(found):
     doc = inspect.getdoc(found) or ""
     _, _, examples = doc.partition("Examples\n--------\n")
@@ -102,3 +106,15 @@ def test_public_object_has_an_example(found, names):
     else:  # A constant has no docstring of its own: its example is on the API page.
         name = names[0].rpartition(".")[2]
         assert any(name in block[1] for block in CODE.finditer(text_of(ROOT / "docs" / "api.md")))
+
+
+@pytest.mark.parametrize(
+    "found", [pytest.param(found, id=names[0]) for found, names in PUBLIC if callable(found)]
+)
+def test_defaults_are_those_that_the_docstring_says(found):
+    for name, said in DEFAULT.findall(inspect.getdoc(found)):
+        try:
+            expected = ast.literal_eval(said)
+        except ValueError:  # in words, such as "None and 0"
+            continue
+        assert inspect.signature(found).parameters[name].default == expected, name

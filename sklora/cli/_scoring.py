@@ -94,7 +94,13 @@ def make_folds(zoo: LabelledZoo, n_folds: int, seed: int) -> Folds:
         if n_groups < n_folds:
             too_many = counted(n_groups, "group")
             raise CommandError(f"--folds {n_folds} is too many for {too_many}; pass fewer.")
-        return list(GroupKFold(n_folds).split(X, y, zoo.groups))
+        folds = list(GroupKFold(n_folds).split(X, y, zoo.groups))
+        if zoo.targets.task == "regression" and min(len(test) for _, test in folds) < 2:
+            raise CommandError(
+                f"--folds {n_folds} leaves one adapter alone in a fold, which has no R2; pass "
+                "fewer, or larger groups."
+            )
+        return folds
     if zoo.targets.classes is None:
         return list(KFold(n_folds, shuffle=True, random_state=seed).split(X))
     return _stratified(X, y, n_folds, seed)

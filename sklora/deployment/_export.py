@@ -61,7 +61,7 @@ class _Program(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, factors: Factors, side: Tensor | None = None) -> Tensor:
-        # Contiguous, because the network's way with flat rows would copy weights for each adapter.
+        # Contiguous, because the network's way with flat rows depends on the number of adapters.
         pairs = [
             tuple(
                 torch.stack([factors[name][which] for name in names]).transpose(1, 2).contiguous()

@@ -36,6 +36,7 @@ def write_adapter(
     """Write one adapter as a folder that PEFT loads.
 
     The factors are stored as they are, ``B = U`` and ``A = V^T``, with the scale 1: alpha is r.
+    They are in float32 or float64; half precision becomes float32, which loses nothing.
 
     Parameters
     ----------

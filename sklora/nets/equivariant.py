@@ -206,8 +206,9 @@ def _multiply(weight: Tensor, factor: Tensor) -> Tensor:
     """Multiply ``(M, out, n)`` by ``(M, n, B, r)``.
 
     One batched product over the modules serves factors that lie module after module in memory.
-    Where each adapter's lie in one piece, as in flat rows, and are more than the weights, a product
-    for every module spares their copy; it is fast with the columns of the weights contiguous.
+    Where each adapter's lie in one piece, as in flat rows, and have more columns than the weights
+    have rows, a product for every module spares their copy. It is fast where the columns of the
+    weights are contiguous.
     """
     modules, rows, adapters, rank = factor.shape
     if factor.stride(2) > factor.stride(1) >= rank and adapters * rank > weight.shape[1]:

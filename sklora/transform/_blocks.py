@@ -416,15 +416,17 @@ def _fill(
     # One sum says whether all are finite, unless it overflows; then a look at X says it.
     if not math.isfinite(torch.from_numpy(out).sum()):
         _look_at(X)
-        if np.isnan(out).any():  # infinities that cancelled
-            raise ValueError(_overflow(X))
+        valid = np.isfinite(out).all(axis=1)
+        if not valid.all():
+            raise ValueError(_overflow(X[[int(valid.argmin())]]))
 
 
 def _overflow(X: LoRACollection) -> str:
-    ids = X.ids.tolist()
+    first, *_, last = X.ids[[0, -1]].tolist()
+    which = f"adapter {first!r}" if len(X) == 1 else f"adapters {first!r} to {last!r}"
     return (
-        f"numbers of adapters {ids[0]!r} to {ids[-1]!r} are finite, but what is computed from them "
-        "overflows; rescale them, or leave out those that are far too large."
+        f"numbers of {which} are finite, but what is computed from them overflows; rescale them, "
+        "or leave out those that are far too large."
     )
 
 

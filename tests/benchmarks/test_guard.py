@@ -45,9 +45,11 @@ def test_the_better_of_two_measurements_counts():
 def run(monkeypatch, tmp_path):
     """Runs the guard on benchmarks whose ratios come from lists, one after the other."""
 
-    def main(measured, *arguments, make="here"):
+    def main(measured, *arguments, make="here", anew=False):
         path = tmp_path / "recorded.json"
         path.write_text(json.dumps({"here": RECORDED}))
+        if anew:
+            path.unlink()
         ratios = {name: iter(values) for name, values in measured.items()}
         monkeypatch.setattr(guard, "RECORDED", path)
         monkeypatch.setattr(guard, "guarded", lambda: list(measured))
@@ -87,6 +89,11 @@ def test_another_make_of_processor_is_recorded_beside(run):
     code, found = run({"bench_a": [{"fit": 3.0}, {"fit": 4.0}]}, "--record", make="there")
     assert code == 0
     assert found == {"here": {"bench_a": {"fit": 1.0}}, "there": {"bench_a": {"fit": 3.0}}}
+
+
+def test_ratios_are_recorded_anew(run):
+    found = run({"bench_a": [{"fit": 3.0}, {"fit": 4.0}]}, "--record", anew=True)
+    assert found == (0, {"here": {"bench_a": {"fit": 3.0}}})
 
 
 def test_what_other_makes_have_counts_by_the_worst():

@@ -8,6 +8,7 @@ from sklearn.dummy import DummyClassifier, DummyRegressor
 
 from sklora import ARCHITECTURES
 from sklora.cli import _scoring
+from sklora.cli._output import CommandError
 from sklora.cli._scoring import Evaluation, baseline, make_folds, metric, score_rows
 from sklora.cli._targets import Targets
 from sklora.cli._zoo import LabelledZoo
@@ -90,6 +91,8 @@ def test_json(compare, quick, tmp_path, monkeypatch):
     assert code == 1
     assert "dense failed: too wide" in err
     assert (summary["metric"], summary["grouped"], summary["constant"]) == ("accuracy", True, 0.5)
+    assert (summary["task"], summary["targets"]) == ("classification", ["style"])
+    assert (summary["n_adapters"], summary["folds"]) == (40, 2)
     assert [one["architecture"] for one in summary["results"]] == [
         "mlp",
         "o-align",
@@ -98,6 +101,31 @@ def test_json(compare, quick, tmp_path, monkeypatch):
     ]
     assert len(summary["results"][0]["scores"]) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_reach_what_is_trained_and_its_scores_come_back(compare, monkeypatch):
+    models, jobs = [], []
+
+    def make(name, task, **options):
+        models.append((name, task, options))
+        return DummyRegressor()
+
+    def validate(model, X, y, *, n_jobs, **options):
+        jobs.append(n_jobs)
+        return {"test_score": np.array([0.25, 0.75]), "fit_time": np.array([1.0, 3.0])}
+
+    monkeypatch.setattr(_scoring, "make_architecture", make)
+    monkeypatch.setattr(_scoring, "cross_validate", validate)
+    options = ("--no-chart", "--seed", "3", "--jobs", "2", "--device", "cpu")
+    code, out, _ = compare(*options, "--json", target="loss")
+    assert code == 0
+    given = {"device": "cpu", "random_state": 3, "verbose": 1}
+    assert models == [(name, "regression", given) for name in ARCHITECTURES]
+    assert jobs == [2] * 5
+    one = json.loads(out)["results"][2]
+    assert (one["architecture"], one["scores"]) == ("svd", [0.25, 0.75])
+    assert (one["mean"], one["fit_seconds"]) == (0.5, 2.0)
+    assert one["spread"] == pytest.approx(0.125**0.5)
 
 
 def test_many_labels_of_any_name(compare, quick, run, zoo, tmp_path, write_csv):
@@ -179,6 +207,12 @@ class TestFolds:
         groups = tuple("aaabbbcccddd")
         for train, test in make_folds(self.zoo(np.arange(12) % 2, groups=groups), 2, 0):
             assert not {groups[n] for n in train} & {groups[n] for n in test}
+
+    def test_one_adapter_alone_in_a_fold_has_no_r2(self):
+        groups = ("a",) + ("b",) * 8
+        with pytest.raises(CommandError, match=r"--folds 2 leaves one adapter alone in a fold"):
+            make_folds(self.zoo(np.arange(9.0), "regression", groups=groups), 2, 0)
+        assert len(make_folds(self.zoo(np.arange(9) % 2, groups=groups), 2, 0)) == 2
 
     def test_as_many_as_there_can_be(self, capsys):
         assert len(make_folds(self.zoo(np.arange(8.0), "regression"), 4, 0)) == 4

@@ -76,6 +76,7 @@ class TestScores:
             "svd",
             "(constant)",
         ]
+        assert "sklora: 40 adapters of tiny/llama, 2 modules\n" in err
         assert "sklora: predicts style: classification, 2 classes" in err
         assert card.scores["metric"] == "accuracy"
         assert card.scores["constant"] == 0.5
@@ -229,6 +230,12 @@ class TestRefused:
         code, _, err = run("fit", zoo, *labels, "-o", tmp_path / name)
         assert code == 2
         assert why in err
+
+    def test_output_in_a_folder_that_may_not_be_written_to(self, fit, zoo, tmp_path, monkeypatch):
+        monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+        code, out, err = fit(zoo)
+        assert (code, out) == (2, "")
+        assert f"there is no permission to write to {tmp_path}." in err
 
     def test_output_without_a_name(self, run, zoo):
         """As an unset variable of a shell gives it."""

@@ -19,6 +19,10 @@ def test_table(run, zoo):
     path = str(zoo / "a00" / "adapter_model.safetensors")
     assert lines[1] == [path, "peft", "2", "2", "1", "F64", "tiny/llama", "0", "0"]
     assert len({line.index("peft") for line in out.splitlines()[1:]}) == 1
+    header, row, _ = out.splitlines()
+    for heading in ("modules", "rank"):  # numbers end where their headings do
+        assert row[header.index(heading) + len(heading) - 1] == "2"
+    assert row[header.index("base model") :].startswith("tiny/llama")
 
 
 def test_many_ranks_are_summarised(run, tmp_path, factors):
@@ -60,8 +64,10 @@ def test_bad_files_among_good_ones(run, zoo, tmp_path, form):
         errors = [report["error"] for report in json.loads(out)]
         assert errors[1] is None
         assert all(errors[::2])
+        assert out.count("\n\n") == 0
     else:
         assert "tiny/llama" in out
+        assert out.count("\n\n") == 1  # between the two tables
         assert [line.split()[0] for line in out.splitlines()[-2:]] == [
             str(bad),
             str(tmp_path / "missing"),
@@ -112,8 +118,9 @@ class TestOptions:
         assert code == 0
         assert (report["modules"][0]["name"], report["modules"][0]["scale"]) == ("q", 0.5)
 
-    def test_remedies_name_options(self, run, in_house):
-        code, out, _ = run("inspect", in_house)
+    @pytest.mark.parametrize("form", [(), ("--json",)])
+    def test_remedies_name_options(self, run, in_house, form):
+        code, out, _ = run("inspect", in_house, *form)
         assert code == 1
         assert "--keys" in out
 

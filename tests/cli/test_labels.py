@@ -46,6 +46,16 @@ class TestReadLabels:
         labels = read_labels(path, ["y"], groups="run")
         assert labels.rows == (Row(2, "a", ("1",), "r"),)
 
+    def test_spaces_around_names_of_columns_do_not_count(self, labels_file):
+        path = labels_file("y , id , path \n1,2,3\n")
+        assert read_labels(path, ["y"]).rows == (Row(2, "3", ("1",), None),)
+        assert read_labels(path, ["y"], id="id").rows[0].id == "2"
+
+    @pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
+    def test_name_that_holds_the_end_of_a_line(self, labels_file, end):
+        path = labels_file(f'path,y\n"a{end}b",1\n')
+        assert read_labels(path, ["y"]).rows[0].id == f"a{end}b"
+
     def test_column_of_ids_by_name(self, labels_file):
         path = labels_file("path,file,y\na,b,1\n")
         assert read_labels(path, ["y"], id="file").rows[0].id == "b"

@@ -37,6 +37,7 @@ def test_defaults_are_those_that_the_help_says(command):
         ("compare", "--folds", "1", "1 is less than 2"),
         ("fit", "--folds", "-1", "-1 is less than 0"),
         ("fit", "--jobs", "0", "0 is less than 1"),
+        ("fit", "--seed", "-1", "-1 is less than 0"),
         ("fit", "--seed", str(2**32), f"{2**32} is more than {2**32 - 1}"),
         ("fit", "--seed", "x", "invalid number value: 'x'"),
     ],

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -11,7 +12,8 @@ import sklearn
 
 from sklora._saved import load_model
 from sklora.cli._predict import predict
-from sklora.cli._reading import OneByOne
+from sklora.cli._reading import OneByOne, _needed
+from sklora.collection import LoRALayout
 from sklora.estimators._base import BaseNetEstimator
 from sklora.io import read_adapters, write_adapter
 
@@ -206,6 +208,50 @@ class TestBadFiles:
             assert predictions() == (pytest.approx(shares), whole)
         assert max(sizes) == 1
 
+    def test_json_is_ascii_whatever_the_name(self, run, models, tmp_path):
+        """What a stream has no place for is escaped as Python does it, which is no JSON."""
+        name = os.fsdecode(os.fsencode(tmp_path / "é") + b"\xff")
+        out = run("predict", models["style"], name, "--json").out
+        assert out.isascii()
+        assert json.loads(out)[0]["path"] == name
+
+
+class TestBlocks:
+    """What is said of one adapter does not depend on the others."""
+
+    @pytest.fixture
+    def sizes(self, monkeypatch):
+        sizes = []
+        monkeypatch.setattr(
+            "sklora.cli._predict.predict",
+            lambda model, loras: sizes.append(len(loras)) or predict(model, loras),
+        )
+        return sizes
+
+    def test_adapters_of_different_ranks_go_together(self, run, models, tmp_path, factors, sizes):
+        for rank in (1, 3, 2):
+            write_adapter(tmp_path / str(rank), factors(rank=rank))
+        assert run("predict", models["style"], tmp_path).code == 0
+        assert sizes == [3]
+
+    def test_adapters_of_different_dtypes_do_not(self, run, models, tmp_path, factors, sizes):
+        for n, dtype in enumerate([np.float32, np.float64, np.float64]):
+            pairs = factors().items()
+            adapter = {name: (U.astype(dtype), V.astype(dtype)) for name, (U, V) in pairs}
+            write_adapter(tmp_path / str(n), adapter)
+        together = rows_of(run("predict", models["style"], tmp_path).out)
+        assert sizes == [1, 2]
+        alone = [rows_of(run("predict", models["style"], tmp_path / str(n)).out) for n in range(2)]
+        assert together[0] == alone[0][0]
+
+    def test_fit_four_times_into_the_working_memory(self, run, models, zoo, sizes):
+        size = read_adapters(zoo / "a00").nbytes
+        for fitting, expected in ((3, [3, 3, 2]), (5, [5, 3])):
+            sizes.clear()
+            with sklearn.config_context(working_memory=4 * fitting * size / 2**20):
+                run("predict", models["style"], *(zoo / f"a0{n}" for n in range(8)))
+            assert sizes == expected
+
 
 class TestOtherAdapters:
     """Refused by name, unless told otherwise."""
@@ -311,6 +357,12 @@ class TestOptions:
         assert (code, out) == (2, "")
         assert err == f"sklora: error: {tmp_path}/none.skops: No such file or directory.\n"
 
+    def test_without_skops(self, run, models, zoo, monkeypatch):
+        monkeypatch.setitem(sys.modules, "skops.io", None)
+        code, out, err = run("predict", models["style"], zoo / "a00")
+        assert (code, out) == (2, "")
+        assert "pip install 'sklora[secure]'" in err
+
     def test_no_model_in_it(self, run, zoo, tmp_path):
         (tmp_path / "m.skops").write_text("nothing")
         code, out, err = run("predict", tmp_path / "m.skops", zoo)
@@ -325,3 +377,11 @@ class TestOptions:
         assert code == 0
         assert "sklora: warning: " in err
         assert "9.9.9" in err
+
+
+def test_what_no_training_adapter_lacked_is_needed():
+    layout = LoRALayout([("a", 3, 2, 1), ("b", 5, 4, 2)], side=[("always", 1), ("seldom", 2)])
+    assert _needed(layout, frozenset()) == layout
+    expected = LoRALayout([("a", 3, 2, 1)], side=[("always", 1)])
+    assert _needed(layout, frozenset({"b", "seldom"})) == expected
+    assert _needed(layout, frozenset({"a", "b"})) is None

@@ -112,6 +112,11 @@ class TestBadInput:
             fitted.fit(zoo, case[1])
         assert fitted.weights_ is before
 
+    def test_least_values_are_taken(self, case, zoo, quick):
+        least = dict.fromkeys(("hidden_dim", "n_layers", "max_epochs", "patience"), 1)
+        least |= {"batch_size": 1, "dropout": 0, "weight_decay": 0}
+        assert quick(case[0], **least).fit(zoo[:12], case[1][:12]).n_iter_ == 1
+
     def test_unknown_device(self, case, zoo, quick):
         with pytest.raises(ValueError, match="device='abacus'"):
             quick(case[0], device="abacus").fit(zoo, case[1])

@@ -29,3 +29,13 @@ def test_without_docstrings_a_class_stays_as_it_is():
 
     assert document(Bare) is Bare
     assert Bare.__doc__ is None
+
+
+@pytest.mark.parametrize(
+    ("classifier", "regressor"),
+    [(GLNetClassifier, GLNetRegressor), (MLPNetClassifier, MLPNetRegressor)],
+)
+def test_defaults_do_not_depend_on_the_kind_of_target(classifier, regressor):
+    defaults = classifier().get_params()
+    assert defaults.pop("class_weight") is None
+    assert regressor().get_params() == defaults

@@ -237,6 +237,39 @@ def test_side_features_are_read(zoo, rng, quick):
     assert model.fit(X, side[:, 0]).score(X, side[:, 0]) > 0.9
 
 
+def test_side_features_are_standardised_by_weighted_moments(zoo, rng, traces, quick):
+    layout = LoRALayout(zoo.layout.modules, side=[("magnitude", 2)])
+    side, weights = rng.normal(size=(60, 2)) * [1, 100] + 5, np.linspace(0, 1, 60)
+    X = LoRACollection.from_array(np.hstack([np.asarray(zoo), side]), layout)
+    state = quick(GLNetRegressor).fit(X, traces, sample_weight=weights).weights_
+    mean = np.average(side, axis=0, weights=weights)
+    scale = np.sqrt(np.average((side - mean) ** 2, axis=0, weights=weights))
+    np.testing.assert_allclose(state["side_path.standardize.mean"], mean, rtol=1e-5)
+    np.testing.assert_allclose(state["side_path.standardize.scale"], scale, rtol=1e-5)
+
+
+def test_the_wider_a_network_the_fewer_adapters_at_once(zoo, traces, quick, monkeypatch):
+    """What it makes of them is to fit into the working memory, too."""
+    iter_batches, sizes = LoRACollection.iter_batches, []
+
+    def watched(X, bytes_per_adapter):
+        sizes.append(bytes_per_adapter)
+        return iter_batches(X, bytes_per_adapter)
+
+    monkeypatch.setattr(LoRACollection, "iter_batches", watched)
+
+    def needed(**parameters):
+        model = quick(GLNetRegressor, max_epochs=1, **parameters).fit(zoo, traces)
+        sizes.clear()
+        model.predict(zoo)
+        return sizes[-1] / 8 - zoo.layout.width
+
+    factors, products = 3 * 2 * 64 * 2, 3 * 64**2  # of three modules of rank 2
+    assert needed(hidden_dim=64) > factors + products
+    assert factors < needed(hidden_dim=64, head="mean") < products
+    assert needed(spectrum=True) > needed()
+
+
 class TestSpectrum:
     @pytest.fixture
     def stretched(self, rng):
@@ -353,6 +386,14 @@ class TestSpectrum:
             np.testing.assert_array_equal(model.weights_["spectrum_path.standardize.mean"], moments)
         with pytest.raises(ValueError, match=r"spectrum is 0, but .* fitted with 6"):
             model.set_params(spectrum=False).fit(zoo, traces)
+
+    def test_goes_on_with_adapters_of_other_ranks(self, zoo, traces, quick):
+        wide = zoo.with_layout(zoo.layout.with_ranks([4, 3, 2]))
+        one, other = (
+            quick(GLNetRegressor, spectrum=True).fit(zoo, traces).partial_fit(X, traces)
+            for X in (zoo, wide)
+        )
+        np.testing.assert_allclose(one.predict(zoo), other.predict(zoo), rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("store", [by_joblib, by_skops])
     @pytest.mark.parametrize("estimator", [GLNetClassifier, GLNetRegressor])

@@ -424,3 +424,31 @@ class TestTrain:
         monkeypatch.setattr(WeightedLoss, "forward", interrupt)
         with pytest.raises(KeyboardInterrupt):
             self.train(net, data)
+
+
+class TestSteps:
+    @pytest.mark.parametrize(("batch_size", "n_batches"), [(64, 4), (5, 6)])
+    def test_an_epoch_has_four_or_more(self, batch_size, n_batches, case, zoo, quick):
+        """Of the rows that are trained on, which early stopping makes fewer."""
+        parameters = {"batch_size": batch_size, "validation_fraction": 0.5}
+        [epoch] = quick(case[0], max_epochs=1, **parameters).fit(zoo, case[1]).history_
+        assert epoch["train_batch_count"] == n_batches
+
+    def test_learning_rate_falls_in_fit_alone(self, case, zoo, quick):
+        model = quick(case[0], lr=0.01, max_epochs=4).fit(zoo, case[1])
+        rates = [epoch["event_lr"] for epoch in model.history_]
+        np.testing.assert_allclose(rates, 0.005 * (1 + np.cos(np.pi * np.arange(4) / 4)))
+        assert "event_lr" not in model.partial_fit(zoo, case[1]).history_[-1]
+
+    def test_partial_fit_holds_nothing_out(self, case, zoo, quick):
+        classes = {"classes": np.unique(case[1])} if case[1].dtype.kind == "U" else {}
+        model = quick(case[0], early_stopping=True).partial_fit(zoo, case[1], **classes)
+        assert "valid_loss" not in model.history_[0]
+
+    def test_weights_decay(self, case, zoo, quick):
+        sizes = []
+        for decay in (0.0, 5.0):
+            model = quick(case[0], weight_decay=decay, lr=0.05, early_stopping=False)
+            weights = model.fit(zoo, case[1]).weights_
+            sizes.append(sum((w**2).sum() for name, w in weights.items() if "mlp" in name))
+        assert sizes[1] < 0.8 * sizes[0]

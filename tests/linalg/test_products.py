@@ -210,3 +210,57 @@ def test_pairs_of_more_entries_than_are_held_at_once_and_of_two_dtypes(make_fact
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-2 * expected.max())
     with pytest.raises(ValueError, match="same r"):
         pairwise_inner_products(U, V, U, V[..., :1])
+
+
+def test_a_norm_whose_square_is_beyond_its_dtype():
+    large = torch.full((2, 1), 1e15)
+    assert frobenius_norm(large, large).item() == pytest.approx(2e30)
+    assert squared_norm(large, large) == torch.inf
+
+
+@pytest.mark.parametrize(
+    "function", [dense_product, row_sums, column_sums, squared_norm, frobenius_norm]
+)
+def test_every_function_of_one_update_checks_its_factors(make_factors, function):
+    U, V = make_factors(21, 6, 5, 2, dtype=torch.float32)
+    for half in (torch.float16, torch.bfloat16):
+        assert function(U.half(), V.to(half)).dtype == torch.float32
+    assert function(U, V.double()).dtype == function(U.double(), V).dtype == torch.float64
+    with pytest.raises(ValueError, match="same r"):
+        function(U, V[..., :1])
+    with pytest.raises(ValueError, match="floating point"):
+        function(U.int(), V.int())
+
+
+def test_the_second_update_of_an_inner_product_is_checked(make_factors):
+    U, V = make_factors(22, 6, 5, 2)
+    expected = inner_product(U, V, U, V.float())
+    assert inner_product(U, V, U, V.float().double()) == expected
+    for second in ((U, V[..., :1]), (U[..., :1], V)):
+        with pytest.raises(ValueError, match="same r"):
+            inner_product(U, V, *second)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**20, 2.0**-20])
+def test_where_rounding_begins(scale):
+    """At four times the precision of the product of the sizes, which gauges move about."""
+    U = torch.full((1, 2), scale, dtype=torch.float64)
+    for gap, norm in ((2.0**-23, 2.0**-46), (2.0**-25, 0.0)):
+        V = torch.tensor([[1.0, gap - 1.0]], dtype=torch.float64) / scale
+        assert squared_norm(U, V) == norm
+        assert frobenius_norm(U, V) == norm**0.5
+
+
+def test_pairs_are_in_the_larger_dtype_of_the_two_stacks(make_factors):
+    U, V = make_factors(23, 6, 5, 2, batch=(4,))
+    single = U.float(), V.float()
+    assert pairwise_inner_products(*single, U, V).dtype == torch.float64
+    assert pairwise_inner_products(U, V, *single).dtype == torch.float64
+    assert pairwise_inner_products(*single, *single).dtype == torch.float32
+
+
+@pytest.mark.parametrize("middle", [(3,), (3, 2), (6,), ()])
+def test_as_many_modules_in_another_order_are_not_the_same(make_factors, middle):
+    first, second = (make_factors(24, 6, 5, 2, batch=(4, *some)) for some in ((2, 3), middle))
+    with pytest.raises(ValueError, match="same middle dimensions"):
+        pairwise_inner_products(*first, *second)

@@ -95,3 +95,22 @@ def test_triangles_of_factors_that_broadcast(make_factors):
         for R, A in zip(triangles(*factors), factors, strict=True):
             assert R.shape == (2, 3, 3, 3)
             torch.testing.assert_close(R.mT @ R, (A.double().mT @ A.double()).expand(2, 3, 3, 3))
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-20, 5e-21, 1e-22])
+def test_cross_product_that_is_about_the_least_that_a_dtype_can_hold(make_factors, size):
+    """Its entries have lost digits well before all of them together are as small."""
+    A, B = (size * make_factors(seed, 4, 2, 40)[0] for seed in (3, 4))
+    A, B = A.float(), B.float()
+    sizes = A.double().norm(dim=-2)[..., None] * B.double().norm(dim=-2)[..., None, :]
+    error = (cross_product(A, B) - A.double().mT @ B.double()).abs() / sizes
+    assert error.max() < 4 * torch.finfo(A.dtype).eps
+
+
+@pytest.mark.parametrize("signs", [(1, 1), (1, -1)])
+def test_cross_product_that_overflows_without_a_nan(pieces, signs):
+    """Sums of one sign are infinite; of both, they are NaN."""
+    A, B = (sign * torch.full((2, 500, 3), 1e30) for sign in signs)
+    A[1] = signs[0]
+    expected = A.double().mT @ B.double()
+    torch.testing.assert_close(cross_product(A, B), expected, rtol=1e-5, atol=0)

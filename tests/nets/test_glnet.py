@@ -150,6 +150,43 @@ def test_takes_any_rank(rank, random_factors):
     assert make_net()(random_factors(GROUPS, batch=4, rank=rank)).shape == (4, 3)
 
 
+@pytest.mark.parametrize("ranks", [(1, 4, 2), (4, 1, 2), (2, 1, 4)], ids=str)
+def test_ranks_differ_from_group_to_group(ranks, random_factors):
+    net = make_net(n_layers=2)
+    factors = [
+        random_factors([group], batch=4, rank=rank)[0]
+        for group, rank in zip(GROUPS, ranks, strict=True)
+    ]
+    torch.testing.assert_close(net(factors), reference(net, factors, torch.sigmoid))
+
+
+def test_as_many_factors_as_groups(random_factors):
+    factors = random_factors(GROUPS, batch=4, rank=2)
+    for given in (factors[:-1], [*factors, factors[-1]]):
+        with pytest.raises(ValueError, match="zip"):
+            make_net()(given)
+
+
+def test_state_is_all_that_it_learns(random_factors):
+    net, other = (make_net(n_side=2, spectrum=3) for _ in range(2))
+    given = (
+        random_factors(GROUPS, batch=4, rank=2),
+        *(torch.randn(4, n, dtype=torch.float64) for n in (2, 3)),
+    )
+    with torch.no_grad():
+        for tensor in (*other.parameters(), *other.buffers()):
+            tensor.fill_(0.5)
+    assert not torch.equal(net(*given), other(*given))
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(net(*given), other(*given))
+
+
+def test_the_first_layer_keeps_the_weight_of_the_norm_alone():
+    net = GLNet(GROUPS, 3, n_side=2, spectrum=3)
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in net.parameters())
+    assert net.mlp[0].in_features == net.mlp[0].weight.shape[1] == 1
+
+
 def test_a_missing_module_is_the_zero_update(random_factors):
     net = make_net()
     factors = random_factors(GROUPS, batch=4, rank=2)
@@ -294,3 +331,16 @@ def test_dropout_is_after_every_hidden_layer_and_in_the_path_of_the_spectrum():
     }
     found = {path: rate for path, rate in rates.items() if rate}
     assert found == {"mlp": [0.25, 0.25], "spectrum_path": [0.25]}
+
+
+def test_side_features_are_read_linearly_and_singular_values_by_a_hidden_layer():
+    net = GLNet(GROUPS, 3, mlp_hidden=(6,), n_side=2, spectrum=3)
+    shapes = {
+        name: [
+            tuple(layer.weight.shape) for layer in path.mlp if isinstance(layer, torch.nn.Linear)
+        ]
+        for name, path in paths(net).items()
+    }
+    # Beside the columns, their norm.
+    assert shapes["side_path"] == [(6, 3)]
+    assert [shape[::-1] for shape in shapes["spectrum_path"]] == [(4, 128), (128, 6)]

@@ -94,17 +94,19 @@ def test_numbers_beyond_the_rank_are_found(featurizer, X):
         clone(featurizer).fit_transform(bad)
 
 
-def test_finite_numbers_whose_products_overflow_are_no_error():
-    rows = np.full((3, 4), 1e30, np.float32)
-    X = LoRACollection.from_array(rows, LoRALayout([("q", 2, 2, 1)]))
-    assert np.isinf(DenseProduct().fit_transform(X)).all()
+@pytest.mark.parametrize("featurizer", [DenseProduct(), SVDSpectrum()], ids=str)
+def test_finite_numbers_whose_products_overflow_are_named(featurizer):
+    rows = np.array([[1], [1e30], [1]], np.float32).repeat(4, axis=1)
+    X = LoRACollection.from_array(rows, LoRALayout([("q", 2, 2, 1)]), ids=["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"of adapter 'b' are finite, but .* overflows"):
+        featurizer.fit_transform(X)
 
 
 def test_finite_numbers_whose_products_cancel_infinitely_are_named():
     rows = np.array([[1.0, 1.0, 1.0, 1.0], [1e30, -1e30, 1e30, 1e30]], np.float32)
     X = LoRACollection.from_array(rows, LoRALayout([("q", 1, 1, 2)]), ids=["a", "b"])
     featurizer = DenseProduct(device="cpu").fit(X)
-    with pytest.raises(ValueError, match=r"adapters 'b' to 'b' are finite, but .* overflows"):
+    with pytest.raises(ValueError, match=r"of adapter 'b' are finite, but .* overflows"):
         featurizer.transform(X[1:])
 
 

@@ -314,3 +314,13 @@ def test_new_adapters_give_their_own_dtype(kernel, X, new):
     single = LoRACollection.from_array(np.asarray(new, np.float32), new.layout)
     assert model.transform(single).dtype == np.float32
     assert model.transform(new).dtype == np.float64
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_ranks_that_are_made_larger_change_nothing(kernel, mixed):
+    """Their columns lie in memory as they did."""
+    wider = mixed.with_layout(mixed.layout.with_ranks([5, 3, 4, 7]))
+    expected = pairwise_update_kernel(mixed, kernel=kernel)
+    for given in ((wider,), (wider, mixed), (mixed, wider)):
+        found = pairwise_update_kernel(*given, kernel=kernel)
+        np.testing.assert_allclose(found, expected, atol=1e-12)
