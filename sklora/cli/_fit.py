@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from sklearn.pipeline import Pipeline
+
 from sklora._saved import ModelCard, check_skops, layout_of, save_model
 from sklora.architectures import ARCHITECTURES, set_both
 from sklora.cli._output import OK, CommandError, few, say, table
@@ -22,6 +24,7 @@ from sklora.cli._scoring import (
     score_rows,
 )
 from sklora.cli._zoo import LabelledZoo, labelled_zoo, optional_parts
+from sklora.io._errors import counted
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     architecture = best or args.architecture
     say(f"training {architecture} on all adapters")
     model = new_model(architecture, zoo, args).fit(zoo.loras, zoo.targets.y)
+    _say_epochs(model)
     set_both(model, verbose=0)  # whoever loads it may be no person
     card = ModelCard(
         task=zoo.targets.task,
@@ -49,6 +53,14 @@ def run(args: argparse.Namespace) -> int:
     save_model(args.output, model, card)
     say(f"{args.output} holds the model")
     return OK
+
+
+def _say_epochs(model: Pipeline) -> None:
+    """Say which epoch was the best: one of the first says that the zoo is small."""
+    losses = [epoch["valid_loss"] for epoch in model[-1].history_ if "valid_loss" in epoch]
+    if losses:
+        best, epochs = losses.index(min(losses)) + 1, counted(len(losses), "epoch")
+        say(f"trained {epochs}; the loss on held-out adapters was lowest after epoch {best}")
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -59,6 +59,13 @@ class TestModel:
         others = load_model(tmp_path / "model.skops")[0]["model"].weights_
         assert not all(np.array_equal(array, others[name]) for name, array in weights[0].items())
 
+    def test_says_which_epoch_was_the_best(self, fit, zoo, tmp_path):
+        err = fit(zoo).err
+        history = load_model(tmp_path / "model.skops")[0]["model"].history_
+        losses = [epoch["valid_loss"] for epoch in history]
+        assert f"trained {len(losses)} epochs; " in err
+        assert f" was lowest after epoch {np.argmin(losses) + 1}\n" in err
+
     def test_options_of_reading_are_kept(self, fit, zoo, tmp_path):
         assert fit(zoo, "--names", "raw", "--scale", "2").code == 0
         _, card = load_model(tmp_path / "model.skops")
