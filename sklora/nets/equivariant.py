@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sklora._base import check_option
+from sklora.linalg._tall import project
 
 GateKind = Literal["sign_relu", "sigmoid", "silu"]
 HeadKind = Literal["flatten", "mean"]
@@ -213,9 +214,9 @@ def _multiply(weight: Tensor, factor: Tensor) -> Tensor:
     modules, rows, adapters, rank = factor.shape
     if factor.stride(2) > factor.stride(1) >= rank and adapters * rank > weight.shape[1]:
         parts = [
-            torch.bmm(one.permute(1, 2, 0), matrix.mT.contiguous().expand(adapters, -1, -1))
+            project(matrix.mT.contiguous().mT, one.transpose(0, 1))
             for matrix, one in zip(weight, factor, strict=True)
         ]
-        return torch.stack(parts).permute(0, 3, 1, 2)
+        return torch.stack(parts).transpose(1, 2)
     product = torch.bmm(weight, factor.reshape(modules, rows, adapters * rank))
     return product.reshape(modules, weight.shape[1], adapters, rank)

@@ -422,7 +422,7 @@ def _fill(
 
 
 def _overflow(X: LoRACollection) -> str:
-    first, *_, last = X.ids[[0, -1]].tolist()
+    first, last = X.ids[[0, -1]].tolist()
     which = f"adapter {first!r}" if len(X) == 1 else f"adapters {first!r} to {last!r}"
     return (
         f"numbers of {which} are finite, but what is computed from them overflows; rescale them, "
