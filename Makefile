@@ -47,7 +47,8 @@ $(DOCS_READY): $(READY)
 
 # Pages and examples that have not changed are not made again; `make clean` forgets them.
 docs: $(DOCS_READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -j auto -b html \
+		-d docs/_build/doctrees docs docs/_build/html
 
 bundled-zoo: $(READY)
 	$(BIN)/python -c "from sklora.datasets._bundle import make_bundle; make_bundle()"

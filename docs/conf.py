@@ -49,6 +49,7 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "write_computation_times": False,
     "ignore_repr_types": r"matplotlib\.",
+    "parallel": True,  # as many examples at a time as the command's --jobs says
 }
 
 html_math_renderer = "mathml"
