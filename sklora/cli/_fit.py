@@ -56,11 +56,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _say_epochs(model: Pipeline) -> None:
-    """Say which epoch was the best: one of the first says that the zoo is small."""
-    losses = [epoch["valid_loss"] for epoch in model[-1].history_ if "valid_loss" in epoch]
+    """Say which epoch was the best: one of the first says that too few adapters were held out."""
+    history = model[-1].history_
+    losses = [epoch["valid_loss"] for epoch in history if "valid_loss" in epoch]
+    held_out = "too few adapters to hold some out"
     if losses:
-        best, epochs = losses.index(min(losses)) + 1, counted(len(losses), "epoch")
-        say(f"trained {epochs}; the loss on held-out adapters was lowest after epoch {best}")
+        best = losses.index(min(losses)) + 1
+        held_out = f"the loss on held-out adapters was lowest after epoch {best}"
+    say(f"trained {counted(len(history), 'epoch')}; {held_out}")
 
 
 def _check(args: argparse.Namespace) -> None:

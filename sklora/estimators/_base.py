@@ -35,6 +35,9 @@ from sklora.estimators._training import (
     training_batch_size,
 )
 
+# With less than this many adapters, early_stopping="auto" trains on all of them (docs/results.md).
+_ENOUGH_TO_SPARE = 200
+
 
 class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass=ABCMeta):
     """Shell around one network.
@@ -52,7 +55,7 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
         "optimizer": [StrOptions(set(OPTIMIZERS))],
         "max_epochs": [Interval(Integral, 1, None, closed="left")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
-        "early_stopping": ["boolean"],
+        "early_stopping": ["boolean", StrOptions({"auto"})],
         "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
         "patience": [Interval(Integral, 1, None, closed="left")],
         "callbacks": [list, tuple, None],
@@ -86,7 +89,7 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
         optimizer: str,
         max_epochs: int,
         batch_size: int,
-        early_stopping: bool,
+        early_stopping: bool | Literal["auto"],
         validation_fraction: float,
         patience: int,
         callbacks: Sequence[Any] | None,
@@ -215,7 +218,8 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
         history, state = self._train(
             X, y, sample_weight, resume=resume, classes=classes, one_epoch=True
         )
-        self.history_ = [*(self.history_ if resume else []), *history]
+        earlier = self.history_ if resume else []
+        self.history_ = [*earlier, {**history[0], "epoch": len(earlier) + 1}]
         self.n_iter_ = len(self.history_)
         self.optimizer_state_ = state
 
@@ -239,7 +243,7 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
         # Those of one part of the data are to be compared with those of the others.
         data = data._replace(weights=_loss_weights(data.weights, of_mean_one=not one_epoch))
         training, validation = data, None
-        if self.early_stopping and not one_epoch:
+        if self._stops_early(len(data.loras)) and not one_epoch:
             training, validation = self._split(data, random_state)
         with plain_torch(), seeded(seed, device):
             net = self._resumed_net() if resume else self._new_net(data, device)
@@ -288,6 +292,11 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
             # Not read at all, so that a weight of zero is the same as leaving the row out.
             loras, targets, loss_weights = loras[kept], targets[kept], loss_weights[kept]
         return TrainingData(loras, targets, loss_weights)
+
+    def _stops_early(self, n_rows: int) -> bool:
+        if self.early_stopping == "auto":
+            return n_rows >= _ENOUGH_TO_SPARE
+        return bool(self.early_stopping)
 
     def _split(
         self, data: TrainingData, random_state: np.random.RandomState

@@ -45,10 +45,11 @@ max_epochs : int, default=$max_epochs
     Number of passes over the training adapters, at most.
 batch_size : int, default=$batch_size
     Adapters in one step; fewer where that would leave less than 4 steps in an epoch.
-early_stopping : bool, default=$early_stopping
+early_stopping : bool or "auto", default=$early_stopping
     Whether to keep some adapters apart, stop when the loss on them no longer falls, and go back to
-    the weights of the best epoch. Where 10 would be over a third of all, and more than
-    `validation_fraction`, none are kept apart.
+    the weights of the best epoch. With ``"auto"`` this is done with 200 training adapters or more:
+    of fewer, none can be spared. With True none are kept apart where 10 would be over a third of
+    all, and more than `validation_fraction`.
 validation_fraction : float, default=$validation_fraction
     Share of the adapters kept apart, at least 10, stratified by target.
 patience : int, default=$patience

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -321,7 +321,7 @@ class GLNetClassifier(NetClassifier, _GLNetEstimator):
         optimizer: str = "adamw",
         max_epochs: int = 40,
         batch_size: int = 64,
-        early_stopping: bool = True,
+        early_stopping: bool | Literal["auto"] = "auto",
         validation_fraction: float = 0.15,
         patience: int = 8,
         callbacks: Sequence[Any] | None = None,
@@ -410,7 +410,7 @@ class GLNetRegressor(NetRegressor, _GLNetEstimator):
         optimizer: str = "adamw",
         max_epochs: int = 40,
         batch_size: int = 64,
-        early_stopping: bool = True,
+        early_stopping: bool | Literal["auto"] = "auto",
         validation_fraction: float = 0.15,
         patience: int = 8,
         callbacks: Sequence[Any] | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -119,7 +119,7 @@ class MLPNetClassifier(NetClassifier, _MLPNetEstimator):
         optimizer: str = "adamw",
         max_epochs: int = 40,
         batch_size: int = 64,
-        early_stopping: bool = True,
+        early_stopping: bool | Literal["auto"] = "auto",
         validation_fraction: float = 0.15,
         patience: int = 8,
         callbacks: Sequence[Any] | None = None,
@@ -199,7 +199,7 @@ class MLPNetRegressor(NetRegressor, _MLPNetEstimator):
         optimizer: str = "adamw",
         max_epochs: int = 40,
         batch_size: int = 64,
-        early_stopping: bool = True,
+        early_stopping: bool | Literal["auto"] = "auto",
         validation_fraction: float = 0.15,
         patience: int = 8,
         callbacks: Sequence[Any] | None = None,

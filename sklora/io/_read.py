@@ -309,7 +309,10 @@ class Reader:
     def store(self) -> AdapterStore:
         """Make the store of all files so far."""
         if not self._headers:
-            raise ValueError("no adapter is left to read; scan_adapters says why of each file.")
+            raise ValueError(
+                "paths leave no adapter to read; pass one or more, and let scan_adapters say what "
+                "is wrong with each file."
+            )
         for error in self._incomplete().values():
             raise error
         layout = self._final_layout()

@@ -9,6 +9,7 @@ from sklora import TRUSTED_TYPES, LoRACollection
 from sklora._saved import load_model
 from sklora.cli._zoo import _in_memory, optional_parts
 from sklora.io import read_adapters, write_adapter
+from tests.cli.conftest import make_zoo
 
 
 @pytest.fixture
@@ -60,7 +61,8 @@ class TestModel:
         assert not all(np.array_equal(array, others[name]) for name, array in weights[0].items())
 
     def test_says_which_epoch_was_the_best(self, fit, zoo, tmp_path):
-        err = fit(zoo).err
+        assert "trained 2 epochs; too few adapters to hold some out\n" in fit(zoo).err
+        err = fit(make_zoo(tmp_path / "more", 200)).err
         history = load_model(tmp_path / "model.skops")[0]["model"].history_
         losses = [epoch["valid_loss"] for epoch in history]
         assert f"trained {len(losses)} epochs; " in err

@@ -49,6 +49,7 @@ def quick() -> Callable[..., Any]:
         "weight_decay": 1e-2,
         "max_epochs": 3,
         "batch_size": 64,
+        "early_stopping": True,
         "patience": 15,
         "random_state": 0,
         "device": "cpu",

@@ -249,6 +249,12 @@ class TestEarlyStopping:
         assert model.n_iter_ == 5
         assert "valid_loss" not in model.history_[0]
 
+    @pytest.mark.parametrize(("n_rows", "spares"), [(199, False), (200, True)])
+    def test_auto_spares_rows_of_two_hundred(self, case, zoo, quick, n_rows, spares):
+        rows = np.arange(n_rows) % len(zoo)
+        model = quick(case[0], early_stopping="auto").fit(zoo[rows], case[1][rows])
+        assert ("valid_loss" in model.history_[0]) == spares
+
     def test_few_rows_are_all_trained_on(self, case, zoo, quick):
         model = quick(case[0]).fit(zoo[:20], case[1][:20])
         assert "valid_loss" not in model.history_[0]
@@ -261,6 +267,7 @@ class TestGoingOn:
         for _ in range(15):
             model.partial_fit(zoo, case[1], **classes)
         assert model.n_iter_ == len(model.history_) == 15
+        assert [epoch["epoch"] for epoch in model.history_] == [*range(1, 16)]
         assert train_losses(model)[-1] < 0.8 * train_losses(model)[0]
 
     def test_partial_fit_goes_on_after_pickling(self, case, zoo, quick, same_state):
