@@ -232,7 +232,8 @@ class TestLogging:
 
     def test_training(self, random_loras, rng, caplog):
         X = random_loras(rng, n_adapters=60)
-        model = MLPNetRegressor(patience=1, lr=0.1, max_epochs=50, device="cpu", random_state=0)
+        settings = {"early_stopping": True, "patience": 1, "lr": 0.1, "max_epochs": 50}
+        model = MLPNetRegressor(**settings, device="cpu", random_state=0)
         with caplog.at_level(logging.INFO, "sklora.estimators"):
             model.fit(X, rng.normal(size=60))
         stopped, trained = (record.getMessage() for record in caplog.records)

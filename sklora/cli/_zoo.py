@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -63,7 +62,8 @@ def labelled_zoo(args: argparse.Namespace) -> LabelledZoo:
     places = match(labels, names)
     _say_unlabelled(names, places)
     if packed is None:
-        chosen = track([files[place] for place in places], "headers", "file")
+        ways = [*files.values()]
+        chosen = track([ways[place][0] for place in places], "headers", "file")
         loras = read_together(chosen, reading, any_base_model=args.allow_other_base_model)
     else:
         loras = packed[places]
@@ -94,27 +94,29 @@ def _is_packed(path: str) -> bool:
         return False
 
 
-def _files(paths: Sequence[str]) -> list[Found]:
-    files = []
+def _files(paths: Sequence[str]) -> dict[str, list[Found]]:
+    """List every file once, by folder and name, with all the ways that lead to it."""
+    files: dict[str, list[Found]] = {}
     for finding in find_each(paths):
         if isinstance(finding, AdapterError):
             raise CommandError(str(finding))
         if not finding.in_folder and not os.path.exists(finding.path):
             raise CommandError(f"{finding.path}: No such file or directory.")
-        files.append(finding)
-    return [*{Path(found.path).absolute(): found for found in files}.values()]
+        folder, name = os.path.split(finding.path)
+        files.setdefault(os.path.join(os.path.realpath(folder), name), []).append(finding)
+    return files
 
 
-def _names(files: Sequence[Found], labels_folder: str) -> list[list[str]]:
+def _names(files: Mapping[str, Sequence[Found]], labels_folder: str) -> list[list[str]]:
     """Give what a row may call each file: its path, from several folders, and that of its folder.
 
     The folder stands for an adapter that has it for itself, as those of PEFT do.
     """
-    neighbours = Counter(os.path.dirname(found.path) for found in files)
+    neighbours = Counter(map(os.path.dirname, files))
     names = []
-    for found in files:
-        alone = neighbours[os.path.dirname(found.path)] == 1
-        names.append([*_names_of(found, labels_folder, alone)])
+    for file, ways in files.items():
+        alone = neighbours[os.path.dirname(file)] == 1
+        names.append([name for found in ways for name in _names_of(found, labels_folder, alone)])
     return names
 
 

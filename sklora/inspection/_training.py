@@ -57,7 +57,7 @@ class TrainingCurveDisplay:
     >>> from sklora.datasets import load_digits_loras
     >>> from sklora.inspection import TrainingCurveDisplay
     >>> zoo = load_digits_loras()
-    >>> net = GLNetRegressor(max_epochs=3, random_state=0).fit(zoo.data[:100], zoo.loss[:100])
+    >>> net = GLNetRegressor(max_epochs=3, random_state=0).fit(zoo.data[:200], zoo.loss[:200])
     >>> display = TrainingCurveDisplay.from_estimator(net)
     >>> len(display.train_losses), display.best_epoch_ in (1, 2, 3)
     (3, True)

@@ -1,5 +1,7 @@
 import os
+import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,7 +9,9 @@ import skops.io
 
 from sklora import TRUSTED_TYPES, LoRACollection
 from sklora._saved import load_model
-from sklora.cli._zoo import _in_memory, optional_parts
+from sklora.cli._fit import _say_epochs
+from sklora.cli._scoring import make_folds
+from sklora.cli._zoo import _in_memory, labelled_zoo, optional_parts
 from sklora.io import read_adapters, write_adapter
 from tests.cli.conftest import make_zoo
 
@@ -24,6 +28,19 @@ def fit(run, tmp_path, few_epochs):
         return run("fit", *paths, "--labels", labels, "--target", target, *output, *options)
 
     return fit
+
+
+@pytest.fixture
+def read_zoos(monkeypatch):
+    """What the command reads."""
+    zoos = []
+
+    def read(args):
+        zoos.append(labelled_zoo(args))
+        return zoos[-1]
+
+    monkeypatch.setattr("sklora.cli._fit.labelled_zoo", read)
+    return zoos
 
 
 class TestModel:
@@ -63,10 +80,19 @@ class TestModel:
     def test_says_which_epoch_was_the_best(self, fit, zoo, tmp_path):
         assert "trained 2 epochs; too few adapters to hold some out\n" in fit(zoo).err
         err = fit(make_zoo(tmp_path / "more", 200)).err
+        assert "sklora: training svd on all adapters\n" in err
+        assert err.endswith(f"sklora: {tmp_path}/model.skops holds the model\n")
         history = load_model(tmp_path / "model.skops")[0]["model"].history_
         losses = [epoch["valid_loss"] for epoch in history]
         assert f"trained {len(losses)} epochs; " in err
         assert f" was lowest after epoch {np.argmin(losses) + 1}\n" in err
+
+    def test_best_epoch_is_that_of_the_lowest_loss(self, capsys):
+        history = [{"valid_loss": loss} for loss in (3.0, 1.0, 2.0, 1.0)]
+        _say_epochs([SimpleNamespace(history_=history)])
+        assert capsys.readouterr().err == (
+            "sklora: trained 4 epochs; the loss on held-out adapters was lowest after epoch 2\n"
+        )
 
     def test_options_of_reading_are_kept(self, fit, zoo, tmp_path):
         assert fit(zoo, "--names", "raw", "--scale", "2").code == 0
@@ -80,11 +106,10 @@ class TestScores:
         code, out, err = fit(zoo, "--folds", "2")
         _, card = load_model(tmp_path / "model.skops")
         assert code == 0
-        assert [line.split()[0] for line in out.splitlines()] == [
-            "architecture",
-            "svd",
-            "(constant)",
-        ]
+        header, svd, constant = (line.split() for line in out.splitlines())
+        assert header == ["architecture", "accuracy", "spread", "fit", "time"]
+        assert svd[0] == "svd"
+        assert constant == ["(constant)", "0.500"]
         assert "sklora: 40 adapters of tiny/llama, 2 modules\n" in err
         assert "sklora: predicts style: classification, 2 classes" in err
         assert card.scores["metric"] == "accuracy"
@@ -100,14 +125,26 @@ class TestScores:
         assert len(out.splitlines()) == 7
         assert len(means) == 5
         assert card.architecture == max(means, key=means.get)
-        assert card.scores["metric"] == "R2"
+        assert (card.scores["metric"], card.scores["constant"]) == ("R2", 0.0)
+
+    def test_seed_is_that_of_the_folds_too(self, fit, zoo, monkeypatch):
+        given = []
+        monkeypatch.setattr(
+            "sklora.cli._fit.make_folds",
+            lambda zoo, *options: given.append(options) or make_folds(zoo, *options),
+        )
+        assert fit(zoo, "--folds", "2", "--seed", "3").code == 0
+        assert given == [(2, 3)]
 
     def test_groups(self, fit, zoo, tmp_path):
         assert fit(zoo, "--folds", "2", "--groups", "run").code == 0
         assert load_model(tmp_path / "model.skops")[1].scores["grouped"]
 
     def test_many_labels(self, fit, zoo, tmp_path):
-        assert fit(zoo, "--folds", "2", "--target", "big", target="tiny").code == 0
+        code, _, err = fit(zoo, "--folds", "2", "--target", "big", target="tiny")
+        assert code == 0
+        what = "predicts tiny, big: classification, 2 labels (--task says otherwise)"
+        assert f"sklora: {what}\n" in err
         assert load_model(tmp_path / "model.skops")[1].scores["constant"] == 0.5
 
     def test_rare_class(self, fit, zoo, tmp_path, write_csv):
@@ -154,6 +191,12 @@ class TestIds:
         assert code == 0
         assert "left out, for want of a label: 34 of 40 adapters, " in err
 
+    def test_path_as_it_was_passed(self, fit, zoo, tmp_path, write_csv, monkeypatch):
+        monkeypatch.chdir(zoo.parent)
+        rows = [(f"{zoo.name}/a{n:02}", n % 2) for n in range(6)]
+        labels = write_csv(tmp_path / "l.csv", ("path", "style"), rows)
+        assert fit(zoo.name, labels=labels).code == 0
+
     def test_path_from_the_labels(self, fit, zoo, write_csv, tmp_path):
         os.symlink(zoo, tmp_path / "link")
         rows = [(f"link/a{n:02}", n % 2) for n in range(6)]
@@ -161,7 +204,7 @@ class TestIds:
         paths = [str(tmp_path / "link" / f"a{n:02}") for n in range(6)]
         assert fit(paths, labels=labels).code == 0
 
-    def test_files_in_one_folder(self, fit, tmp_path, factors, write_csv):
+    def test_files_in_one_folder(self, fit, tmp_path, factors, write_csv, monkeypatch):
         files = [tmp_path / f"{n}.safetensors" for n in range(4)]
         for file in files:
             write_adapter(tmp_path, factors())
@@ -170,10 +213,30 @@ class TestIds:
         labels = write_csv(tmp_path / "l.csv", ("path", "style"), rows)
         assert fit(files, labels=labels).code == 0
         assert fit(f"{tmp_path}/[0-3].*", labels=labels).code == 0
-        labels = write_csv(tmp_path / "l.csv", ("path", "style"), [(str(tmp_path), 0), *rows])
-        code, _, err = fit(files, labels=labels)
+        labels = write_csv(tmp_path / "l.csv", ("path", "style"), [(str(tmp_path), 0), *rows[1:]])
+        monkeypatch.chdir(tmp_path)
+        code, _, err = fit([files[0].name, *files[1:]], labels=labels)
         assert code == 2
         assert f"no adapter is called '{tmp_path}' (line 2)" in err
+
+    def test_files_that_are_no_safetensors(self, fit, tmp_path, rng, write_csv):
+        files = [tmp_path / f"{n}.npz" for n in range(4)]
+        for file in files:
+            np.savez(file, q_a=rng.normal(size=(2, 4)), q_b=rng.normal(size=(6, 2)))
+        rows = [(file.name, n % 2) for n, file in enumerate(files)]
+        labels = write_csv(tmp_path / "l.csv", ("path", "style"), rows)
+        keys = ("--keys", "{module}_a", "{module}_b", "--scale", "1")
+        assert fit(files, *keys, labels=labels).code == 0
+
+    def test_whether_a_file_is_a_packed_zoo_may_not_be_known(self, fit, zoo, monkeypatch):
+        """As when it may not be read, which matters only if it has a label."""
+
+        def denied(path):
+            raise PermissionError(13, "Permission denied", path)
+
+        monkeypatch.setattr("sklora.cli._zoo._read_header", denied)
+        files = [zoo / f"a{n:02}" / "adapter_model.safetensors" for n in range(40)]
+        assert fit(files, labels=zoo / "labels.csv").code == 0
 
     def test_unknown_row(self, fit, zoo, tmp_path, write_csv):
         labels = write_csv(tmp_path / "l.csv", ("path", "style"), [("a00", 0), ("b", 1)])
@@ -181,9 +244,12 @@ class TestIds:
         assert (code, out) == (2, "")
         assert err.startswith(f"sklora: error: {labels}: no adapter is called 'b' (line 3); ")
 
-    def test_same_file_twice_in_the_zoo(self, fit, zoo, monkeypatch):
+    def test_same_file_twice_in_the_zoo(self, fit, zoo, tmp_path, monkeypatch):
         monkeypatch.chdir(zoo.parent)
-        assert fit([zoo, str(zoo), zoo.name]).code == 0
+        shutil.copy(zoo / "labels.csv", tmp_path)  # beside which its names lead nowhere
+        for others in ([str(zoo), zoo.name], [f"{zoo}/../{zoo.name}"], [zoo / "a00"]):
+            assert fit([zoo, *others], labels=tmp_path / "labels.csv").code == 0
+            assert fit([*others, zoo], labels=tmp_path / "labels.csv").code == 0
 
     def test_packed_zoo(self, fit, zoo, tmp_path, write_csv):
         X = read_adapters(zoo)
@@ -192,9 +258,32 @@ class TestIds:
         labels = write_csv(tmp_path / "l.csv", ("path", "style"), rows)
         assert fit(tmp_path / "zoo.safetensors", labels=labels).code == 0
         assert load_model(tmp_path / "model.skops")[1].layout == X.layout
-        code, _, err = fit([str(tmp_path / "zoo.safetensors"), str(zoo)], labels=labels)
+        code, _, err = fit([str(zoo), str(tmp_path / "zoo.safetensors")], labels=labels)
         assert code == 2
-        assert "goes alone" in err
+        assert f"{tmp_path}/zoo.safetensors is a packed zoo, which goes alone" in err
+
+    def test_rows_in_any_order(self, fit, zoo, tmp_path, write_csv, read_zoos):
+        shutil.copytree(zoo, tmp_path / "zoo")
+        numbers = [3, 0, 5, 2, 4, 1]
+        rows = [(f"a{n:02}", n + 0.5, f"run{n}") for n in numbers]
+        labels = write_csv(tmp_path / "l.csv", ("path", "loss", "run"), rows)
+        assert fit(tmp_path / "zoo", "--groups", "run", labels=labels, target="loss").code == 0
+        shutil.rmtree(tmp_path / "zoo")  # all was read before the training
+        np.testing.assert_array_equal(read_zoos[0].loras, read_adapters(zoo)[numbers])
+        assert read_zoos[0].targets.y.tolist() == [n + 0.5 for n in numbers]
+        assert read_zoos[0].groups == tuple(f"run{n}" for n in numbers)
+
+    def test_rows_of_a_packed_zoo_in_any_order(self, fit, zoo, tmp_path, write_csv, read_zoos):
+        X = read_adapters(zoo)
+        X = LoRACollection.from_array(X.read(), X.layout, ids=np.arange(100, 140))
+        X.save(tmp_path / "zoo.safetensors")
+        rows = [(100 + n, n + 0.5) for n in (3, 0, 5, 2, 4, 1)]
+        labels = write_csv(tmp_path / "l.csv", ("id", "loss"), rows)
+        assert fit(tmp_path / "zoo.safetensors", labels=labels, target="loss").code == 0
+        [read] = read_zoos
+        assert read.loras.ids.tolist() == [103, 100, 105, 102, 104, 101]
+        np.testing.assert_array_equal(read.loras, X[[3, 0, 5, 2, 4, 1]])
+        assert read.targets.y.tolist() == [3.5, 0.5, 5.5, 2.5, 4.5, 1.5]
 
 
 class TestRefused:
@@ -224,6 +313,12 @@ class TestRefused:
         assert code == 2
         assert f"{tmp_path}: there is no adapter in it" in err
 
+    def test_pipe_in_place_of_a_zoo_is_not_waited_for(self, fit, tmp_path, write_csv, monkeypatch):
+        monkeypatch.setattr("sklora.cli._zoo._read_header", lambda path: pytest.fail("opened"))
+        os.mkfifo(tmp_path / "pipe")
+        labels = write_csv(tmp_path / "l.csv", ("path", "style"), [("pipe", "a"), ("b", "b")])
+        assert fit(tmp_path / "pipe", labels=labels).code == 2
+
     def test_damaged_packed_zoo(self, fit, zoo, tmp_path):
         read_adapters(zoo).save(tmp_path / "zoo.safetensors")
         data = (tmp_path / "zoo.safetensors").read_bytes()
@@ -233,7 +328,9 @@ class TestRefused:
         assert code == 1
         assert "is damaged" in err
 
-    @pytest.mark.parametrize(("name", "why"), [("", "is a folder"), ("no/m.skops", "no folder")])
+    @pytest.mark.parametrize(
+        ("name", "why"), [("", "is a folder; name a file in it"), ("no/m.skops", "no folder")]
+    )
     def test_output(self, run, zoo, tmp_path, name, why):
         labels = ("--labels", zoo / "labels.csv", "--target", "style")
         code, _, err = run("fit", zoo, *labels, "-o", tmp_path / name)
@@ -245,6 +342,12 @@ class TestRefused:
         code, out, err = fit(zoo)
         assert (code, out) == (2, "")
         assert f"there is no permission to write to {tmp_path}." in err
+
+    def test_output_that_is_a_link_into_no_folder(self, fit, zoo, tmp_path):
+        os.symlink(tmp_path / "none" / "m.skops", tmp_path / "model.skops")
+        code, _, err = fit(zoo)
+        assert code == 2
+        assert f"{tmp_path}/model.skops: there is no folder {tmp_path}/none." in err
 
     def test_output_without_a_name(self, run, zoo):
         """As an unset variable of a shell gives it."""
@@ -271,6 +374,7 @@ class TestRefused:
         code, _, err = fit(zoo, labels=labels, target="error")
         assert code == 2
         assert "predict would write two columns 'error'" in err
+        assert "training" not in err
 
     def test_bad_adapter(self, fit, tmp_path, factors, write_csv):
         for n in range(4):
@@ -290,9 +394,13 @@ class TestRefused:
             write_adapter(tmp_path / "zoo" / str(n), factors())
         path = tmp_path / "zoo" / "4" / "adapter_model.safetensors"
         path.write_bytes(path.read_bytes()[:-9])
+        os.symlink(tmp_path / "zoo" / "none", tmp_path / "zoo" / "broken.safetensors")
         rows = [(str(n), n % 2) for n in range(4)]
         labels = write_csv(tmp_path / "l.csv", ("path", "style"), rows)
-        assert fit(tmp_path / "zoo", labels=labels).code == 0
+        code, _, err = fit(tmp_path / "zoo", labels=labels)
+        assert code == 0
+        some = f"{tmp_path}/zoo/broken.safetensors, {path}"
+        assert f"left out, for want of a label: 2 of 6 adapters, {some}\n" in err
 
     def test_not_finite(self, fit, tmp_path, factors, write_csv):
         for n in range(4):
@@ -347,14 +455,17 @@ def test_optional_parts(factors):
 
 def test_what_fits_in_half_of_the_memory_is_read_at_once(random_loras, rng, monkeypatch):
     X = random_loras(rng)
-    X = LoRACollection.from_array(np.zeros(X.shape), X.layout, ranks=X.ranks, ids=list("abcdefgh"))
+    flat = np.zeros(X.shape, np.float32)
+    X = LoRACollection.from_array(flat, X.layout, ranks=X.ranks, ids=list("abcdefgh"))
     monkeypatch.setattr("sklora.cli._zoo.available_memory", lambda: 2 * X.nbytes - 1)
     assert _in_memory(X) is X
-    monkeypatch.setattr("sklora.cli._zoo.available_memory", lambda: 2 * X.nbytes)
-    read = _in_memory(X)
-    assert read is not X
-    np.testing.assert_array_equal(read.ranks, X.ranks)
-    np.testing.assert_array_equal(read.ids, X.ids)
+    for available in (2 * X.nbytes, None):
+        monkeypatch.setattr("sklora.cli._zoo.available_memory", lambda known=available: known)
+        read = _in_memory(X)
+        assert read is not X
+        assert read.dtype == np.float32
+        np.testing.assert_array_equal(read.ranks, X.ranks)
+        np.testing.assert_array_equal(read.ids, X.ids)
 
 
 def test_larger_than_memory_stays_in_files(fit, zoo, monkeypatch):

@@ -51,6 +51,11 @@ class TestReadLabels:
         assert read_labels(path, ["y"]).rows == (Row(2, "3", ("1",), None),)
         assert read_labels(path, ["y"], id="id").rows[0].id == "2"
 
+    def test_targets_in_the_order_asked_for(self, labels_file):
+        path = labels_file("path,x,y,z\na,1,2,3\n")
+        labels = read_labels(path, ["z", "x", "y"])
+        assert (labels.targets, labels.rows[0].targets) == (("z", "x", "y"), ("3", "1", "2"))
+
     @pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
     def test_name_that_holds_the_end_of_a_line(self, labels_file, end):
         path = labels_file(f'path,y\n"a{end}b",1\n')
@@ -75,6 +80,7 @@ class TestReadLabels:
             ("path,y\na\n", "line 2 has 1 cell, but there are 2 columns"),
             ("path,y\na,1\nb, \n", "line 3 (b): column 'y' is empty"),
             ("path,y\n,1\n", "line 2 (without a name): column 'path' is empty"),
+            ('path,y\n"a\nb",1\nc,\n', "line 4 (c): column 'y' is empty"),
             ('path,y\na,"1\n', "line 2: unexpected end of data"),
             (b"path,y\n\xe9,1\n", "is not UTF-8"),
         ],
@@ -88,6 +94,7 @@ class TestReadLabels:
 
     def test_no_file(self, tmp_path):
         assert "No such file" in refusal(read_labels, str(tmp_path / "no.csv"), ["y"])
+        assert refusal(read_labels, str(tmp_path), ["y"]) == f"{tmp_path}: Is a directory."
 
 
 def labels_of(*targets, ids=None):

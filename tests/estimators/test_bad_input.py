@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from skorch.callbacks import Callback
 
 from sklora.collection import LoRACollection, LoRALayout
 
@@ -116,6 +117,10 @@ class TestBadInput:
         least = dict.fromkeys(("hidden_dim", "n_layers", "max_epochs", "patience"), 1)
         least |= {"batch_size": 1, "dropout": 0, "weight_decay": 0}
         assert quick(case[0], **least).fit(zoo[:12], case[1][:12]).n_iter_ == 1
+
+    def test_a_device_of_torch_and_a_tuple_of_callbacks_are_taken(self, case, zoo, quick):
+        parameters = {"device": torch.device("cpu"), "callbacks": (Callback(),)}
+        assert quick(case[0], **parameters).fit(zoo, case[1]).n_iter_ == 3
 
     def test_unknown_device(self, case, zoo, quick):
         with pytest.raises(ValueError, match="device='abacus'"):

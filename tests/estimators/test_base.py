@@ -92,6 +92,8 @@ class TestFittedState:
         model = quick(case[0])
         assert not hasattr(model, "net_")
         with pytest.raises(NotFittedError):
+            _ = model.net_
+        with pytest.raises(NotFittedError):
             model.predict(zoo)
 
     def test_survives_pickle_and_copy(self, case, zoo, quick):
@@ -225,15 +227,19 @@ class TestPrediction:
 
 class TestEarlyStopping:
     def test_what_is_held_out(self, case, zoo, quick, monkeypatch):
-        seen = []
+        seen, rows = [], []
 
         def split(y, fraction, random_state, *, classes):
             seen.append((len(y), fraction, classes))
-            return split_validation(y, fraction, random_state, classes=classes)
+            both = split_validation(y, fraction, random_state, classes=classes)
+            rows.append(both[1].tolist())
+            return both
 
         monkeypatch.setattr("sklora.estimators._base.split_validation", split)
-        quick(case[0], validation_fraction=0.3).fit(zoo, case[1])
-        assert seen == [(60, 0.3, case[1].dtype.kind == "U")]
+        for seed in (0, 1, 0):
+            quick(case[0], validation_fraction=0.3, random_state=seed).fit(zoo, case[1])
+        assert seen == [(60, 0.3, case[1].dtype.kind == "U")] * 3
+        assert rows[0] == rows[2] != rows[1]
 
     def test_restores_the_best_weights(self, case, zoo, quick):
         rng = np.random.default_rng(0)

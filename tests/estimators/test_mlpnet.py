@@ -58,8 +58,11 @@ def test_takes_no_rank_above_the_fitted_one(zoo, traces, quick):
     model = quick(MLPNetRegressor).fit(zoo, traces)
     U, V = np.ones((5, 3)), np.ones((5, 3))
     X = LoRACollection.from_factors([{"k": (U, V)}], layout=zoo.layout.with_ranks([2, 3, 2]))
-    with pytest.raises(ValueError, match=r"module 'k'.*rank 3.*rank 2.*svd, dense, gl-net"):
+    message = r"module 'k'.*rank 3.*rank 2.*svd, dense, gl-net"
+    with pytest.raises(ValueError, match=message):
         model.predict(X)
+    with pytest.raises(ValueError, match=message):
+        model.partial_fit(X, [1.0])
 
 
 def test_lower_ranks_are_padded(zoo, traces, quick):

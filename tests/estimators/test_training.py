@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sklearn
 import torch
 from skorch.callbacks import Callback
 from torch import nn
@@ -452,3 +453,27 @@ class TestSteps:
             weights = model.fit(zoo, case[1]).weights_
             sizes.append(sum((w**2).sum() for name, w in weights.items() if "mlp" in name))
         assert sizes[1] < 0.8 * sizes[0]
+
+    def test_generator_goes_on_from_fit_to_fit(self, case, zoo, quick, same_state):
+        generator = np.random.RandomState(0)
+        states = (generator, generator, np.random.RandomState(0))
+        first, second, again = (
+            quick(case[0], random_state=state).fit(zoo, case[1]) for state in states
+        )
+        assert same_state(first, again)
+        assert not same_state(first, second)
+
+
+def test_blocks_are_as_small_as_what_a_network_makes_of_them(case, zoo, quick, monkeypatch):
+    model = quick(case[0]).fit(zoo, case[1])
+    blocks = []
+
+    def forward(rows):
+        blocks.append(len(rows))
+        return torch.zeros(len(rows), model.n_outputs_)
+
+    monkeypatch.setattr(model, "_forward", lambda *_: forward)
+    monkeypatch.setattr(model, "_entries_per_adapter", lambda layout: 2**17)
+    with sklearn.config_context(working_memory=1):
+        model._outputs(zoo)
+    assert blocks == [1] * 60

@@ -16,7 +16,7 @@ def zoo(rng, random_loras):
 
 class TestFromEstimator:
     def test_history(self, zoo):
-        net = GLNetRegressor(max_epochs=6, random_state=0).fit(*zoo)
+        net = GLNetRegressor(max_epochs=6, early_stopping=True, random_state=0).fit(*zoo)
         display = TrainingCurveDisplay.from_estimator(net, line_kw={"linewidth": 3})
         for line, key in zip(display.lines_, ("train_loss", "valid_loss"), strict=True):
             np.testing.assert_array_equal(line.get_ydata(), [row[key] for row in net.history_])
@@ -39,7 +39,8 @@ class TestFromEstimator:
         assert len(display.lines_) == 1
 
     def test_epochs_of_partial_fit_have_no_validation(self, zoo):
-        net = MLPNetRegressor(max_epochs=3, random_state=0).fit(*zoo).partial_fit(*zoo)
+        net = MLPNetRegressor(max_epochs=3, early_stopping=True, random_state=0)
+        net.fit(*zoo).partial_fit(*zoo)
         display = TrainingCurveDisplay.from_estimator(net)
         assert np.isnan(display.valid_losses).tolist() == [False] * 3 + [True]
         assert display.best_epoch_ <= 3
