@@ -23,14 +23,14 @@ TARGETS = {
 }
 
 
-def candidates(task, seed):
+def candidates(task, batch_size, seed):
     """Give every model by name: networks with early stopping and without, and the kernel route."""
     for architecture in ("o-align", "svd", "dense", "gl-net"):
         yield (
             architecture,
             [
                 make_architecture(architecture, task, random_state=seed).set_params(
-                    model__early_stopping=early_stopping
+                    model__early_stopping=early_stopping, model__batch_size=batch_size
                 )
                 for early_stopping in (True, False)
             ],
@@ -50,6 +50,7 @@ def score(model, zoo, target, n_adapters, seed):
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--adapters", type=int, nargs="+", default=[30, 60, 100, 200])
 parser.add_argument("--draws", type=int, default=8)
+parser.add_argument("--batch-size", type=int, default=64)
 args = parser.parse_args()
 
 zoos = {
@@ -61,7 +62,7 @@ for zoo_name, zoo in zoos.items():
         for n_adapters in args.adapters:
             scores = {}
             for seed in range(args.draws):
-                for name, models in candidates(task, seed):
+                for name, models in candidates(task, args.batch_size, seed):
                     row = [score(model, zoo, target, n_adapters, seed) for model in models]
                     scores.setdefault(name, []).append(row)
             for name, rows in scores.items():
