@@ -25,18 +25,14 @@ TARGETS = {
 
 def candidates(task, batch_size, seed):
     """Give every model by name: networks with early stopping and without, and the kernel route."""
-    for architecture in ("o-align", "svd", "dense", "gl-net"):
-        yield (
-            architecture,
-            [
-                make_architecture(architecture, task, random_state=seed).set_params(
-                    model__early_stopping=early_stopping, model__batch_size=batch_size
-                )
-                for early_stopping in (True, False)
-            ],
-        )
+    models = {"o-align": [], "svd": [], "dense": [], "gl-net": []}
+    for name, both in models.items():
+        for early_stopping in (True, False):
+            options = {"model__early_stopping": early_stopping, "model__batch_size": batch_size}
+            network = make_architecture(name, task, random_state=seed)
+            both.append(network.set_params(**options))
     kernel = architecture_grid(task)[-1]
-    yield "kernel", [GridSearchCV(make_architecture("svd", task), kernel, cv=5)]
+    return models | {"kernel": [GridSearchCV(make_architecture("svd", task), kernel, cv=5)]}
 
 
 def score(model, zoo, target, n_adapters, seed):
@@ -62,7 +58,7 @@ for zoo_name, zoo in zoos.items():
         for n_adapters in args.adapters:
             scores = {}
             for seed in range(args.draws):
-                for name, models in candidates(task, args.batch_size, seed):
+                for name, models in candidates(task, args.batch_size, seed).items():
                     row = [score(model, zoo, target, n_adapters, seed) for model in models]
                     scores.setdefault(name, []).append(row)
             for name, rows in scores.items():
