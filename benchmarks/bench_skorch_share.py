@@ -19,7 +19,8 @@ from bench_glnet_epoch import BIG, HIDDEN, MLP, OUTPUTS, RANK, SMALL
 from torch import nn
 
 from sklora import LoRACollection, LoRALayout
-from sklora.estimators._training import TrainingData, TrainingSettings, train
+from sklora.estimators._data import TrainingData
+from sklora.estimators._training import TrainingSettings, train
 from sklora.estimators.glnet import cut_factors
 from sklora.nets import GLNet, MLPNet
 

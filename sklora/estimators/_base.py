@@ -20,19 +20,22 @@ from torch import Tensor, nn
 from sklora._base import VersionedState, as_tensor, atomic_fit, empty, resolve_device
 from sklora._repr import DocumentedMixin
 from sklora.collection import LoRALayout, check_loras
+from sklora.estimators._data import (
+    TrainingData,
+    iter_blocks,
+    split_validation,
+    training_batch_size,
+)
 from sklora.estimators._training import (
     OPTIMIZERS,
     History,
     LossKind,
     OptimizerState,
-    TrainingData,
     TrainingSettings,
-    iter_blocks,
+    moments_of,
     plain_torch,
     seeded,
-    split_validation,
     train,
-    training_batch_size,
 )
 
 # With less than this many adapters, early_stopping="auto" trains on all of them (docs/results.md).
@@ -215,13 +218,13 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
     ) -> None:
         """Train for one epoch at a constant learning rate, on all rows."""
         resume = hasattr(self, "weights_")
-        history, state = self._train(
+        history, optimizer = self._train(
             X, y, sample_weight, resume=resume, classes=classes, one_epoch=True
         )
         earlier = self.history_ if resume else []
         self.history_ = [*earlier, {**history[0], "epoch": len(earlier) + 1}]
         self.n_iter_ = len(self.history_)
-        self.optimizer_state_ = state
+        self.optimizer_state_ = moments_of(optimizer)
 
     def _train(
         self,
@@ -232,7 +235,7 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
         resume: bool,
         classes: ArrayLike | None = None,
         one_epoch: bool = False,
-    ) -> tuple[History, OptimizerState]:
+    ) -> tuple[History, torch.optim.Optimizer]:
         device = resolve_device(self.device)
         random_state = check_random_state(self.random_state)
         seed = random_state.randint(np.iinfo(np.int32).max)

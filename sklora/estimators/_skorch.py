@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from sklora._base import empty
 from sklora._progress import Advance, write
+from sklora.estimators._data import LoRADataset
 from sklora.estimators._training import (
     OPTIMIZERS,
-    LoRADataset,
     LossKind,
-    TrainingData,
     TrainingSettings,
     WeightedForward,
     WeightedLoss,
@@ -126,7 +125,7 @@ def compose(
     forward: Callable[[Tensor], Tensor],
     loss: LossKind,
     settings: TrainingSettings,
-    validation: TrainingData | None,
+    validation: LoRADataset | None,
     device: torch.device,
     keeper: KeepBest,
 ) -> NeuralNet:
@@ -155,7 +154,7 @@ def compose(
         iterator_train__shuffle=True,
         iterator_train__collate_fn=_as_it_is,
         iterator_valid__collate_fn=_as_it_is,
-        train_split=None if validation is None else predefined_split(LoRADataset(validation)),
+        train_split=None if validation is None else predefined_split(validation),
         callbacks=[*_callbacks(settings), ("keep_best", keeper)],  # last: it may end the epoch
         predict_nonlinearity=_NONLINEARITIES[loss],
         device=device,

@@ -1,15 +1,13 @@
-"""How every network is trained: batches, loss, validation rows, and a skorch net of them all."""
+"""How every network is trained: loss, a skorch net, and what becomes of its weights."""
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,9 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sklora._base import as_tensor, send
 from sklora._progress import progress
-from sklora.collection import LoRACollection
+from sklora.estimators._data import TrainingData, make_datasets
 from sklora.nets import GLNet, MLPNet
 
 _logger = logging.getLogger("sklora.estimators")
@@ -34,8 +31,6 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adam": (torch.optim.Adam, {}),
     "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
 }
-# On fewer validation rows than this, early stopping would follow noise.
-_MIN_VALIDATION_ROWS = 10
 
 
 class TrainingInterruptedWarning(UserWarning):
@@ -63,60 +58,6 @@ class TrainingInterruptedWarning(UserWarning):
     >>> seen[0].category.__name__
     'TrainingInterruptedWarning'
     """
-
-
-class TrainingData(NamedTuple):
-    """Adapters, encoded targets ``(N,)`` or ``(N, K)``, loss weights ``(N, 1)`` or ``(N, K)``.
-
-    `columns` are what a network reads of every adapter besides its row, by the names of the
-    arguments of its `forward`.
-    """
-
-    loras: LoRACollection
-    targets: NDArray[Any]
-    weights: NDArray[np.floating[Any]]
-    columns: Mapping[str, NDArray[Any]] = MappingProxyType({})
-
-    @property
-    def adapter_weights(self) -> NDArray[np.floating[Any]]:
-        """Weight ``(N,)`` of each adapter, over its outputs."""
-        weights: NDArray[np.floating[Any]] = self.weights.mean(axis=1)
-        return weights
-
-    def take(self, rows: NDArray[np.intp]) -> TrainingData:
-        """Give some rows: a view of the adapters, a copy of the rest."""
-        columns = {name: column[rows] for name, column in self.columns.items()}
-        return TrainingData(self.loras[rows], self.targets[rows], self.weights[rows], columns)
-
-
-class LoRADataset(torch.utils.data.Dataset[Any]):
-    """Whole batches, each read from the collection at once.
-
-    A batch is ``({"rows": (B, width), "weight": (B, K), **columns}, targets)``. The rows stay flat
-    until they are on the device: one transfer moves them, and every kind of network starts from
-    them.
-
-    Parameters
-    ----------
-    data : TrainingData
-    """
-
-    def __init__(self, data: TrainingData) -> None:
-        # By these names skorch finds the classes, and what a scoring callback scores on.
-        self.X, self.y, self.weights, self.columns = data
-
-    def __len__(self) -> int:
-        return len(self.X)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.__getitems__([index])
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
-        """Read one batch."""
-        picked = np.asarray(indices)
-        rows, weight = as_tensor(self.X.read(picked)), torch.from_numpy(self.weights[picked])
-        columns = {name: torch.from_numpy(c[picked]) for name, c in self.columns.items()}
-        return {"rows": rows, "weight": weight, **columns}, torch.from_numpy(self.y[picked])
 
 
 class WeightedForward(nn.Module):
@@ -197,7 +138,7 @@ def train(
     *,
     device: torch.device,
     optimizer_state: OptimizerState | None = None,
-) -> tuple[History, OptimizerState]:
+) -> tuple[History, torch.optim.Optimizer]:
     """Train a network in place.
 
     Parameters
@@ -215,14 +156,14 @@ def train(
     settings : TrainingSettings
     device : torch.device
     optimizer_state : dict of ndarray, optional
-        What an earlier call returned, to go on from.
+        What :func:`moments_of` gave of an earlier optimizer, to go on from.
 
     Returns
     -------
     history : list of dict
         One for every complete epoch, without its batches.
-    optimizer_state : dict of ndarray
-        The optimizer's moments, named ``"{parameter}/{moment}"``.
+    optimizer : torch.optim.Optimizer
+        With its moments.
 
     Raises
     ------
@@ -242,11 +183,12 @@ def train(
 
     with progress(settings.max_epochs, "training", "epoch", settings.verbose) as advance:
         keeper = KeepBest(settings.patience, validation is not None, advance)
-        skorch_net = compose(net, forward, loss, settings, validation, device, keeper)
+        examples, held_out = make_datasets(training, validation, device)
+        skorch_net = compose(net, forward, loss, settings, held_out, device, keeper)
         skorch_net.initialize()
         if optimizer_state is not None:
             _restore_optimizer(skorch_net.optimizer_, optimizer_state)
-        skorch_net.partial_fit(LoRADataset(training))
+        skorch_net.partial_fit(examples)
     epochs = [row for row in skorch_net.history if keeper.is_complete(row)]
     cut_short = len(epochs) < len(skorch_net.history)
     if cut_short and keeper.best is None:
@@ -264,10 +206,11 @@ def train(
         warnings.warn(message, TrainingInterruptedWarning, stacklevel=5)
     _logger.info("trained %d epochs on %s, %d adapters", n_epochs, device, len(training.loras))
     history = [{k: v for k, v in row.items() if k != "batches"} for row in epochs]
-    return history, _optimizer_state(skorch_net.optimizer_)
+    return history, skorch_net.optimizer_
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> OptimizerState:
+def moments_of(optimizer: torch.optim.Optimizer) -> OptimizerState:
+    """Give the moments of an optimizer, to go on from, named ``"{parameter}/{moment}"``."""
     return {
         f"{parameter}/{moment}": value.cpu().numpy()
         for parameter, moments in optimizer.state_dict()["state"].items()
@@ -293,68 +236,6 @@ def _check_finite(net: nn.Module, lr: float) -> None:
             f"Training diverged: the weights became infinite or NaN with lr={lr}. Use a smaller "
             "lr, or rescale X and y."
         )
-
-
-def split_validation(
-    keys: NDArray[Any],
-    fraction: float,
-    random_state: np.random.RandomState,
-    *,
-    classes: bool,
-) -> tuple[NDArray[np.intp], NDArray[np.intp] | None]:
-    """Choose the rows to validate on, stratified by target.
-
-    The rows are sorted by target and every ``1/fraction``-th is taken. So classes, label sets and
-    quantiles of a regression target all keep their shares, whatever their number.
-
-    Parameters
-    ----------
-    keys : ndarray of shape (N, K)
-        Targets; the first column sorts first.
-    fraction : float
-        Share of the rows; at least 10 rows are taken.
-    random_state : RandomState
-    classes : bool
-        Whether rows of one key are a class, which must not leave the training rows entirely.
-
-    Returns
-    -------
-    training, validation : ndarray of int
-        Sorted. `validation` is None when there are too few rows, of all or of each class, to spare
-        any.
-    """
-    n_rows = len(keys)
-    share = min(round(fraction * n_rows), n_rows - 1)
-    n_validation = max(share, _MIN_VALIDATION_ROWS)
-    if n_validation > max(share, n_rows / 3):
-        return np.arange(n_rows), None
-    shuffled = random_state.permutation(n_rows)
-    ordered = shuffled[np.lexsort(keys[shuffled].T[::-1])]
-    steps = np.arange(n_validation) + random_state.uniform()
-    chosen = np.zeros(n_rows, dtype=bool)
-    chosen[ordered[np.floor(steps * n_rows / n_validation).astype(np.intp)]] = True
-    if classes:
-        chosen &= np.isin(keys[:, 0], keys[~chosen, 0])
-    if not chosen.any():
-        return np.arange(n_rows), None
-    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
-
-
-def training_batch_size(n_rows: int, batch_size: int) -> int:
-    """Give the batch size that leaves at least 4 steps in an epoch.
-
-    Parameters
-    ----------
-    n_rows : int
-        Number of training rows.
-    batch_size : int
-        The largest allowed.
-
-    Returns
-    -------
-    int
-    """
-    return min(int(batch_size), math.ceil(n_rows / 4))
 
 
 _generators = threading.RLock()  # a callback may train another estimator
@@ -398,29 +279,6 @@ def plain_torch() -> Iterator[None]:
     device = nullcontext() if default.type == "cpu" else torch.device("cpu")
     with torch.inference_mode(False), device:
         yield
-
-
-def iter_blocks(
-    loras: LoRACollection, device: torch.device, entries_per_adapter: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """Read flat rows ``(B, width)`` block by block, within scikit-learn's `working_memory`.
-
-    Parameters
-    ----------
-    loras : LoRACollection
-    device : torch.device
-        Where the blocks go.
-    entries_per_adapter : int
-        How many float64 numbers one adapter occupies in what is done with it.
-
-    Yields
-    ------
-    rows : slice
-    block : Tensor of shape (B, width)
-        Not to be written to: it may be the collection's own memory.
-    """
-    for rows in loras.iter_batches(8 * entries_per_adapter):
-        yield rows, send(loras.read(rows, copy=False), device)
 
 
 def weighted_moments(

@@ -16,6 +16,7 @@ from sklora._base import empty, resolve_device
 from sklora._modules import ModuleGroup
 from sklora.collection import LoRALayout
 from sklora.estimators._base import BaseNetEstimator
+from sklora.estimators._data import TrainingData, iter_blocks
 from sklora.estimators._docs import document
 from sklora.estimators._targets import (
     CLASS_WEIGHT_CONSTRAINT,
@@ -23,12 +24,7 @@ from sklora.estimators._targets import (
     NetClassifier,
     NetRegressor,
 )
-from sklora.estimators._training import (
-    TrainingData,
-    calibrate_input,
-    iter_blocks,
-    weighted_moments,
-)
+from sklora.estimators._training import calibrate_input, weighted_moments
 from sklora.linalg import spectrum, squared_norm
 from sklora.nets import GLNet
 from sklora.nets.equivariant import GateKind, HeadKind

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sklora.collection import LoRALayout
 from sklora.estimators._base import BaseNetEstimator
+from sklora.estimators._data import TrainingData, iter_blocks
 from sklora.estimators._docs import document
 from sklora.estimators._targets import (
     CLASS_WEIGHT_CONSTRAINT,
@@ -20,7 +21,7 @@ from sklora.estimators._targets import (
     NetClassifier,
     NetRegressor,
 )
-from sklora.estimators._training import TrainingData, WeightedBlock, calibrate_input, iter_blocks
+from sklora.estimators._training import WeightedBlock, calibrate_input
 from sklora.nets import MLPNet
 from sklora.nets.feedforward import ACTIVATIONS
 

@@ -20,7 +20,7 @@ from skorch.callbacks import Callback, EarlyStopping, EpochScoring, Freezer
 
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.estimators import GLNetClassifier, GLNetRegressor, MLPNetClassifier, MLPNetRegressor
-from sklora.estimators._training import split_validation
+from sklora.estimators._data import split_validation
 
 
 def train_losses(model):

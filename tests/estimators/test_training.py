@@ -8,24 +8,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import sklearn
 import torch
 from skorch.callbacks import Callback
 from torch import nn
 
-from sklora.collection import LoRACollection
+from sklora.estimators._data import TrainingData
 from sklora.estimators._skorch import KeepBest
 from sklora.estimators._training import (
     OPTIMIZERS,
-    LoRADataset,
-    TrainingData,
     TrainingSettings,
     WeightedLoss,
-    iter_blocks,
+    moments_of,
     seeded,
-    split_validation,
     train,
-    training_batch_size,
 )
 
 CPU = torch.device("cpu")
@@ -90,123 +85,6 @@ class TestWeightedLoss:
     def test_a_batch_without_weight_is_no_nan(self, kind):
         predicted, target, weight = batch(kind)
         assert WeightedLoss(kind)((predicted, 0 * weight), target) == 0
-
-
-class TestDataset:
-    @pytest.fixture
-    def data(self, zoo):
-        rng = np.random.default_rng(0)
-        return TrainingData(zoo, rng.integers(3, size=60), rng.random((60, 1)).astype(np.float32))
-
-    def test_a_batch_is_one_read(self, data, monkeypatch):
-        reads = []
-        read = LoRACollection.read
-        monkeypatch.setattr(
-            LoRACollection, "read", lambda X, rows=None, **_: reads.append(rows) or read(X, rows)
-        )
-        loader = torch.utils.data.DataLoader(
-            LoRADataset(data), batch_size=16, shuffle=True, collate_fn=lambda batch: batch
-        )
-        batches = list(loader)
-        assert [len(rows) for rows in reads] == [16, 16, 16, 12]
-        for rows, (inputs, target) in zip(reads, batches, strict=True):
-            np.testing.assert_array_equal(inputs["rows"], np.asarray(data.loras)[rows])
-            np.testing.assert_array_equal(inputs["weight"], data.weights[rows])
-            np.testing.assert_array_equal(target, data.targets[rows])
-
-    def test_one_item_is_a_batch_of_one(self, data):
-        inputs, target = LoRADataset(data)[7]
-        assert inputs["rows"].shape == (1, data.loras.layout.width)
-        assert target == data.targets[7]
-
-    def test_taking_rows_copies_no_weights(self, data):
-        part = data.take(np.array([3, 5]))
-        assert part.loras._store is data.loras._store
-        np.testing.assert_array_equal(part.targets, data.targets[[3, 5]])
-
-    def test_read_only_blocks_make_no_warning(self, data):
-        flat = np.asarray(data.loras).copy()
-        flat.flags.writeable = False
-        loras = LoRACollection.from_array(flat, data.loras.layout)
-        [(_, block)] = iter_blocks(loras, CPU, 1)
-        np.testing.assert_array_equal(block, flat)
-
-
-class TestSplitValidation:
-    def split(self, keys, fraction=0.2, seed=0, classes=True):
-        keys = np.asarray(keys)
-        return split_validation(
-            keys.reshape(len(keys), -1), fraction, np.random.RandomState(seed), classes=classes
-        )
-
-    @pytest.mark.parametrize("n_rows", [30, 33, 100, 1000])
-    def test_is_a_partition_of_the_wanted_size(self, n_rows):
-        training, validation = self.split(np.arange(n_rows) % 2)
-        np.testing.assert_array_equal(
-            np.sort(np.concatenate([training, validation])), np.arange(n_rows)
-        )
-        assert len(validation) == max(10, round(0.2 * n_rows))
-
-    @pytest.mark.parametrize(
-        ("n_rows", "fraction", "expected"),
-        [(31, 0.5, 16), (34, 0.4, 14), (35, 1 / 3, 12), (20, 0.99, 19)],
-    )
-    def test_a_share_that_is_rounded_up_is_held_out(self, n_rows, fraction, expected):
-        _, validation = self.split(np.arange(n_rows), fraction, classes=False)
-        assert len(validation) == expected
-
-    def test_classes_keep_their_shares(self):
-        labels = np.repeat([0, 1, 2], [100, 50, 10])
-        _, validation = self.split(labels)
-        np.testing.assert_array_equal(np.bincount(labels[validation]), [20, 10, 2])
-
-    def test_classes_of_one_row_each_leave_none_to_validate_on(self):
-        training, validation = self.split(np.arange(60))
-        assert validation is None
-        np.testing.assert_array_equal(training, np.arange(60))
-
-    def test_quantiles_keep_their_shares(self):
-        values = np.random.default_rng(0).normal(size=500)
-        _, validation = self.split(values, classes=False)
-        assert abs(values[validation].mean() - values.mean()) < 0.02
-        assert abs(values[validation].std() - values.std()) < 0.05
-
-    def test_the_first_column_sorts_first(self):
-        rng = np.random.default_rng(0)
-        keys = np.column_stack([rng.permutation(np.arange(400) % 4), rng.normal(size=400)])
-        _, validation = self.split(keys, fraction=0.1, classes=False)
-        np.testing.assert_array_equal(np.bincount(keys[validation, 0].astype(int)), [10] * 4)
-
-    def test_label_sets_keep_their_shares(self):
-        labels = np.random.default_rng(0).integers(2, size=(400, 3))
-        _, validation = self.split(labels, classes=False)
-        np.testing.assert_allclose(labels[validation].mean(0), labels.mean(0), atol=0.05)
-
-    @pytest.mark.parametrize("seed", range(20))
-    def test_no_class_leaves_the_training_rows(self, seed):
-        labels = np.concatenate([np.zeros(60, int), np.arange(1, 20)])
-        training, _ = self.split(labels, fraction=0.5, seed=seed)
-        assert set(labels[training]) == set(range(20))
-
-    @pytest.mark.parametrize("n_rows", [2, 10, 29])
-    def test_few_rows_are_all_trained_on(self, n_rows):
-        training, validation = self.split(np.arange(n_rows) % 2)
-        np.testing.assert_array_equal(training, np.arange(n_rows))
-        assert validation is None
-
-    def test_rows_of_one_key_are_drawn_at_random(self):
-        picks = [self.split(np.zeros(100, int), seed=seed)[1] for seed in range(2)]
-        assert not np.array_equal(*picks)
-
-
-@pytest.mark.parametrize(
-    ("n_rows", "batch_size", "expected"), [(1, 64, 1), (20, 64, 5), (1000, 64, 64), (9, 2, 2)]
-)
-def test_training_batch_size_leaves_four_steps(n_rows, batch_size, expected):
-    for given in (batch_size, np.int64(batch_size)):  # as a search over an array gives it
-        size = training_batch_size(n_rows, given)
-        assert size == expected
-        assert type(size) is int  # which torch asks for
 
 
 class TestSeeded:
@@ -390,7 +268,7 @@ class TestTrain:
         self.train(net, data, max_epochs=4, **changes)
         expected = net.weight.detach().clone()
         net.load_state_dict(start)
-        _, state = self.train(net, data, max_epochs=2, **changes)
+        state = moments_of(self.train(net, data, max_epochs=2, **changes)[1])
         assert all(isinstance(value, np.ndarray) for value in state.values())
         self.train(net, data, max_epochs=2, optimizer_state=state, **changes)
         torch.testing.assert_close(net.weight.detach(), expected, rtol=1e-4, atol=1e-6)
@@ -398,7 +276,7 @@ class TestTrain:
     @pytest.mark.parametrize("optimizer", OPTIMIZERS)
     def test_optimizer_state_is_not_changed_by_what_goes_on_from_it(self, optimizer, net, data):
         changes = {"max_epochs": 1, "decay": False, "optimizer": optimizer, "lr": 0.01}
-        _, state = self.train(net, data, **changes)
+        state = moments_of(self.train(net, data, **changes)[1])
         before = {name: value.copy() for name, value in state.items()}
         assert before
         self.train(net, data, optimizer_state=state, **changes)
@@ -462,18 +340,3 @@ class TestSteps:
         )
         assert same_state(first, again)
         assert not same_state(first, second)
-
-
-def test_blocks_are_as_small_as_what_a_network_makes_of_them(case, zoo, quick, monkeypatch):
-    model = quick(case[0]).fit(zoo, case[1])
-    blocks = []
-
-    def forward(rows):
-        blocks.append(len(rows))
-        return torch.zeros(len(rows), model.n_outputs_)
-
-    monkeypatch.setattr(model, "_forward", lambda *_: forward)
-    monkeypatch.setattr(model, "_entries_per_adapter", lambda layout: 2**17)
-    with sklearn.config_context(working_memory=1):
-        model._outputs(zoo)
-    assert blocks == [1] * 60
