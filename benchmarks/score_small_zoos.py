@@ -14,6 +14,7 @@ import numpy as np
 from sklearn.metrics import r2_score
 from sklearn.model_selection import GridSearchCV
 
+import sklora.estimators
 from sklora import architecture_grid, make_architecture
 from sklora.datasets import make_code_loras, make_varied_digits_loras
 
@@ -23,14 +24,13 @@ TARGETS = {
 }
 
 
-def candidates(task, batch_size, seed):
+def candidates(task, seed):
     """Give every model by name: networks with early stopping and without, and the kernel route."""
     models = {"o-align": [], "svd": [], "dense": [], "gl-net": []}
     for name, both in models.items():
         for early_stopping in (True, False):
-            options = {"model__early_stopping": early_stopping, "model__batch_size": batch_size}
             network = make_architecture(name, task, random_state=seed)
-            both.append(network.set_params(**options))
+            both.append(network.set_params(model__early_stopping=early_stopping))
     kernel = architecture_grid(task)[-1]
     return models | {"kernel": [GridSearchCV(make_architecture("svd", task), kernel, cv=5)]}
 
@@ -46,8 +46,11 @@ def score(model, zoo, target, n_adapters, seed):
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--adapters", type=int, nargs="+", default=[30, 60, 100, 200])
 parser.add_argument("--draws", type=int, default=8)
-parser.add_argument("--batch-size", type=int, default=64)
+parser.add_argument("--steps", type=int, help="in an epoch at least, for all networks")
 args = parser.parse_args()
+if args.steps:
+    for name in ("GLNetClassifier", "GLNetRegressor", "MLPNetClassifier", "MLPNetRegressor"):
+        getattr(sklora.estimators, name)._least_steps = args.steps
 
 zoos = {
     "varied": make_varied_digits_loras(500, random_state=1),
@@ -58,7 +61,7 @@ for zoo_name, zoo in zoos.items():
         for n_adapters in args.adapters:
             scores = {}
             for seed in range(args.draws):
-                for name, models in candidates(task, args.batch_size, seed).items():
+                for name, models in candidates(task, seed).items():
                     row = [score(model, zoo, target, n_adapters, seed) for model in models]
                     scores.setdefault(name, []).append(row)
             for name, rows in scores.items():

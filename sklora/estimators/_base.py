@@ -71,6 +71,8 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
 
     _net_type: ClassVar[type[nn.Module]]
     _accepted_rank: ClassVar[Literal["any", "fitted"]]
+    # In an epoch, however few adapters there are (docs/results.md).
+    _least_steps: ClassVar[int] = 8
 
     layout_: LoRALayout
     weights_: dict[str, NDArray[Any]]
@@ -342,7 +344,7 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
             weight_decay=self.weight_decay,
             optimizer=self.optimizer,
             max_epochs=1 if one_epoch else self.max_epochs,
-            batch_size=training_batch_size(n_rows, self.batch_size),
+            batch_size=training_batch_size(n_rows, self.batch_size, self._least_steps),
             patience=self.patience,
             callbacks=self.callbacks or (),
             verbose=int(self.verbose),

@@ -172,8 +172,8 @@ def split_validation(
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
 
-def training_batch_size(n_rows: int, batch_size: int) -> int:
-    """Give the batch size that leaves at least 4 steps in an epoch.
+def training_batch_size(n_rows: int, batch_size: int, least_steps: int) -> int:
+    """Give the batch size that leaves enough steps in an epoch.
 
     Parameters
     ----------
@@ -181,12 +181,13 @@ def training_batch_size(n_rows: int, batch_size: int) -> int:
         Number of training rows.
     batch_size : int
         The largest allowed.
+    least_steps : int
 
     Returns
     -------
     int
     """
-    return min(int(batch_size), math.ceil(n_rows / 4))
+    return min(int(batch_size), math.ceil(n_rows / least_steps))
 
 
 def iter_blocks(

@@ -44,7 +44,7 @@ optimizer : {"adamw", "adam", "sgd"}, default=$optimizer
 max_epochs : int, default=$max_epochs
     Number of passes over the training adapters, at most.
 batch_size : int, default=$batch_size
-    Adapters in one step; fewer where that would leave less than 4 steps in an epoch.
+    Adapters in one step; fewer where that would leave less than $least_steps steps in an epoch.
 early_stopping : bool or "auto", default=$early_stopping
     Whether to keep some adapters apart, stop when the loss on them no longer falls, and go back to
     the weights of the best epoch. With ``"auto"`` this is done with 200 training adapters or more:
@@ -139,6 +139,7 @@ def document(estimator: Estimator) -> Estimator:
         return estimator
     parameters = inspect.signature(estimator).parameters
     defaults = {name: _literal(parameter.default) for name, parameter in parameters.items()}
+    defaults["least_steps"] = _literal(getattr(estimator, "_least_steps", None))
     text = Template(inspect.cleandoc(estimator.__doc__))
     fragments = {name: fragment.rstrip() for name, fragment in _FRAGMENTS.items()}
     estimator.__doc__ = Template(text.safe_substitute(fragments)).substitute(defaults)

@@ -188,6 +188,9 @@ class MLPNetRegressor(NetRegressor, _MLPNetEstimator):
     (1,)
     """
 
+    # More of them fit a perceptron to the targets of few adapters too well.
+    _least_steps = 4
+
     def __init__(
         self,
         *,

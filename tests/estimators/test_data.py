@@ -159,9 +159,9 @@ class TestSplitValidation:
 @pytest.mark.parametrize(
     ("n_rows", "batch_size", "expected"), [(1, 64, 1), (20, 64, 5), (1000, 64, 64), (9, 2, 2)]
 )
-def test_training_batch_size_leaves_four_steps(n_rows, batch_size, expected):
+def test_training_batch_size_leaves_some_steps(n_rows, batch_size, expected):
     for given in (batch_size, np.int64(batch_size)):  # as a search over an array gives it
-        size = training_batch_size(n_rows, given)
+        size = training_batch_size(n_rows, given, 4)
         assert size == expected
         assert type(size) is int  # which torch asks for
 

@@ -241,7 +241,7 @@ class TestPartialFit:
     def test_class_weights_compare_from_call_to_call(self, classifier, zoo, targets, quick):
         y = targets["binary"]
         models = [
-            quick(classifier, class_weight=class_weight, lr=0.01, optimizer="sgd")
+            quick(classifier, class_weight=class_weight, lr=0.002, optimizer="sgd")
             for class_weight in ({"no": 10}, None, {"yes": 10})
         ]
         for model in models:
