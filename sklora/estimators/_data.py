@@ -80,11 +80,9 @@ class LoRADataset(torch.utils.data.Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
         """Give one batch."""
-        picked = torch.tensor(indices, device=self._targets.device)
-        if self._rows is None:
-            rows = as_tensor(self.X.read(np.asarray(indices)))
-        else:
-            rows = self._rows[picked]
+        places = np.asarray(indices)
+        picked = torch.from_numpy(places).to(self._targets.device)
+        rows = as_tensor(self.X.read(places)) if self._rows is None else self._rows[picked]
         columns = {name: column[picked] for name, column in self._columns.items()}
         return {"rows": rows, **columns}, self._targets[picked]
 
