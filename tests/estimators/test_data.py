@@ -67,11 +67,12 @@ class TestDataset:
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
         parts = data.take(np.arange(40)), data.take(np.arange(40, 60))
+        picked = [5, 2]
         for share, kept in ((data.loras.nbytes * 2 / free, True), (1 / free, False)):
             monkeypatch.setattr(_data, "_SHARE_OF_GPU", share)
             for part, dataset in zip(parts, make_datasets(*parts, torch.device(cuda)), strict=True):
                 assert (dataset._rows is not None) == kept
-                (inputs, target), picked = dataset.__getitems__([5, 2]), [5, 2]
+                inputs, target = dataset.__getitems__(picked)
                 np.testing.assert_array_equal(inputs["rows"].cpu(), part.loras.read(picked))
                 np.testing.assert_array_equal(inputs["weight"].cpu(), part.weights[picked])
                 np.testing.assert_array_equal(target.cpu(), part.targets[picked])
