@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 EXTRAS := lint,plot,test
+# Of the demo's cross-validation.
+FOLDS ?= 3
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -39,7 +41,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/python examples/plot_compare_architectures.py --folds 3
+	$(BIN)/python examples/plot_compare_architectures.py --folds $(FOLDS)
 
 $(DOCS_READY): $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
