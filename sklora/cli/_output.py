@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
@@ -20,6 +21,7 @@ _OPTIONS = {
     "on_extra='ignore'": "--allow-other-modules",
     "on_missing='zero'": "--allow-other-modules",
     "pass scale=,": "pass --scale,",
+    "use LoRACollection.open": "sklora fit and sklora compare take it",
 }
 
 
@@ -79,10 +81,20 @@ def table(rows: Sequence[Sequence[str]], align: str) -> None:
         "<" or ">" for every column.
     """
     cells = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
     for row in cells:
-        padded = [f"{cell:{side}{w}}" for cell, side, w in zip(row, align, widths, strict=True)]
+        spaces = [" " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)]
+        padded = [
+            cell + space if side == "<" else space + cell
+            for cell, space, side in zip(row, spaces, align, strict=True)
+        ]
         result("  ".join(padded).rstrip())
+
+
+def _width(text: str) -> int:
+    """Count the places that a terminal gives a text: two for a Chinese letter."""
+    shown = (letter for letter in text if not unicodedata.combining(letter))
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in shown)
 
 
 def few(names: Iterable[str], total: int, shown: int = 3) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields, replace
 
-from sklora.cli._output import FAILED, CommandError, with_options
+from sklora.cli._output import FAILED, CommandError, say, with_options
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.io import AdapterError
 from sklora.io._find import Found
@@ -118,7 +118,7 @@ def read_together(
     Raises
     ------
     CommandError
-        When any cannot be read, or does not fit the others.
+        When any cannot be read, or does not fit the others; all of them are named.
     """
     on_base_model = "ignore" if any_base_model else "raise"
     reader = Reader(None, options, "zero", "ignore", on_base_model)
@@ -128,9 +128,23 @@ def read_together(
             reader.add(found)
         except AdapterError as error:
             errors.append(error)
-    if errors:
-        more = f" (and {len(errors) - 1} more: sklora inspect lists them)"
-        raise CommandError(
-            f"{with_options(str(errors[0]))}{more if len(errors) > 1 else ''}", FAILED
-        )
+    refuse(errors)
     return LoRACollection(reader.store())
+
+
+def refuse(errors: Sequence[AdapterError]) -> None:
+    """End the command if any adapter cannot be read, and name all of them before.
+
+    Raises
+    ------
+    CommandError
+        When there are errors.
+    """
+    if len(errors) == 1:
+        raise CommandError(with_options(str(errors[0])), FAILED)
+    for error in errors:
+        say(str(error))
+    if errors:
+        raise CommandError(
+            f"{len(errors)} adapters cannot be read; mend them, or leave their labels out.", FAILED
+        )

@@ -15,7 +15,7 @@ from sklora._stores import available_memory
 from sklora._zoofile import _FORMAT, _read_header
 from sklora.cli._labels import Labels, match, read_labels
 from sklora.cli._output import FAILED, CommandError, few, say
-from sklora.cli._reading import read_together, reading_options
+from sklora.cli._reading import read_together, reading_options, refuse
 from sklora.cli._targets import Targets, make_targets
 from sklora.collection import LoRACollection
 from sklora.io import AdapterError
@@ -129,7 +129,7 @@ def _names_of(found: Found, labels_folder: str, alone: bool) -> Iterator[str]:
     ):
         yield path
         folder = os.path.dirname(path)
-        if alone and folder:
+        if alone and os.path.basename(folder) not in ("", os.curdir, os.pardir):
             yield folder
 
 
@@ -155,8 +155,13 @@ def _in_memory(loras: LoRACollection) -> LoRACollection:
     if available is not None and 2 * loras.nbytes > available:
         return loras
     flat = np.empty(loras.shape, loras.dtype)
+    errors = []
     for row in track(range(len(loras)), "weights", "file"):
-        flat[row] = loras.read([row])[0]
+        try:
+            flat[row] = loras.read([row])[0]
+        except AdapterError as error:
+            errors.append(error)
+    refuse(errors)
     return LoRACollection.from_array(flat, loras.layout, ranks=loras.ranks, ids=loras.ids)
 
 

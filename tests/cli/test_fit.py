@@ -244,6 +244,14 @@ class TestIds:
         assert (code, out) == (2, "")
         assert err.startswith(f"sklora: error: {labels}: no adapter is called 'b' (line 3); ")
 
+    def test_a_folder_goes_by_no_dots(self, fit, zoo, monkeypatch, write_csv, tmp_path):
+        (tmp_path / "a").mkdir()
+        monkeypatch.chdir(tmp_path / "a")
+        shutil.copytree(zoo / "a00", tmp_path, dirs_exist_ok=True)
+        write_csv(tmp_path / "a" / "l.csv", ("path", "style"), [("..", 0), ("b", 1)])
+        err = fit("..", labels="l.csv").err
+        assert err.endswith("'..' (line 2), 'b' (line 3); there are 'adapter_model.safetensors'.\n")
+
     def test_same_file_twice_in_the_zoo(self, fit, zoo, tmp_path, monkeypatch):
         monkeypatch.chdir(zoo.parent)
         shutil.copy(zoo / "labels.csv", tmp_path)  # beside which its names lead nowhere
@@ -376,18 +384,26 @@ class TestRefused:
         assert "predict would write two columns 'error'" in err
         assert "training" not in err
 
-    def test_bad_adapter(self, fit, tmp_path, factors, write_csv):
+    @pytest.mark.parametrize(("cut", "why"), [(9, "it is cut off"), (8, "has NaN")])
+    def test_bad_adapters_are_all_named(self, fit, tmp_path, factors, write_csv, cut, why):
         for n in range(4):
             write_adapter(tmp_path / "zoo" / str(n), factors())
-        for n in (1, 2):
-            path = tmp_path / "zoo" / str(n) / "adapter_model.safetensors"
-            path.write_bytes(path.read_bytes()[:-9])
         rows = [(str(n), n % 2) for n in range(4)]
         labels = write_csv(tmp_path / "l.csv", ("path", "style"), rows)
-        code, _, err = fit(tmp_path / "zoo", labels=labels)
-        assert code == 1
-        assert f"sklora: error: {tmp_path}/zoo/1/adapter_model.safetensors: " in err
-        assert "(and 1 more: sklora inspect lists them)" in err
+        paths = [tmp_path / "zoo" / str(n) / "adapter_model.safetensors" for n in (1, 2)]
+        said = []
+        for path in paths:
+            nan = b"" if cut == 9 else np.float64("nan").tobytes()
+            path.write_bytes(path.read_bytes()[:-cut] + nan)
+            code, out, err = fit(tmp_path / "zoo", labels=labels)
+            assert (code, out) == (1, "")
+            said.append(err)
+        assert f"sklora: error: {paths[0]}: " in said[0]
+        assert all(f"sklora: {path}: " in said[1] for path in paths)
+        assert all(why in line for line in said[1].splitlines() if "adapter_model" in line)
+        assert said[1].endswith(
+            "sklora: error: 2 adapters cannot be read; mend them, or leave their labels out.\n"
+        )
 
     def test_bad_adapter_without_a_label_is_not_read(self, fit, tmp_path, factors, write_csv):
         for n in range(5):
@@ -401,18 +417,6 @@ class TestRefused:
         assert code == 0
         some = f"{tmp_path}/zoo/broken.safetensors, {path}"
         assert f"left out, for want of a label: 2 of 6 adapters, {some}\n" in err
-
-    def test_not_finite(self, fit, tmp_path, factors, write_csv):
-        for n in range(4):
-            write_adapter(tmp_path / "zoo" / str(n), factors())
-        path = tmp_path / "zoo" / "1" / "adapter_model.safetensors"
-        path.write_bytes(path.read_bytes()[:-8] + np.float64("nan").tobytes())
-        rows = [(str(n), n % 2) for n in range(4)]
-        labels = write_csv(tmp_path / "l.csv", ("path", "style"), rows)
-        code, _, err = fit(tmp_path / "zoo", labels=labels)
-        assert code == 1
-        assert "zoo/1/adapter_model.safetensors" in err
-        assert "NaN" in err
 
     def test_other_base_model(self, fit, tmp_path, factors, write_csv):
         for n in range(4):

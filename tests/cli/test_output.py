@@ -48,6 +48,7 @@ def test_say_escapes_and_names_options(capsys):
         ("pass on_extra='ignore'", "pass --allow-other-modules"),
         ("pass on_missing='zero'", "pass --allow-other-modules"),
         ("pass keys=('...{module}...', ...)", "pass --keys '...{module}...' '...{module}...'"),
+        ("use LoRACollection.open.", "sklora fit and sklora compare take it."),
         ("nothing to see", "nothing to see"),
     ],
 )
@@ -58,6 +59,11 @@ def test_with_options(message, option):
 def test_table(capsys):
     table([("name", "n"), ("a\tb", "1"), ("c", "100")], "<>")
     assert capsys.readouterr().out == "name    n\na\\tb    1\nc     100\n"
+
+
+def test_columns_are_as_wide_as_they_look(capsys):
+    table([("name", "n"), ("漢字", "1"), ("e\u0301", "20")], "<>")
+    assert capsys.readouterr().out == "name   n\n漢字   1\ne\u0301     20\n"
 
 
 def test_few():
