@@ -73,7 +73,7 @@ def read_labels(
     ------
     CommandError
         When the file cannot be read, lacks a column or has one twice, a row has more or fewer cells
-        than the first, or a cell that is needed is empty.
+        than the first, or a cell that is needed is empty or, where it names no adapter, "nan".
     """
     for name in targets:
         if targets.count(name) > 1:
@@ -90,7 +90,7 @@ def read_labels(
                 f"{counted(len(header), 'column')}; put quotes around a cell that holds a comma."
             )
         row = {name: cells[place].strip() for name, place in places.items()}
-        _check_filled(f"{path}, line {line} ({row[id] or 'without a name'})", row)
+        _check_filled(f"{path}, line {line} ({row[id] or 'without a name'})", row, id)
         group = None if groups is None else row[groups]
         rows.append(Row(line, row[id], tuple(row[name] for name in targets), group))
     if not rows:
@@ -98,10 +98,14 @@ def read_labels(
     return Labels(path, tuple(targets), tuple(rows))
 
 
-def _check_filled(where: str, row: Mapping[str, str]) -> None:
+def _check_filled(where: str, row: Mapping[str, str], id: str) -> None:
     for name, cell in row.items():
-        if not cell:
-            raise CommandError(f"{where}: column {name!r} is empty; fill it, or leave the row out.")
+        # What some programs write for an empty cell would be one more class, or one large group.
+        if not cell or (cell.lower() == "nan" and name != id):
+            what = repr(cell) if cell else "empty"
+            raise CommandError(
+                f"{where}: column {name!r} is {what}; fill it, or leave the row out."
+            )
 
 
 def _read_table(path: str) -> list[tuple[int, list[str]]]:

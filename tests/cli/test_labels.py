@@ -79,6 +79,7 @@ class TestReadLabels:
             ("path\ty\na\t1\n", "it has 'path\\ty'; separate cells by commas."),
             ("path,y\na\n", "line 2 has 1 cell, but there are 2 columns"),
             ("path,y\na,1\nb, \n", "line 3 (b): column 'y' is empty"),
+            ("path,y\nnan,1\nb,NaN\n", "line 3 (b): column 'y' is 'NaN'; fill it, or leave"),
             ("path,y\n,1\n", "line 2 (without a name): column 'path' is empty"),
             ('path,y\n"a\nb",1\nc,\n', "line 4 (c): column 'y' is empty"),
             ('path,y\na,"1\n', "line 2: unexpected end of data"),
@@ -88,9 +89,10 @@ class TestReadLabels:
     def test_refused(self, labels_file, text, message):
         assert message in refusal(read_labels, labels_file(text), ["y"])
 
-    def test_empty_group(self, labels_file):
-        path = labels_file("path,y,run\na,1,\n")
-        assert "column 'run' is empty" in refusal(read_labels, path, ["y"], groups="run")
+    @pytest.mark.parametrize(("run", "what"), [("", "empty"), ("nan", "'nan'")])
+    def test_empty_group(self, labels_file, run, what):
+        path = labels_file(f"path,y,run\na,1,{run}\n")
+        assert f"column 'run' is {what}" in refusal(read_labels, path, ["y"], groups="run")
 
     def test_no_file(self, tmp_path):
         assert "No such file" in refusal(read_labels, str(tmp_path / "no.csv"), ["y"])
@@ -183,7 +185,7 @@ class TestMakeTargets:
             (["111"], None, "all targets in column 't0' are '1'"),
             (["1x"], "regression", "line 3 (b): t0 is 'x', but regression needs"),
             (["12", "1x"], "regression", "line 3 (b): t1 is 'x', but regression needs"),
-            ([["1.5", "nan"]], None, "line 3 (b): t0 is 'nan'"),
+            ([["1.5", "+nan"]], None, "line 3 (b): t0 is '+nan'"),
             ([["1.5", "inf"]], None, "line 3 (b): t0 is 'inf'"),
             (["01", "02"], None, "line 3 (b): t1 is '2', but several targets are labels"),
             (["01", "xy"], None, "line 2 (a): t1 is 'x', but several targets are labels"),
