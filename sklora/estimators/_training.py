@@ -327,4 +327,5 @@ def calibrate_input(net: GLNet | MLPNet, features: Callable[[], Iterable[Weighte
         (torch.linalg.vector_norm(net.standardize(block), dim=1, keepdim=True), weights)
         for block, weights in features()
     )
-    net.row_norm.norm.set_moments(*weighted_moments(norms))
+    # In the precision of the norms, whose rounding is no spread.
+    net.row_norm.norm.set_moments(*(moment.float() for moment in weighted_moments(norms)))

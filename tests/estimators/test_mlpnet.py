@@ -54,6 +54,18 @@ def test_a_constant_feature_is_ignored(quick, rng):
     assert np.isfinite(model.predict(X)).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rows_of_one_length_up_to_rounding_leave_the_norm_out(dtype, quick, rng):
+    # What principal components, all of them, give of fewer rows than columns.
+    flat = rng.normal(size=(70, 100))
+    centred = flat[:60] - flat[:60].mean(axis=0)
+    axes = np.linalg.svd(centred, full_matrices=False)[2][:59]
+    X, new = (centred @ axes.T).astype(dtype), (flat[60:] @ axes.T).astype(dtype)
+    model = quick(MLPNetRegressor).fit(X, flat[:60, 0])
+    assert model.weights_["row_norm.norm.scale"] == 1
+    assert np.abs(model.predict(new)).max() < 10
+
+
 def test_takes_no_rank_above_the_fitted_one(zoo, traces, quick):
     model = quick(MLPNetRegressor).fit(zoo, traces)
     U, V = np.ones((5, 3)), np.ones((5, 3))
