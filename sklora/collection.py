@@ -121,8 +121,7 @@ def _check_array(estimator: Any, X: Any, *, reset: bool) -> LoRACollection:
             "X is sparse, but the weights of LoRA adapters are dense; pass a LoRACollection, made "
             "by LoRACollection.from_factors or LoRACollection.from_array, or X.toarray()."
         )
-    of_mappings = isinstance(X, (list, tuple)) and len(X) > 0 and isinstance(X[0], Mapping)
-    if isinstance(X, Mapping) or of_mappings:
+    if isinstance(X, Mapping) or _is_of_mappings(X):
         raise ValueError(
             "X is given as mappings from module to factors; make it a collection with "
             "LoRACollection.from_factors."
@@ -139,6 +138,13 @@ def _check_array(estimator: Any, X: Any, *, reset: bool) -> LoRACollection:
         )
     check_order(X, layout)
     return LoRACollection.from_array(array, layout)
+
+
+def _is_of_mappings(X: Any) -> bool:
+    """Whether X is a list, tuple, array or series of adapters that are no collection."""
+    if not isinstance(X, (list, tuple)) and np.dtype("O") != getattr(X, "dtype", 0):
+        return False
+    return getattr(X, "ndim", 1) == 1 and len(X) > 0 and isinstance(next(iter(X)), Mapping)
 
 
 def check_numbers(loras: LoRACollection, rows: slice, flat: NDArray[Any]) -> None:

@@ -129,6 +129,12 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"mappings .* LoRACollection\.from_factors"):
             Estimator().fit(X)
 
+    @pytest.mark.parametrize("wrap", [np.array, pd.Series])
+    def test_mappings_in_an_array(self, wrap):
+        X = wrap([{"q": (np.ones((3, 1)), np.ones((2, 1)))}] * 4, dtype=object)[1:]
+        with pytest.raises(ValueError, match=r"mappings .* LoRACollection\.from_factors"):
+            Estimator().fit(X)
+
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
     @pytest.mark.parametrize("fitted", [False, True])
     def test_numbers_that_are_not_finite(self, value, fitted):

@@ -331,10 +331,13 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
     def _resumed_net(self) -> nn.Module:
         wanted = self._architecture(self.layout_, self.n_outputs_)
         for name, value in wanted.items():
-            if value != self.architecture_[name]:
+            fitted = self.architecture_[name]
+            if value != fitted:
+                if isinstance(getattr(self, name, None), (bool, np.bool_)):
+                    value, fitted = bool(value), bool(fitted)  # as the parameter has it
                 raise ValueError(
-                    f"{name} is {value!r}, but this estimator was fitted with "
-                    f"{self.architecture_[name]!r}. Set it back, or fit with warm_start=False."
+                    f"{name} is {value!r}, but this estimator was fitted with {fitted!r}. "
+                    "Set it back, or fit with warm_start=False."
                 )
         return self._fitted_net()
 

@@ -218,10 +218,17 @@ class ArchitectureComparisonDisplay:
         ------
         sklearn.exceptions.NotFittedError
             When the search is not fitted.
+        TypeError
+            When it is no search.
         ValueError
             When it has many scores and `refit` names none, or no candidate could be trained.
         """
         check_matplotlib(f"{cls.__name__}.from_estimator")
+        if not hasattr(search, "refit"):
+            raise TypeError(
+                f"search is of type {type(search).__name__}, which is no search; pass a fitted "
+                "GridSearchCV or another, or give what cross_validate gives to from_cv_results."
+            )
         check_is_fitted(search, "cv_results_")
         metric = _refit_metric(search)
         task = "regression" if is_regressor(search) else "classification"

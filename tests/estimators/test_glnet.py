@@ -444,6 +444,12 @@ def test_parameters_are_checked(parameter, value, zoo, traces, quick):
         quick(GLNetRegressor, **{parameter: value}).fit(zoo, traces)
 
 
+def test_warm_start_names_spectrum_as_it_is_set(zoo, traces, quick):
+    model = quick(GLNetRegressor, warm_start=True).fit(zoo, traces)
+    with pytest.raises(ValueError, match=r"spectrum is True, but .* fitted with False\. Set it"):
+        model.set_params(spectrum=True).fit(zoo, traces)
+
+
 def test_docstring_shows_the_defaults():
     assert f"hidden_dim : int, default={GLNetClassifier().hidden_dim}" in GLNetClassifier.__doc__
     options = f'{{"adamw", "adam", "sgd"}}, default="{GLNetRegressor().optimizer}"'

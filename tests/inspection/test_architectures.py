@@ -168,6 +168,9 @@ class TestFromEstimator:
             ArchitectureComparisonDisplay.from_estimator(search)
         with pytest.raises(ValueError, match="set refit to the name of one"):
             ArchitectureComparisonDisplay.from_estimator(search.fit(*zoo))
+        model = make_pipeline(SVDSpectrum(), Ridge()).fit(*zoo)
+        with pytest.raises(TypeError, match=r"Pipeline, which is no search; .* from_cv_results"):
+            ArchitectureComparisonDisplay.from_estimator(model)
 
 
 class TestFromCVResults:
