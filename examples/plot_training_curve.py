@@ -2,8 +2,9 @@
 Watch a network train
 =====================
 
-A fitted network keeps the losses of every epoch. With early stopping, the default, part of the
-training adapters is held out, and the weights of the epoch that did best on them are kept.
+A fitted network keeps the losses of every epoch. With early stopping, the default for 200 training
+adapters or more, part of them is held out, and the weights of the epoch that did best on these are
+kept.
 """
 
 import matplotlib.pyplot as plt

@@ -38,7 +38,8 @@ class LoRALayout:
         Features that are no factors, such as the magnitudes of DoRA: `size` columns each, at the
         end of the row.
     base_model : str or None, default=None
-        What the adapters were trained on. Layouts of different base models do not match.
+        What the adapters were trained on. Layouts of different base models do not match; None
+        matches any.
 
     Attributes
     ----------

@@ -55,7 +55,7 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
     device : str or torch.device, default="auto"
         Where to compute. ``"auto"`` uses CUDA where there is one.
     n_jobs : int or None, default=None
-        Blocks of adapters to work on at once, in threads. ``"gram"`` works on one at a time.
+        Blocks of adapters to work on at once, in threads.
     verbose : int, default=0
         With 1 or more there is a progress bar, where standard error is a terminal.
     layout : LoRALayout or None, default=None
