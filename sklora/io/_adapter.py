@@ -191,15 +191,26 @@ def opened(found: Found, options: ReadOptions, stamp: Stamp | None = None) -> It
     try:
         if found.in_folder:
             check_inside(found.path, found.root)
+        before = _stamp_before(found.path)
         with open_tensor_file(found.path, allow_torch_zip=options.allow_torch_zip) as file:
             if stamp is not None and Stamp.of(found.path) != stamp:
                 raise Refusal("it changed since its header was read; read the adapters again.")
             source = Source(file.container, file.tensors, _used(file), read_config(found))
+            # Else the weights may be those of one adapter, and the scale that of another.
+            if Stamp.of(found.path) != before:
+                raise Refusal("it changed while it was read; read the adapters again.")
             yield OpenAdapter(found.path, file, _plan(source, file.header, options))
     except Refusal as error:
         raise AdapterError(found.path, str(error)) from None
     except OSError as error:
         raise AdapterError(found.path, f"it cannot be read: {error.strerror or error}.") from error
+
+
+def _stamp_before(path: str) -> Stamp | None:
+    """Look at a file that is to be opened, which says what is wrong if that cannot be done."""
+    with suppress(OSError, ValueError):
+        return Stamp.of(path)
+    return None
 
 
 def _used(file: TensorFile) -> Mapping[str, str]:

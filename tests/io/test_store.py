@@ -1,6 +1,7 @@
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import joblib
@@ -25,7 +26,8 @@ from sklora import (
     make_architecture,
 )
 from sklora.collection import Store
-from sklora.io import AdapterError, read_adapters
+from sklora.io import AdapterError, _adapter, read_adapters, write_adapter
+from sklora.io._find import read_config
 from sklora.io._store import AdapterStore
 from sklora.io.containers.safetensors import SafetensorsFile
 
@@ -186,6 +188,25 @@ class TestChange:
             if not place:
                 X = read_adapters(path)
         self.changed(X, path, "it changed while it was read; read the adapters again")
+
+    @pytest.mark.parametrize("is_read_before", [False, True])
+    def test_while_it_is_opened_is_refused(self, tmp_path, monkeypatch, is_read_before):
+        """Else the weights of one version have the scale that the configuration of another says."""
+        for name, rank in (("old", 1), ("new", 4)):
+            write_adapter(tmp_path / name, {"q": (np.ones((5, rank)), np.ones((4, rank)))})
+        now = tmp_path / "now"
+        now.symlink_to("old")
+        path = now / "adapter_model.safetensors"
+        read = read_adapters(path).read if is_read_before else partial(read_adapters, path)
+
+        def read_late(found):
+            (tmp_path / "next").symlink_to("new")
+            (tmp_path / "next").replace(now)
+            return read_config(found)
+
+        monkeypatch.setattr(_adapter, "read_config", read_late)
+        with pytest.raises(AdapterError, match="it changed while it was read; read the adapters"):
+            read()
 
     def test_a_disk_that_fails_is_an_error_with_the_name(self, zoo, X, monkeypatch):
         def fail(self, name):
