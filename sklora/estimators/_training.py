@@ -312,7 +312,11 @@ def weighted_moments(
 
 
 @torch.no_grad()
-def calibrate_input(net: GLNet | MLPNet, features: Callable[[], Iterable[WeightedBlock]]) -> None:
+def calibrate_input(
+    net: GLNet | MLPNet,
+    features: Callable[[], Iterable[WeightedBlock]],
+    rounding: Tensor | float = 0.0,
+) -> None:
     """Set the moments by which a network standardises its features and their norm.
 
     Parameters
@@ -321,8 +325,10 @@ def calibrate_input(net: GLNet | MLPNet, features: Callable[[], Iterable[Weighte
         Its `standardize` and `row_norm` are set, in place.
     features : callable
         Starts a pass over the training features, in blocks ``(B, F)`` with weights ``(B,)``.
+    rounding : Tensor of shape (F,) or float, default=0.0
+        What rounding alone may make of their standard deviations.
     """
-    net.standardize.set_moments(*weighted_moments(features()))
+    net.standardize.set_moments(*weighted_moments(features()), rounding)
     norms = (
         (torch.linalg.vector_norm(net.standardize(block), dim=1, keepdim=True), weights)
         for block, weights in features()

@@ -114,8 +114,14 @@ class _GLNetEstimator(BaseNetEstimator):
         scale = square.pow(-0.25)
         net.module_scale.copy_(torch.where(square > 0, scale, torch.ones_like(scale)))
 
+        # A module whose update is the same in all adapters differs by rounding alone.
+        rounding, _ = weighted_moments(
+            (net.rounding(pairs), weights[rows]) for rows, pairs, _ in factors()
+        )
         calibrate_input(
-            net, lambda: ((net.features(pairs), weights[rows]) for rows, pairs, _ in factors())
+            net,
+            lambda: ((net.features(pairs), weights[rows]) for rows, pairs, _ in factors()),
+            rounding,
         )
         if layout.n_side:
             calibrate_input(

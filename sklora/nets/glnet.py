@@ -21,6 +21,8 @@ from sklora.nets.mlpnet import MLPNet
 WIDE = 100
 # The products are to fit the training rows no faster than the singular values, which are few.
 WIDE_BESIDE_SPECTRUM = 30
+# How often an entry of the factors was rounded, about.
+_ROUNDINGS = 8
 
 
 class GLNet(nn.Module):
@@ -199,6 +201,28 @@ class GLNet(nn.Module):
         """
         features: Tensor = self.head(*self._map(factors))
         return features
+
+    def rounding(self, factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Give about what rounding does to each of these features; bad gauges make it large.
+
+        Parameters
+        ----------
+        factors : sequence of (U, V)
+            As for :meth:`forward`.
+
+        Returns
+        -------
+        Tensor of shape (B, n_invariant)
+            One number for each module: ``eps ||U||_F ||V||_F`` of its factors after all equivariant
+            layers, over the root of what it is spread over.
+        """
+        U, V = self._map(factors)
+        lengths = torch.linalg.vector_norm(U, dim=(1, 3)) * torch.linalg.vector_norm(V, dim=(1, 3))
+        per_module = self.n_invariant // len(U)
+        # The features are entries of U V^T, or the mean of all.
+        n_entries = U.shape[1] * V.shape[1]
+        sizes = _ROUNDINGS * torch.finfo(U.dtype).eps * lengths * per_module**0.5 / n_entries
+        return sizes.T.repeat_interleave(per_module, dim=1)
 
     def _map(self, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Give the factors after all equivariant layers, ``(M, h, B, r)``."""

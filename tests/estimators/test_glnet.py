@@ -456,3 +456,25 @@ def test_docstring_shows_the_defaults():
     assert f"optimizer : {options}" in GLNetRegressor.__doc__
     assert "$" not in GLNetClassifier.__doc__ + GLNetRegressor.__doc__
     assert "class_weight" not in GLNetRegressor.__doc__
+
+
+@pytest.mark.parametrize("options", [{"n_layers": 2}, {"head": "mean"}], ids=str)
+def test_a_module_that_is_the_same_in_all_adapters_is_no_feature(options):
+    rng = np.random.default_rng(0)
+    same = [rng.normal(size=(size, 4)).astype(np.float32) for size in (40, 30)]
+    y = rng.normal(size=60)
+    adapters = [
+        {
+            "q": (
+                (rng.normal(size=(10, 2)) + target).astype(np.float32),
+                (rng.normal(size=(8, 2)) + 1).astype(np.float32),
+            ),
+            "k": same,
+            "v": same,
+        }
+        for target in y
+    ]
+    X = LoRACollection.from_factors(adapters)
+    for zoo in (X, apply_gauge(X, random_state=0)):
+        model = GLNetRegressor(random_state=0, device="cpu", **options).fit(zoo, y)
+        assert model.score(zoo, y) > 0.7
