@@ -84,7 +84,8 @@ def unfinished(path: str | os.PathLike[str]) -> str:
     """Give the name of something until it is complete.
 
     Beside the final place, because renaming works within one disk alone; hidden, so that what a
-    killed process leaves is never taken for an adapter of its folder.
+    killed process leaves is never taken for an adapter of its folder. Most disks allow 255 bytes.
     """
     folder, name = os.path.split(PurePath(path))
-    return os.path.join(folder, f".{name}.{secrets.token_hex(8)}.tmp")
+    start = os.fsencode(name)[:200].decode(errors="ignore")
+    return os.path.join(folder, f".{start}.{secrets.token_hex(8)}.tmp")

@@ -28,3 +28,10 @@ def test_file_is_replaced_when_it_is_complete(tmp_path, there):
         assert path.exists() == there
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["m" * 250, "漢" * 83])
+def test_longest_names_that_disks_take(tmp_path, name):
+    with replacing(tmp_path / name) as file:
+        file.write(b"new")
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -84,12 +84,13 @@ def check_output(path: str) -> None:
     Raises
     ------
     CommandError
-        When it is a folder, device or pipe, or there is no folder for it or no permission.
+        When it is a folder, device or pipe, there is no folder for it or no permission, or its name
+        is too long.
     """
     if not path:
         raise CommandError("the name of the output is empty; name a file.")
     folder = os.path.dirname(os.path.realpath(path))
-    if os.path.isdir(path):
+    if os.path.isdir(path) or not os.path.basename(path):
         raise CommandError(f"{path} is a folder; name a file in it.")
     if os.path.exists(path) and not os.path.isfile(path):
         raise CommandError(f"{path} is no regular file, and would be replaced; name another.")
@@ -97,6 +98,12 @@ def check_output(path: str) -> None:
         raise CommandError(f"{path}: there is no folder {folder}.")
     if not os.access(folder, os.W_OK):
         raise CommandError(f"{path}: there is no permission to write to {folder}.")
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass  # as it should be
+    except OSError as error:
+        raise CommandError(f"{path}: {error.strerror}; name another.") from None
 
 
 def _check_columns(zoo: LabelledZoo) -> None:

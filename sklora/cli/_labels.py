@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -195,4 +196,5 @@ def _by_name(names: Sequence[Iterable[str]]) -> Mapping[str, list[int]]:
 
 
 def _normal(name: str) -> str:
-    return os.path.normpath(name)
+    # As cells are read; and composed, where some systems give letters and their accents one by one.
+    return os.path.normpath(unicodedata.normalize("NFC", name.strip()))

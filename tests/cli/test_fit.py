@@ -337,11 +337,17 @@ class TestRefused:
         assert "is damaged" in err
 
     @pytest.mark.parametrize(
-        ("name", "why"), [("", "is a folder; name a file in it"), ("no/m.skops", "no folder")]
+        ("name", "why"),
+        [
+            ("", "is a folder; name a file in it"),
+            ("new/", "is a folder; name a file in it"),
+            ("no/m.skops", "no folder"),
+            (f"{'m' * 250}.skops", "File name too long; name another."),
+        ],
     )
     def test_output(self, run, zoo, tmp_path, name, why):
         labels = ("--labels", zoo / "labels.csv", "--target", "style")
-        code, _, err = run("fit", zoo, *labels, "-o", tmp_path / name)
+        code, _, err = run("fit", zoo, *labels, "-o", f"{tmp_path}/{name}")
         assert code == 2
         assert why in err
 

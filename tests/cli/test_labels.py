@@ -30,11 +30,11 @@ class TestReadLabels:
         assert labels.rows == (Row(2, "a", ("1",), "r"), Row(4, "b", ("2",), "s"))
 
     def test_byte_order_mark_quotes_and_line_ends(self, labels_file):
-        path = labels_file('\ufeffpath,y\r\n"a, ""b""",1\r\n'.encode())
+        path = labels_file('\ufeffy,path\r\n1,"a, ""b"""\r\n'.encode())
         assert read_labels(path, ["y"]).rows == (Row(2, 'a, "b"', ("1",), None),)
 
     @pytest.mark.parametrize(
-        ("header", "id"), [("y,id,path", "3"), ("y,id,other", "2"), ("other,y", "1")]
+        ("header", "id"), [("y,id,path", "3"), ("y,id,other", "2"), (" other ,y", "1")]
     )
     def test_column_of_ids(self, labels_file, header, id):
         cells = dict(zip(header.split(","), "123", strict=False))
@@ -74,6 +74,7 @@ class TestReadLabels:
             ("path,y,y\na,1,2\n", "has 2 columns 'y'"),
             ("path,y\na,1\nb,2,3\n", "line 3 has 3 cells, but there are 2 columns"),
             ("path;y\na;1\n", "it has 'path;y'; separate cells by commas."),
+            ("path\na\n", "it has 'path'."),
             ("path|y\na|1\n", "it has 'path|y'; separate cells by commas."),
             ("path;,z\na,1\n", "it has 'path;', 'z'."),
             ("path\ty\na\t1\n", "it has 'path\\ty'; separate cells by commas."),
@@ -123,8 +124,12 @@ class TestMatch:
         )
 
     def test_an_adapter_goes_by_its_shortest_name(self):
-        message = refusal(match, labels_of("1", ids=["x"]), [["zoo/a/w", "a", "zoo/a"]])
-        assert message.endswith("there are 'a'.")
+        message = refusal(match, labels_of("1", ids=["x"]), [["a/very/long/way", "z", "zoo/z"]])
+        assert message.endswith("there are 'z'.")
+
+    def test_spaces_around_names_and_how_accents_are_written_do_not_count(self):
+        names = [["zoo/  lead", "  lead"], ["zoo/e\u0301", "e\u0301"]]
+        assert match(labels_of("12", ids=["\xe9", "lead"]), names) == [1, 0]
 
     def test_two_names_that_are_one(self):
         assert match(labels_of("1", ids=["a"]), [["a", "./a"]]) == [0]
@@ -134,8 +139,8 @@ class TestMatch:
         assert "line 3: 'zoo/a' is the adapter of line 2, too" in message
 
     def test_row_of_two_adapters(self):
-        message = refusal(match, labels_of("1", ids=["a"]), [["one/a", "a"], ["two/a", "a"]])
-        assert "line 2: 'a' may be any of one/a, two/a" in message
+        message = refusal(match, labels_of("1", ids=["a"]), [["one/a", "a"], ["b/a", "a"]])
+        assert "line 2: 'a' may be any of one/a, b/a" in message
 
 
 class TestMakeTargets:
@@ -147,7 +152,8 @@ class TestMakeTargets:
             (("01", "1", "1"), "classification", ("01", "1")),
             (("1.0", "2.0", "2.0"), "classification", ("1.0", "2.0")),
             (("1", "2.5", "3"), "regression", None),
-            (("1_0", "2", "2"), "classification", ("1_0", "2")),
+            (("1_0", "2.5", "2"), "classification", ("1_0", "2", "2.5")),
+            ([*"0123456789"] * 3, "classification", tuple(range(10))),
             ([str(n) for n in range(20)], "classification", tuple(range(20))),
             ([str(n) for n in range(21)], "regression", None),
             (["a", *"0123456789" * 3], "classification", (*"0123456789", "a")),

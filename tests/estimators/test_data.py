@@ -44,8 +44,9 @@ class TestDataset:
 
     def test_one_item_is_a_batch_of_one(self, data):
         inputs, target = LoRADataset(data, CPU)[7]
-        assert inputs["rows"].shape == (1, data.loras.layout.width)
-        assert target == data.targets[7]
+        np.testing.assert_array_equal(inputs["rows"], np.asarray(data.loras)[[7]])
+        np.testing.assert_array_equal(inputs["weight"], data.weights[[7]])
+        np.testing.assert_array_equal(target, data.targets[[7]])
 
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     def test_rows_that_are_kept_are_read_once(self, data, dtype, monkeypatch):
@@ -78,9 +79,20 @@ class TestDataset:
                 np.testing.assert_array_equal(target.cpu(), part.targets[picked])
 
     def test_taking_rows_copies_no_weights(self, data):
-        part = data.take(np.array([3, 5]))
+        sizes = np.arange(60.0)
+        part = data._replace(columns={"size": sizes}).take(np.array([3, 5]))
         assert part.loras._store is data.loras._store
         np.testing.assert_array_equal(part.targets, data.targets[[3, 5]])
+        np.testing.assert_array_equal(part.columns["size"], [3, 5])
+        inputs, _ = LoRADataset(part, CPU).__getitems__([1, 0])
+        np.testing.assert_array_equal(inputs["size"], [5, 3])
+
+    def test_room_is_asked_for_all_rows(self, data, monkeypatch):
+        sizes = []
+        monkeypatch.setattr(_data, "_has_room", lambda device, size: sizes.append(size))
+        make_datasets(data.take(np.arange(40)), data.take(np.arange(40, 60)), CPU)
+        make_datasets(data, None, CPU)
+        assert sizes == [data.loras.nbytes] * 2
 
     def test_read_only_blocks_make_no_warning(self, data):
         flat = np.asarray(data.loras).copy()
