@@ -221,8 +221,8 @@ class GLNet(nn.Module):
         per_module = self.n_invariant // len(U)
         # The features are entries of U V^T, or the mean of all.
         n_entries = U.shape[1] * V.shape[1]
-        sizes = _ROUNDINGS * torch.finfo(U.dtype).eps * lengths * per_module**0.5 / n_entries
-        return sizes.T.repeat_interleave(per_module, dim=1)
+        share = _ROUNDINGS * torch.finfo(U.dtype).eps * per_module**0.5 / n_entries
+        return (share * lengths).T.repeat_interleave(per_module, dim=1)
 
     def _map(self, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Give the factors after all equivariant layers, ``(M, h, B, r)``."""
