@@ -202,6 +202,7 @@ class GLNet(nn.Module):
         features: Tensor = self.head(*self._map(factors))
         return features
 
+    @torch.no_grad()
     def rounding(self, factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Give about what rounding does to each of these features; bad gauges make it large.
 
@@ -222,7 +223,8 @@ class GLNet(nn.Module):
         # The features are entries of U V^T, or the mean of all.
         n_entries = U.shape[1] * V.shape[1]
         share = _ROUNDINGS * torch.finfo(U.dtype).eps * per_module**0.5 / n_entries
-        return (share * lengths).T.repeat_interleave(per_module, dim=1)
+        rounding: Tensor = (share * lengths).T.repeat_interleave(per_module, dim=1)
+        return rounding
 
     def _map(self, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Give the factors after all equivariant layers, ``(M, h, B, r)``."""

@@ -384,7 +384,7 @@ class TestSpectrum:
             again(zoo[:40], traces[:40])
             assert np.any(model.weights_["spectrum_path.mlp.0.weight"] != first)
             np.testing.assert_array_equal(model.weights_["spectrum_path.standardize.mean"], moments)
-        with pytest.raises(ValueError, match=r"spectrum is 0, but .* fitted with 6"):
+        with pytest.raises(ValueError, match=r"spectrum is False, but .* fitted with True"):
             model.set_params(spectrum=False).fit(zoo, traces)
 
     def test_goes_on_with_adapters_of_other_ranks(self, zoo, traces, quick):
