@@ -12,6 +12,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.transform._base import BlockwiseFeaturizer
+from sklora.transform._blocks import overflow
 from sklora.transform._pairs import KeepsTraining, inner_products, squared_norms
 
 
@@ -118,13 +119,13 @@ class UpdateKernel(KeepsTraining, BlockwiseFeaturizer):
     def _transform(self, X: LoRACollection) -> NDArray[Any]:
         products = self._products(X, self._training)
         norms = squared_norms(X, device=self.device, n_jobs=self.n_jobs)
-        return self._kernel(products, norms, self._norms).astype(X.dtype, copy=False)
+        return _as_dtype_of(X, self._kernel(products, norms, self._norms))
 
     def _transform_training(self, X: LoRACollection) -> NDArray[Any]:
         products = self._products(X)
         # The diagonal makes distances to oneself exactly zero, and may be below zero by rounding.
         norms = products.diagonal().copy() if self.kernel == "rbf" else self._norms
-        return self._kernel(products, norms, norms).astype(X.dtype, copy=False)
+        return _as_dtype_of(X, self._kernel(products, norms, norms))
 
     def _products(self, *collections: LoRACollection) -> NDArray[np.float64]:
         return inner_products(
@@ -152,6 +153,15 @@ class UpdateKernel(KeepsTraining, BlockwiseFeaturizer):
             products += training_norms
             np.exp(-self.gamma_ * products.clip(min=0, out=products), out=products)
         return products
+
+
+def _as_dtype_of(X: LoRACollection, kernel: NDArray[np.float64]) -> NDArray[Any]:
+    with np.errstate(over="ignore"):
+        result = kernel.astype(X.dtype, copy=False)
+    valid = np.isfinite(result).all(axis=1)
+    if not valid.all():
+        raise ValueError(overflow(X[[int(valid.argmin())]]))
+    return result
 
 
 def pairwise_update_kernel(

@@ -281,6 +281,16 @@ def test_a_stored_kernel_needs_no_files(kernel, mixed, tmp_path):
 
 
 class TestBadInput:
+    @pytest.mark.parametrize("fitted", [False, True])
+    def test_what_overflows(self, X, fitted):
+        flat = np.asarray(X, np.float32) * np.float32(1e12)
+        large = LoRACollection.from_array(flat, X.layout, ids=X.ids)
+        kernel = UpdateKernel("linear").fit(large) if fitted else UpdateKernel("linear")
+        with pytest.raises(ValueError, match=rf"numbers of adapter '?{X.ids[0]}'? are finite, but"):
+            kernel.transform(large) if fitted else kernel.fit_transform(large)
+        assert hasattr(kernel, "layout_") == fitted
+        assert np.isfinite(UpdateKernel("cosine").fit_transform(large)).all()
+
     def test_parameters(self, X):
         for name, value in (("kernel", "poly"), ("gamma", -1.0), ("device", "abacus")):
             with pytest.raises(ValueError, match=name):
