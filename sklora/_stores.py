@@ -243,11 +243,13 @@ class MemmapStore:
         return subset
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._inode != os.stat(self.span.path).st_ino:
+        inode = _inode(self.span.path)
+        if inode is None or inode != self._inode:
+            what = "another file than the one that this collection was made from"
             raise ValueError(
-                f"{self.span.path} is another file than the one that this collection was made "
-                "from, so the collection cannot be pickled, copied or sent to other processes; "
-                "make it again from the file that is there now."
+                f"{self.span.path} is {'gone' if inode is None else what}, so the collection "
+                "cannot be pickled, copied or sent to other processes; make it again from a file "
+                "that is there now."
             )
         full = bool((self.ranks == self.layout.ranks).all())
         ranks = len(self.ranks) if full else self.ranks

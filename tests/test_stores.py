@@ -151,6 +151,8 @@ class TestMemmaps:
         os.remove(tmp_path / "rows")
         with pytest.raises(FileNotFoundError):
             pickle.loads(pickled)
+        with pytest.raises(ValueError, match=r"rows is gone, .* make it again from a file that"):
+            pickle.dumps(X)
 
     def test_a_file_that_had_gone_before_another_took_its_name(self, tmp_path):
         array = np.memmap(tmp_path / "rows", np.float32, "w+", shape=ROWS.shape)
