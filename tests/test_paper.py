@@ -17,6 +17,8 @@ from sklora.datasets import _code, _digits, _varied, load_digits_loras
 
 PAPER = Path(__file__).parents[1] / "examples" / "paper"
 SCRIPTS = sorted(path.stem for path in PAPER.glob("*.py") if path.stem != "protocol")
+# Much like others: table 2 and 4; and figure 4 is drawn by another test, too.
+SLOW = ("appendix_e", "figure4", "table3")
 FIVE = ("mlp", "o-align", "svd", "dense", "gl-net", "gl-net, spectrum")
 BY_RANK = ("svd", "dense", "gl-net", "gl-net, spectrum")
 REGRESSION = {"R2", "Kendall's tau", "Spearman's rho"}
@@ -107,7 +109,9 @@ def test_every_script_has_expectations():
     assert set(EXPECTED) == set(SCRIPTS)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SCRIPTS]
+)
 def test_a_script_runs_and_reports_every_score(paper, name, tmp_path, capsys):
     output, chart = tmp_path / "results.json", tmp_path / "chart.svg"
     more = ["--plot", str(chart)] if name == "figure4" else []
