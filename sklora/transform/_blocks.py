@@ -412,17 +412,27 @@ def _fill(
         _look_at(X)
         if not isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             raise
-        raise ValueError(overflow(X)) from error
+        raise ValueError(_overflow(X)) from error
     # One sum says whether all are finite, unless it overflows; then a look at X says it.
     if not math.isfinite(torch.from_numpy(out).sum()):
         _look_at(X)
-        valid = np.isfinite(out).all(axis=1)
-        if not valid.all():
-            raise ValueError(overflow(X[[int(valid.argmin())]]))
+        check_results(X, out)
 
 
-def overflow(X: LoRACollection) -> str:
-    """Say that what is computed from some adapters overflows."""
+def check_results(X: LoRACollection, out: NDArray[Any]) -> None:
+    """Check that what was computed from adapters is finite; each has a row.
+
+    Raises
+    ------
+    ValueError
+        When it is not; the first of those adapters is named.
+    """
+    valid = np.isfinite(out).all(axis=1)
+    if not valid.all():
+        raise ValueError(_overflow(X[[int(valid.argmin())]]))
+
+
+def _overflow(X: LoRACollection) -> str:
     first, last = X.ids[[0, -1]].tolist()
     which = f"adapter {first!r}" if len(X) == 1 else f"adapters {first!r} to {last!r}"
     return (

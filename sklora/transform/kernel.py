@@ -12,7 +12,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.transform._base import BlockwiseFeaturizer
-from sklora.transform._blocks import overflow
+from sklora.transform._blocks import check_results
 from sklora.transform._pairs import KeepsTraining, inner_products, squared_norms
 
 
@@ -158,9 +158,7 @@ class UpdateKernel(KeepsTraining, BlockwiseFeaturizer):
 def _as_dtype_of(X: LoRACollection, kernel: NDArray[np.float64]) -> NDArray[Any]:
     with np.errstate(over="ignore"):
         result = kernel.astype(X.dtype, copy=False)
-    valid = np.isfinite(result).all(axis=1)
-    if not valid.all():
-        raise ValueError(overflow(X[[int(valid.argmin())]]))
+    check_results(X, result)
     return result
 
 

@@ -191,7 +191,7 @@ class TestMakeTargets:
             (["111"], None, "all targets in column 't0' are '1'"),
             (["1x"], "regression", "line 3 (b): t0 is 'x', but regression needs"),
             (["12", "1x"], "regression", "line 3 (b): t1 is 'x', but regression needs"),
-            ([["1.5", "+nan"]], None, "line 3 (b): t0 is '+nan'"),
+            ([["1.5", "nan"]], None, "line 3 (b): t0 is 'nan'"),
             ([["1.5", "inf"]], None, "line 3 (b): t0 is 'inf'"),
             (["01", "02"], None, "line 3 (b): t1 is '2', but several targets are labels"),
             (["01", "xy"], None, "line 2 (a): t1 is 'x', but several targets are labels"),
