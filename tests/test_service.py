@@ -291,7 +291,7 @@ from sklora.io import write_adapter
 from sklora.io._plan import ReadOptions
 
 def save(kind, path, how):
-    n = 8 if how == "well" else 2000
+    n = 8 if how == "well" else 500
     rng = np.random.default_rng(0)
     factors = {"q": (rng.normal(size=(n, 8)), rng.normal(size=(n, 8)))}
     X = LoRACollection.from_factors([factors] * 4)

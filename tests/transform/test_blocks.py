@@ -123,7 +123,7 @@ def test_a_sum_that_overflows_is_no_error():
     np.testing.assert_array_equal(DenseProduct().fit_transform(X), rows)
 
 
-@pytest.mark.parametrize("featurizer", [*BY_BLOCKS[:2], *BY_PAIRS], ids=str)
+@pytest.mark.parametrize("featurizer", [BY_BLOCKS[0], BY_PAIRS[0]], ids=str)
 @pytest.mark.parametrize("backend", ["loky", "multiprocessing", "threading", "sequential"])
 def test_every_backend_of_joblib_gives_the_same(featurizer, mixed, tmp_path, backend):
     mixed.save(tmp_path / "zoo.safetensors")
