@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any, Literal
 
 import numpy as np
@@ -64,9 +65,10 @@ def check_loras(
     Raises
     ------
     ValueError
-        When X is empty or sparse, a sequence of mappings, of the wrong width, or a data frame of
-        the layout's columns in another order; when it holds NaN or infinity; when its modules, or
-        ranks, are not those expected. The message names the adapter, module, shapes and remedy.
+        When X is empty or sparse, a sequence of mappings or of paths, of the wrong width, or a data
+        frame of the layout's columns in another order; when it holds NaN or infinity; when its
+        modules, or ranks, are not those expected. The message names the adapter, module, shapes and
+        remedy.
 
     Examples
     --------
@@ -121,10 +123,16 @@ def _check_array(estimator: Any, X: Any, *, reset: bool) -> LoRACollection:
             "X is sparse, but the weights of LoRA adapters are dense; pass a LoRACollection, made "
             "by LoRACollection.from_factors or LoRACollection.from_array, or X.toarray()."
         )
-    if isinstance(X, Mapping) or _is_of_mappings(X):
+    first = X if isinstance(X, (Mapping, str, PathLike)) else _first_object(X)
+    if isinstance(first, Mapping):
         raise ValueError(
             "X is given as mappings from module to factors; make it a collection with "
             "LoRACollection.from_factors."
+        )
+    if isinstance(first, (str, PathLike)):
+        raise ValueError(
+            f"X is given as text or paths, the first of which is {str(first)!r}; read adapters "
+            "from their files with sklora.io.read_adapters."
         )
     array = validate_data(estimator, X, dtype=[np.float64, np.float32], reset=reset)
     layout = estimator.layout if reset else estimator.layout_
@@ -140,11 +148,12 @@ def _check_array(estimator: Any, X: Any, *, reset: bool) -> LoRACollection:
     return LoRACollection.from_array(array, layout)
 
 
-def _is_of_mappings(X: Any) -> bool:
-    """Whether X is a list, tuple, array or series of adapters that are no collection."""
-    if not isinstance(X, (list, tuple)) and np.dtype("O") != getattr(X, "dtype", 0):
-        return False
-    return getattr(X, "ndim", 1) == 1 and len(X) > 0 and isinstance(next(iter(X)), Mapping)
+def _first_object(X: Any) -> Any:
+    """Give the first of a list, tuple, array or series of objects or texts, else None."""
+    kind = getattr(getattr(X, "dtype", None), "kind", None)
+    if not isinstance(X, (list, tuple)) and kind not in ("O", "U"):
+        return None
+    return next(iter(X), None) if getattr(X, "ndim", 1) == 1 else None
 
 
 def check_numbers(loras: LoRACollection, rows: slice, flat: NDArray[Any]) -> None:

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -134,6 +136,21 @@ class TestRefused:
         X = wrap([{"q": (np.ones((3, 1)), np.ones((2, 1)))}] * 4, dtype=object)[1:]
         with pytest.raises(ValueError, match=r"mappings .* LoRACollection\.from_factors"):
             Estimator().fit(X)
+
+    @pytest.mark.parametrize(
+        "X",
+        [
+            "zoo/a",
+            Path("zoo/a"),
+            ["zoo/a", "b"],
+            [Path("zoo/a")],
+            np.array(["zoo/a", "b"]),
+            pd.Series(["zoo/a", "b"])[:1],
+        ],
+    )
+    def test_paths(self, X):
+        with pytest.raises(ValueError, match=r"paths, .* 'zoo/a'; .* sklora\.io\.read_adapters"):
+            Estimator().fit(ROWS).check(X)
 
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
     @pytest.mark.parametrize("fitted", [False, True])
