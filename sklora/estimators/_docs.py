@@ -56,7 +56,8 @@ patience : int, default=$patience
     Epochs without progress that end the training.
 callbacks : list of skorch callbacks, default=$callbacks
     As `skorch.NeuralNet` takes them, with or without names. Copied before use. The skorch net that
-    they meet has this network as ``net.module_.net``.
+    they meet has this network as ``net.module_.net``, and its history a ``valid_loss`` only where
+    adapters are held out.
 """
 
 _CLASS_WEIGHT = """class_weight : dict, list of dict or "balanced", default=$class_weight

@@ -142,7 +142,7 @@ def compose(
     else:
         # Without a reader, these would format a table row and score every epoch for nobody.
         options["callbacks__print_log"] = None
-        if loss == "cross_entropy":
+        if loss == "cross_entropy" and not settings.callbacks:
             options["callbacks__valid_acc"] = None
     return _SKORCH_NETS[loss](
         WeightedForward(net, forward),
@@ -155,7 +155,10 @@ def compose(
         iterator_train__collate_fn=_as_it_is,
         iterator_valid__collate_fn=_as_it_is,
         train_split=None if validation is None else predefined_split(validation),
-        callbacks=[*_callbacks(settings), ("keep_best", keeper)],  # last: it may end the epoch
+        callbacks=[
+            *_callbacks(settings, keeper.validates),
+            ("keep_best", keeper),
+        ],  # last: it may end the epoch
         predict_nonlinearity=_NONLINEARITIES[loss],
         device=device,
         verbose=table,
@@ -163,8 +166,16 @@ def compose(
     )
 
 
-def _callbacks(settings: TrainingSettings) -> list[Any]:
+def _callbacks(settings: TrainingSettings, validates: bool) -> list[Any]:
     callbacks = copy.deepcopy(list(settings.callbacks))
+    for callback in [] if validates else callbacks:
+        callback = callback[1] if isinstance(callback, tuple) else callback
+        monitored = getattr(callback, "monitor", None)
+        if str(monitored).removesuffix("_best") in ("valid_loss", "valid_acc"):
+            raise ValueError(
+                f"callback {type(callback).__name__} monitors {monitored!r}, but no adapters are "
+                "held out; pass early_stopping=True, or let it monitor 'train_loss'."
+            )
     if settings.decay:
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR
         callbacks.append(("lr_schedule", LRScheduler(cosine, T_max=settings.max_epochs)))
