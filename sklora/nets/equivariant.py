@@ -49,8 +49,8 @@ class EquivariantLinear(nn.Module):
     def __init__(self, n_modules: int, n: int, m: int, out_n: int, out_m: int) -> None:
         super().__init__()
         # Variance 1/n and 1/m keeps the size of the entries of U V^T from layer to layer.
-        self.phi = nn.Parameter(torch.randn(n_modules, out_n, n) / n**0.5)
-        self.psi = nn.Parameter(torch.randn(n_modules, out_m, m) / m**0.5)
+        self.phi = nn.Parameter(torch.randn(n_modules, out_n, n).div_(n**0.5))
+        self.psi = nn.Parameter(torch.randn(n_modules, out_m, m).div_(m**0.5))
 
     def forward(self, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
         """Map the factors.
