@@ -6,7 +6,8 @@ Scale: alpha/r, or alpha/sqrt(r) with ``use_rslora`` (`peft/tuners/lora/layer.py
 (`peft/tuners/loha/layer.py`, `peft/tuners/lokr/layer.py`). ``alpha_pattern`` wins over
 ``lora_alpha``; its keys are matched as ``(.*\.)?(KEY)$``, the first hit wins
 (`peft/utils/other.py`), with the module's name or, of experts, the parameter's
-(`peft/tuners/tuners_utils.py`, ``_inject_parameters``). r is that of the tensors.
+(`peft/tuners/tuners_utils.py`, ``_inject_parameters``). r is that of the tensors. An ``.alpha`` of
+a module, which other trainers write, wins over all of that.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from typing import Any
 from sklora._untrusted import Refusal, shown
 from sklora.io._build import (
     Modules,
+    ScaleRule,
     add_role,
+    alpha_over_rank,
     base_model_label,
     check_names,
     has_suffix,
@@ -89,15 +92,10 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
             rest.append(name)
         else:
             add_role(modules, found[0], found[1], name)
+    rest = _without_alphas(modules, rest)
     if config is None:
-        value = stated_scale(
-            options,
-            "it has the keys of PEFT, but no adapter_config.json with a peft_type beside it, so "
-            "its scale is not known; put that file there, or",
-        )
-        plan = make_plan(
-            source, options, "peft", modules, lambda *_: Scale(value), left_out=left_out_of(rest)
-        )
+        rule = _rule_without_config(modules, options)
+        plan = make_plan(source, options, "peft", modules, rule, left_out=left_out_of(rest))
         _check_lokr(source, plan)
         return plan
     _check_config(config)
@@ -105,6 +103,8 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     check_patterns(config, list(modules), max(len(targets), 1))
 
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
+        if "alpha" in tensors:
+            return alpha_over_rank(path, tensors, dimension)
         return Scale(_scale(config, path.removeprefix(PREFIX), tensors, dimension))
 
     label = base_model_label(config.get("base_model_name_or_path"))
@@ -130,6 +130,34 @@ def _role_of(name: str) -> tuple[str, str] | None:
                 return None
             return ".".join(parts[:-length]), _ROLES[parts[-length]]
     return None
+
+
+def _without_alphas(modules: Modules, rest: list[str]) -> list[str]:
+    """Give each module its ``.alpha``, which PEFT does not write but others do, and the rest."""
+    others = []
+    for name in rest:
+        path = name.removesuffix(".alpha")
+        if path != name and path in modules:
+            add_role(modules, path, "alpha", name)
+        else:
+            others.append(name)
+    return others
+
+
+def _rule_without_config(modules: Modules, options: ReadOptions) -> ScaleRule:
+    """Give the scales of a file that has no configuration beside it."""
+    if modules and all("alpha" in tensors for tensors in modules.values()):
+        return alpha_over_rank
+    value = stated_scale(
+        options,
+        "it has the keys of PEFT, but no adapter_config.json with a peft_type beside it, so "
+        "its scale is not known; put that file there, or",
+    )
+
+    def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
+        return alpha_over_rank(path, tensors, dimension) if "alpha" in tensors else Scale(value)
+
+    return scale
 
 
 def _check_lokr(source: Source, plan: AdapterPlan) -> None:

@@ -362,6 +362,27 @@ class TestConfigurationBesideAFileThatTellsItsScale:
         report = scan(save(tensors, self.CONFIG, metadata))
         assert (report.format, report.scales) == ("diffusers", (3.0,))
 
+    @pytest.mark.parametrize("prefix", ["", "base_model.model."])
+    @pytest.mark.parametrize("config", [CONFIG, None])
+    def test_alpha_beside_the_keys_of_peft_wins(self, pair, save, scan, prefix, config):
+        A, B = pair
+        tensors = {f"{prefix}q.lora_A.weight": A, f"{prefix}q.lora_B.weight": B}
+        report = scan(save(tensors | {f"{prefix}q.alpha": torch.tensor(9.0)}, config))
+        assert (report.format, report.scales, report.left_out) == ("peft", (3.0,), ())
+
+    def test_alpha_of_some_modules_is_no_scale_of_the_others(self, pair, save, refusal, scan):
+        tensors = linear("q", *pair) | linear("k", *pair)
+        tensors["base_model.model.q.alpha"] = torch.tensor(9.0)
+        path = save(tensors)
+        assert "pass scale=" in refusal(path)
+        scales = {module.name: module.scale for module in scan(path, scale=5.0).modules}
+        assert scales == {"q": 3.0, "k": 5.0}
+
+    def test_alpha_of_a_module_that_was_saved_whole_is_left_out(self, pair, save, scan):
+        other = "base_model.model.head.modules_to_save.alpha"
+        report = scan(save(linear("q", *pair) | {other: torch.tensor(9.0)}, LORA))
+        assert report.left_out == ((other, "a module that was saved whole"),)
+
     def test_lycoris_keeps_its_alpha(self, normal, save, scan):
         tensors = {f"lora_unet_q.{role}": normal(*shape) for role, shape in HADA.items()}
         tensors["lora_unet_q.alpha"] = torch.tensor(6.0)
