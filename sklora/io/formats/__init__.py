@@ -57,6 +57,7 @@ _REFUSED = {
     "hira_": "HiRA multiplies the weight, which is no low-rank update",
     "vera_lambda_": "VeRA's update needs the input width of each module, which no file tells",
     "fourierft_": "the update of FourierFT has full rank",
+    "lambda_layer": "T-LoRA's update is a difference to its initial factors, which no file holds",
     "a1.weight": "GLoRA multiplies the weight, which is no low-rank update",
     "lora_a.weight": "torchtune's checkpoints are read after its export to PEFT",
 }

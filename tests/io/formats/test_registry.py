@@ -17,6 +17,7 @@ REFUSED = {
     "base_model.model.q.hira_A": "HiRA multiplies",
     "base_model.model.q.vera_lambda_b": "input width of each module",
     "base_model.model.q.fourierft_spectrum": "full rank",
+    "lora_unet_x.lambda_layer": "T-LoRA's update is a difference",
     "lora_unet_x.a1.weight": "GLoRA multiplies",
     "layers.0.attn.q_proj.lora_a.weight": "after its export to PEFT",
 }
