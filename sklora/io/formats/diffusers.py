@@ -30,6 +30,7 @@ _SUFFIXES = {
     "alpha": "alpha",
     "lora_magnitude_vector": "magnitude_out",
     "lora_magnitude_vector.weight": "magnitude_out",
+    "dora_scale": "magnitude",
 }
 _COMPONENTS = (
     *("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "prior.", "controlnet."),

@@ -198,6 +198,16 @@ def test_magnitude_of_dora(pair, normal, save, scan, ending):
     assert scan(save(tensors)).side == ((f"unet.{BLOCK}.to_q:magnitude_out", 5),)
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((5, 1), "out"), ((1, 4), "in")])
+def test_magnitude_of_dora_as_others_call_it(pair, normal, save, scan, shape, axis):
+    tensors = {
+        f"diffusion_model.q.lora_{role}.weight": x for role, x in zip("AB", pair, strict=True)
+    }
+    report = scan(save(tensors | {"diffusion_model.q.dora_scale": normal(*shape)}))
+    assert report.side == ((f"transformer.q:magnitude_{axis}", max(shape)),)
+    assert not report.left_out
+
+
 def test_modules_and_magnitudes_are_in_the_order_of_their_names(pair, normal, save, scan):
     tensors = {}
     # Of two prefixes, so that the order of paths is another one.
