@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import sklora
 from sklora._files import replacing
+from sklora._untrusted import shown
 from sklora.collection import LoRACollection, LoRALayout, check_loras
 from sklora.estimators import GLNetClassifier, GLNetRegressor
 from sklora.estimators._training import plain_torch
@@ -155,6 +156,8 @@ def export_program(estimator: GLNetEstimator) -> torch.export.ExportedProgram:
         When `estimator` is neither.
     sklearn.exceptions.NotFittedError
         When it is not fitted.
+    ValueError
+        When the name of a module has a quote in it, by which a file could have code run.
 
     Notes
     -----
@@ -180,6 +183,7 @@ def export_program(estimator: GLNetEstimator) -> torch.export.ExportedProgram:
         )
     check_is_fitted(estimator, "weights_")
     layout = estimator.layout_
+    _check_names(layout)
     with plain_torch():
         program = _Program(estimator)
         return torch.export.export(program, _example(layout), dynamic_shapes=_free(layout))
@@ -203,7 +207,7 @@ def export_onnx(estimator: GLNetEstimator, path: str | os.PathLike[str]) -> None
     TypeError, sklearn.exceptions.NotFittedError
         As for :func:`export_program`.
     ValueError
-        When `estimator` was fitted with ``spectrum=True``.
+        As for :func:`export_program`, and when `estimator` was fitted with ``spectrum=True``.
     OSError
         When the file cannot be written.
 
@@ -270,6 +274,16 @@ def _silu(scalar: Any) -> Any:
 
     one: Any = op.Constant(value_float=1.0)
     return op.Div(scalar, op.Add(op.Exp(op.Neg(scalar)), op.CastLike(one, scalar)))
+
+
+def _check_names(layout: LoRALayout) -> None:
+    """Refuse names that torch takes for code, which it writes between quotes."""
+    for name in layout.names:
+        if "'" in name or '"' in name:
+            raise ValueError(
+                f"module {shown(name)} has a quote in its name, and torch would run what is behind "
+                "it as code. Fit on a layout without that module, or with another name for it."
+            )
 
 
 def _example(layout: LoRALayout) -> tuple[Any, ...]:

@@ -238,6 +238,26 @@ class TestProgram:
             export(GLNetClassifier())
         assert not os.path.exists("none.onnx")
 
+    @pytest.mark.parametrize("export", [export_program, lambda net: export_onnx(net, "none.onnx")])
+    @pytest.mark.parametrize("name", [" + str(print('ran')) + ", 'a"b'])
+    def test_names_that_torch_takes_for_code_are_refused(self, export, name):
+        """Torch writes them into a message of its guards, of which a quote is the end."""
+        layout = LoRALayout([("q", 3, 2, 1), (name, 4, 2, 1)])
+        X = LoRACollection.from_array(np.ones((12, layout.width)), layout)
+        model = GLNetRegressor(max_epochs=1, device="cpu").fit(X, np.arange(12.0))
+        with pytest.raises(ValueError, match="has a quote in its name"):
+            export(model)
+        assert not os.path.exists("none.onnx")
+
+    @pytest.mark.parametrize("name", ["a\\", "a\nb", "{a}", "a b:U", "\u00fc", "L[factors][q][0]"])
+    def test_other_names_are_names(self, name):
+        layout = LoRALayout([("q", 3, 2, 1), (name, 4, 2, 1)])
+        flat = np.random.default_rng(0).normal(size=(12, layout.width))
+        X = LoRACollection.from_array(flat, layout)
+        model = GLNetRegressor(max_epochs=1, device="cpu").fit(X, np.arange(12.0))
+        result = export_program(model).module()(*program_inputs(model, X))
+        np.testing.assert_allclose(result, model.predict(X), **PROGRAM)
+
     def test_inputs_are_checked(self, exported):
         with pytest.raises(NotFittedError):
             program_inputs(GLNetClassifier(), exported.zoo([[1]]))
