@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _NO_SKOPS = "model cards are made with skops, which is missing: pip install 'sklora[plot,secure]'."
 
+_NO_MODEL = "%(name)s has no best_estimator_: fit it, with refit=True."
+
 # Names may be those of files that nobody vouches for.
 _MARKUP = str.maketrans({mark: f"&#{ord(mark)};" for mark in "&<>|`*[]"})
 
@@ -104,7 +106,7 @@ def model_card(
     from sklora.inspection._architectures import architecture_name
     from sklora.inspection._plotting import save_figure, windowless_axes
 
-    check_is_fitted(search, "best_estimator_")
+    check_is_fitted(search, "best_estimator_", msg=_NO_MODEL)
     if isinstance(targets, str):
         raise ValueError(f"targets is {targets!r}; give a list, {[targets]!r}.")
     model = search.best_estimator_

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import skops.io
+from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import Ridge
@@ -182,6 +183,10 @@ class TestModelCard:
         search = GridSearchCV(make_pipeline(PCA(2), Ridge()), {"pca__n_components": [1]}, cv=2)
         with pytest.raises(NotFittedError):
             model_card(search, tmp_path / "scores.png")
+        unfitted = clone(search).set_params(refit=False)
+        unfitted.fit(np.asarray(zoo), targets("one number", 30))
+        with pytest.raises(NotFittedError, match="no best_estimator_: fit it, with refit=True"):
+            model_card(unfitted, tmp_path / "scores.png")
         search.fit(np.asarray(zoo), targets("one number", 30))
         with pytest.raises(ValueError, match="no part of Pipeline was fitted on adapters"):
             model_card(search, tmp_path / "scores.png")
