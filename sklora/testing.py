@@ -51,8 +51,8 @@ def random_gauge(
         ``"GL"`` draws :math:`A S B^\top` with such ``A`` and ``B``.
     condition : float, default=100
         For ``"GL"``: the ratio of the largest to the smallest singular value in ``S``, which are
-        evenly spaced on a logarithmic scale around 1. At rank 1, where there is no ratio, the one
-        singular value is drawn between ``condition**-0.5`` and ``condition**0.5``.
+        evenly spaced on a logarithmic scale. Their geometric mean is drawn between
+        ``condition**-0.5`` and ``condition**0.5``, so that the determinant is not always of size 1.
     size : int, tuple of int or None, default=None
         How many to draw.
     dtype : dtype, default=float64
@@ -307,10 +307,8 @@ def _gauge_pair(
     if group == "O":
         return A, A
     B = _haar(rank, shape, rng)
-    if rank == 1:
-        exponents = rng.uniform(-0.5, 0.5, size=(*shape, 1))
-    else:
-        exponents = np.linspace(0.5, -0.5, rank)
+    spacing = np.linspace(0.5, -0.5, rank) if rank > 1 else 0.0
+    exponents = spacing + rng.uniform(-0.5, 0.5, size=(*shape, 1))
     values = np.power(float(condition), exponents)[..., None, :]
     return (A * values) @ B.mT, (A / values) @ B.mT
 

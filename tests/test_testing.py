@@ -38,9 +38,13 @@ class TestRandomGauge:
         R = random_gauge(rank, condition=condition, size=5, random_state=0)
         np.testing.assert_allclose(np.linalg.cond(R), condition, rtol=1e-6)
 
-    def test_singular_values_are_evenly_spaced_around_one(self):
-        values = np.linalg.svd(random_gauge(3, condition=100, random_state=0)).S
-        np.testing.assert_allclose(values, [10, 1, 0.1])
+    def test_singular_values_are_evenly_spaced(self):
+        values = np.linalg.svd(random_gauge(3, condition=100, size=1000, random_state=0)).S
+        np.testing.assert_allclose(
+            values / values[:, [1]], np.broadcast_to([10, 1, 0.1], (1000, 3))
+        )
+        assert 0.1 < values[:, 1].min() < 0.12
+        assert 8 < values[:, 1].max() < 10
 
     @pytest.mark.parametrize("rank", [1, 4])
     def test_orthogonal(self, rank):
@@ -146,6 +150,15 @@ class TestInvariance:
         with pytest.raises(AssertionError, match=r"not invariant to GL\(r\)"):
             assert_gauge_invariant(FunctionTransformer(grams), X, random_state=0)
         assert_gauge_invariant(FunctionTransformer(grams), X, condition=1, random_state=0)
+
+    def test_volumes_are_invariant_to_gauges_of_determinant_one_only(self, random_loras, rng):
+        def volumes(X):
+            return np.hstack([np.linalg.slogdet(U.mT @ U).logabsdet for U, _ in X.factors()])
+
+        X = random_loras(rng)
+        assert_gauge_invariant(FunctionTransformer(volumes), X, group="O", random_state=0)
+        with pytest.raises(AssertionError, match=r"not invariant to GL\(r\)"):
+            assert_gauge_invariant(FunctionTransformer(volumes), X, random_state=0)
 
     @pytest.mark.parametrize("group", ["GL", "O"])
     def test_factors_are_not_invariant(self, random_loras, rng, group):
