@@ -21,6 +21,7 @@ from sklora._stores import (
     check_memory,
     checked_ids,
     store_of_array,
+    subset_again,
 )
 from sklora._zoofile import open_zoo, save_zoo
 
@@ -456,9 +457,8 @@ class LoRACollection:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._index is None:
             return LoRACollection, (self._store, None, self._layout)
-        if self._compact is None:
-            # Kept, so that joblib recognises the array and hands it to all its tasks but once.
-            self._compact = self._store.subset(self._index)
+        # Kept, so that joblib recognises the array and hands it to all its tasks but once.
+        self._compact = subset_again(self._store, self._index, self._compact)
         return LoRACollection, (self._compact, None, self._layout)
 
     def _positions(self, key: Any) -> NDArray[np.intp]:

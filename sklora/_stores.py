@@ -15,6 +15,8 @@ from sklearn.utils.validation import _get_feature_names
 from sklora._layout import Factors, LoRALayout
 from sklora._pages import MappedRows, Rows, owner_of_map
 
+_COMPARED_BYTES = 2**20
+
 
 class Store(Protocol):
     """A source of flat rows of LoRA weights; what a collection is a view of.
@@ -151,6 +153,35 @@ class ArrayStore:
     def subset(self, rows: NDArray[np.intp]) -> ArrayStore:
         """Copy rows, in the dtype they are stored in."""
         return ArrayStore(self.array[rows], self.layout, self.ranks[rows], self.ids[rows])
+
+
+def subset_again(store: Store, rows: NDArray[np.intp], earlier: Store | None) -> Store:
+    """Give a store of some rows alone: the earlier one, unless they were written to since then.
+
+    Parameters
+    ----------
+    store : Store
+        Of an array in memory, which others may write to, or of what stays as it is.
+    rows : ndarray of intp
+    earlier : Store or None
+        What the last call gave.
+
+    Returns
+    -------
+    Store
+    """
+    if earlier is None or (isinstance(store, ArrayStore) and not _holds(earlier, store, rows)):
+        return store.subset(rows)
+    return earlier
+
+
+def _holds(earlier: Store, store: ArrayStore, rows: NDArray[np.intp]) -> bool:
+    assert isinstance(earlier, ArrayStore)
+    kept, array = earlier.array, store.array
+    # Pieces that stay in the cache.
+    step = max(1, _COMPARED_BYTES // (array.itemsize * array.shape[1]))
+    parts = (slice(top, top + step) for top in range(0, len(rows), step))
+    return all(np.array_equal(array[as_slice(rows[part])], kept[part]) for part in parts)
 
 
 class FileSpan(NamedTuple):

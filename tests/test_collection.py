@@ -355,6 +355,14 @@ class TestCopies:
         first, second = (view.__reduce__()[1][0] for _ in range(2))
         assert first is second
 
+    @pytest.mark.parametrize("rows", [slice(2, None), [3, 0]], ids=["slice", "some"])
+    def test_a_view_pickles_what_was_written_since(self, rows):
+        array = np.ones((5, 40))
+        view = LoRACollection.from_array(array, LoRALayout.rows(40))[rows]
+        pickle.dumps(view)
+        array[3] = 7.0
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(view)).read(), view.read())
+
     def test_low_precision_stays_low_in_pickles(self):
         X = LoRACollection.from_array(np.ones((100, 40), ml_dtypes.bfloat16), LoRALayout.rows(40))
         assert len(pickle.dumps(X)) < 100 * 40 * 3
