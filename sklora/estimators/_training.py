@@ -26,6 +26,9 @@ History = list[dict[str, Any]]
 OptimizerState = dict[str, NDArray[Any]]
 WeightedBlock = tuple[Tensor, NDArray[np.floating[Any]]]
 
+# How often a feature was rounded, about.
+_ROUNDINGS = 8
+
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {}),
     "adam": (torch.optim.Adam, {}),
@@ -319,6 +322,8 @@ def calibrate_input(
 ) -> None:
     """Set the moments by which a network standardises its features and their norm.
 
+    Columns that differ by the rounding of their dtype alone are constant.
+
     Parameters
     ----------
     net : GLNet or MLPNet
@@ -326,9 +331,19 @@ def calibrate_input(
     features : callable
         Starts a pass over the training features, in blocks ``(B, F)`` with weights ``(B,)``.
     rounding : Tensor of shape (F,) or float, default=0.0
-        What rounding alone may make of their standard deviations.
+        What rounding alone may make of their standard deviations, where that is more.
     """
-    net.standardize.set_moments(*weighted_moments(features()), rounding)
+    eps = 0.0
+
+    def blocks() -> Iterator[WeightedBlock]:
+        nonlocal eps
+        for values, weights in features():
+            eps = torch.finfo(values.dtype).eps
+            yield values, weights
+
+    mean, scale = weighted_moments(blocks())
+    rounding = (_ROUNDINGS * eps * mean.abs()).clamp(min=rounding)
+    net.standardize.set_moments(mean, scale, rounding)
     norms = (
         (torch.linalg.vector_norm(net.standardize(block), dim=1, keepdim=True), weights)
         for block, weights in features()

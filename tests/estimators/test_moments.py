@@ -93,6 +93,14 @@ class TestCalibrateInput:
         self.calibrate(net, values, rng.random(5000), 5000)
         np.testing.assert_array_equal(net.standardize.scale, np.ones(18))
 
+    def test_columns_that_differ_by_the_rounding_of_their_dtype_keep_the_scale_1(self, net, rng):
+        spread = 1e-7 * rng.choice([-1, 0, 1], size=(50, 18))
+        values = (np.geomspace(1e-3, 1e6, 18) * (1 + spread)).astype(np.float32)
+        self.calibrate(net, values, rng.random(50))
+        np.testing.assert_array_equal(net.standardize.scale, np.ones(18))
+        self.calibrate(net, values.astype(np.float64), rng.random(50))
+        assert (net.standardize.scale < 1).all()
+
     def test_rows_of_one_norm_keep_the_scale_1(self, net):
         values = np.repeat([[1.0], [-1.0]], 18, axis=1).astype(np.float32)
         self.calibrate(net, values, np.ones(2))
