@@ -177,8 +177,8 @@ def subset_again(store: Store, rows: NDArray[np.intp], earlier: Store | None) ->
 
 def _holds(earlier: Store, store: ArrayStore, rows: NDArray[np.intp]) -> bool:
     assert isinstance(earlier, ArrayStore)
-    kept, array = earlier.array, store.array
-    # Pieces that stay in the cache.
+    # Bit by bit, for NaN is what it was, and in pieces that stay in the cache.
+    array, kept = (of.array.view(f"u{of.array.itemsize}") for of in (store, earlier))
     step = max(1, _COMPARED_BYTES // (array.itemsize * array.shape[1]))
     parts = (slice(top, top + step) for top in range(0, len(rows), step))
     return all(np.array_equal(array[as_slice(rows[part])], kept[part]) for part in parts)

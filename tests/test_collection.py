@@ -350,8 +350,9 @@ class TestCopies:
         X = LoRACollection.from_array(np.ones((1000, 40)), LoRALayout.rows(40))
         assert len(pickle.dumps(X[:10])) < len(pickle.dumps(X)) / 50
 
-    def test_a_view_pickles_the_same_array_every_time(self):
-        view = LORAS[1:3]
+    @pytest.mark.parametrize("array", [ROWS, ROWS * np.nan, np.asfortranarray(ROWS)])
+    def test_a_view_pickles_the_same_array_every_time(self, array):
+        view = LoRACollection.from_array(array, LAYOUT, ranks=LORAS.ranks)[[3, 1]]
         first, second = (view.__reduce__()[1][0] for _ in range(2))
         assert first is second
 
