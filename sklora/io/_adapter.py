@@ -195,7 +195,9 @@ def opened(found: Found, options: ReadOptions, stamp: Stamp | None = None) -> It
         with open_tensor_file(found.path, allow_torch_zip=options.allow_torch_zip) as file:
             if stamp is not None and Stamp.of(found.path) != stamp:
                 raise Refusal("it changed since its header was read; read the adapters again.")
-            source = Source(file.container, file.tensors, _used(file), read_config(found))
+            source = Source(
+                file.container, file.tensors, _used(file), read_config(found), file.size
+            )
             # Else the weights may be those of one adapter, and the scale that of another.
             if Stamp.of(found.path) != before:
                 raise Refusal("it changed while it was read; read the adapters again.")

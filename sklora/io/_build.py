@@ -257,7 +257,8 @@ def check_names(plans: Iterable[ModulePlan]) -> None:
 
 
 def _check_expansion(source: Source, plans: Iterable[ModulePlan]) -> None:
-    stored = sum(info.size for info in source.tensors.values())
+    # Archives may hold numbers in less than a byte: those of zeros, or of one storage many times.
+    stored = min(sum(info.size for info in source.tensors.values()), source.size)
     needed = sum((plan.n + plan.m) * plan.rank for plan in plans)
     if needed > max(MAX_EXPANSION * stored, MIN_NUMBERS):
         largest = max(plans, key=lambda plan: (plan.n + plan.m) * plan.rank)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from sklora.io._tensors import TensorInfo
+from sklora.io._tensors import MAX_BYTES, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,15 @@ class Source:
     metadata : mapping of str to str
     config : mapping or None
         What `adapter_config.json` in the folder of the file says.
+    size : int
+        How many bytes the file has.
     """
 
     container: str
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
+    size: int = MAX_BYTES
 
     def shapes(self, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors that play some roles."""

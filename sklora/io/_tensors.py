@@ -86,6 +86,7 @@ class TensorFile(ABC):
     tensors : dict of str to TensorInfo
         In the order of the file.
     metadata : dict of str to str
+    size : int
     header : bytes or None
         The part of the header that alone says which `tensors` there are; None where there is none
         or it is too long to be kept.
@@ -98,7 +99,7 @@ class TensorFile(ABC):
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file = file
-        self._size = size
+        self.size = size
         self.tensors = {}
         self.metadata = {}
         self._read_header()
@@ -125,7 +126,7 @@ class TensorFile(ABC):
 
     def _take(self, n_bytes: int, what: str) -> bytes:
         """Read exactly so many bytes from here on; never more than the file has."""
-        left = self._size - self._file.tell()
+        left = self.size - self._file.tell()
         if n_bytes > left:
             raise Refusal(
                 f"{what} of {n_bytes} bytes runs past the end of the file, by {n_bytes - left} "

@@ -453,3 +453,12 @@ class TestSize:
         assert os.path.getsize("a.npz") < 2e5
         with memory_below(2**22):
             assert_refused("a.npz", "bytes, though the file has", scale=1.0)
+
+    def test_numbers_that_a_file_holds_in_no_bytes_imply_no_others(self):
+        n, r = 2**14, 64
+        shapes = {"w1_a": (n, r), "w1_b": (r, 8), "w2_a": (n, r), "w2_b": (r, 8)}
+        zeros = {f"q.hada_{name}": np.zeros(shape, np.float16) for name, shape in shapes.items()}
+        np.savez_compressed("a.npz", **zeros)
+        assert os.path.getsize("a.npz") < 2**14
+        with memory_below(2**22):
+            assert_refused("a.npz", "its exact factors have .* numbers")

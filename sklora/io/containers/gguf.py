@@ -110,10 +110,10 @@ class GGUFFile(TensorFile):
         for name, place in sorted(relative.items(), key=lambda item: item[1].begin):
             place = place._replace(begin=begin + place.begin)
             end = place.begin + place.n_bytes
-            if place.begin < last_end or end > self._size:
+            if place.begin < last_end or end > self.size:
                 raise Refusal(
                     f"tensor {shown(name)} at bytes {place.begin} to {end} overlaps the one before "
-                    f"it, which ends at {last_end}, or the end of the file at {self._size}; "
+                    f"it, which ends at {last_end}, or the end of the file at {self.size}; "
                     f"{_DAMAGED}."
                 )
             self._places[name], last_end = place, end
@@ -150,10 +150,10 @@ class GGUFFile(TensorFile):
             raise Refusal(f"tensor {shown(name)} has {n_sizes} sizes, of at most {MAX_DIMENSIONS}.")
         shape = check_tensor(name, reversed([self._number("Q") for _ in range(n_sizes)]))
         kind, offset = self._number("I"), self._number("Q")
-        if offset % alignment or offset > self._size:
+        if offset % alignment or offset > self.size:
             raise Refusal(
                 f"tensor {shown(name)} has the offset {offset}, which is no multiple of "
-                f"{alignment} within the file of {self._size} bytes; {_DAMAGED}."
+                f"{alignment} within the file of {self.size} bytes; {_DAMAGED}."
             )
         if kind in _PLAIN:
             info = TensorInfo(_PLAIN[kind], shape)
@@ -199,7 +199,7 @@ class GGUFFile(TensorFile):
         self._file.seek(n_bytes, 1)
 
     def _check_room(self, count: int, n_bytes: int, what: str) -> None:
-        left = min(self._size, MAX_HEADER) - self._file.tell()
+        left = min(self.size, MAX_HEADER) - self._file.tell()
         if count * n_bytes > left:
             raise Refusal(
                 f"it announces {count} {what}, which take at least {count * n_bytes} bytes, but "

@@ -62,7 +62,7 @@ class NpzFile(TensorFile):
     container = "npz"
 
     def _read_header(self) -> None:
-        self._archive = ZipArchive(self._file, self._size)
+        self._archive = ZipArchive(self._file, self.size)
         self._entries: dict[str, _Entry] = {}
         for member in self._archive.members.values():
             if not member.name.endswith(_SUFFIX):

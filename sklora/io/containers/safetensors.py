@@ -46,7 +46,7 @@ class SafetensorsFile(TensorFile):
                 self.metadata = metadata
         else:
             self.tensors, self.metadata, self._spans, n_bytes = _parsed(raw)
-        left = self._size - self._begin
+        left = self.size - self._begin
         if n_bytes != left:
             raise Refusal(
                 f"its tensors take {n_bytes} bytes, but {left} bytes follow the header; it is "

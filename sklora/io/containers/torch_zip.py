@@ -49,7 +49,7 @@ class TorchZipFile(TensorFile):
     container = "torch-zip"
 
     def _read_header(self) -> None:
-        self._archive = ZipArchive(self._file, self._size)
+        self._archive = ZipArchive(self._file, self.size)
         member = self._find_pickle()
         self._root = member.name.removesuffix(PICKLE)
         self._check_byte_order()
@@ -62,7 +62,7 @@ class TorchZipFile(TensorFile):
             self.tensors[name], self._views[name] = info, view
             n_bytes += (view.end - view.begin) * DTYPES[info.dtype].itemsize
         # Tensors may share a storage, so that together they are larger than the file.
-        check_expansion(n_bytes, self._size)
+        check_expansion(n_bytes, self.size)
 
     def _find_pickle(self) -> Member:
         found = [member for name, member in self._archive.members.items() if name.endswith(PICKLE)]
