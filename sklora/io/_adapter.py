@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -112,12 +113,18 @@ class OpenAdapter(NamedTuple):
         Refusal
             When the numbers are NaN or infinite, or cannot be read.
         """
-        shared: dict[str, str] = {}
         plans = {module.name: module for module in self.plan.modules}
-        for module in (plans[name] for name in modules if name in plans):
-            # Experts of one layer share tensors, which are read once for all of them.
-            if module.tensors != shared:
-                shared, factors = module.tensors, self._factors(module, dtype)
+        wanted = [plans[name] for name in modules if name in plans]
+        # Experts of one layer share tensors, which are read once for all of them, though other
+        # modules may come between.
+        left = Counter(map(_stack, wanted))
+        held: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
+        for module in wanted:
+            stack = _stack(module)
+            if stack not in held:
+                held[stack] = self._factors(module, dtype)
+            left[stack] -= 1
+            factors = held[stack] if left[stack] else held.pop(stack)
             yield module.name, *self._scaled(module, *factors)
 
     def side(
@@ -166,6 +173,11 @@ class OpenAdapter(NamedTuple):
                 "leave the adapter out, or mend it."
             )
         return numbers
+
+
+def _stack(module: ModulePlan) -> str:
+    """Give the first of a module's tensors, which all experts that share them have."""
+    return next(iter(module.tensors.values()))
 
 
 @contextmanager

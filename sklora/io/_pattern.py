@@ -120,15 +120,26 @@ def first_match(patterns: Iterable[str], module: str) -> str | None:
     return None
 
 
-def matching_work(patterns: Iterable[str], modules: Sequence[str]) -> int:
+def matching_work(patterns: Iterable[str], modules: Sequence[str], n_more: int = 0) -> int:
     """Bound the steps that matching all patterns with all modules may take; some 10^6 a second.
+
+    Parameters
+    ----------
+    patterns : iterable of str
+    modules : sequence of str
+    n_more : int, default=0
+        How many letters more than these the names may have.
+
+    Returns
+    -------
+    int
 
     Raises
     ------
     Refusal
         As `matches_module`.
     """
-    letters = sum(map(len, modules)) + len(modules)
+    letters = sum(map(len, modules)) + (1 + n_more) * len(modules)
     return sum(_work(pattern, len(modules), letters) for pattern in patterns)
 
 

@@ -124,7 +124,7 @@ def _tucker(arrays: Arrays) -> Factors:
 
 def _with_core(core: NDArray[Any], inner: NDArray[Any]) -> NDArray[Any]:
     """Contract a core (a, b, ...) with (b, in): the factor V (in ..., a)."""
-    V: NDArray[Any] = np.einsum("ab...,bi->i...a", core, inner)
+    V: NDArray[Any] = np.tensordot(inner, np.moveaxis(core, 0, -1), (0, 0))
     return V.reshape(-1, len(core))
 
 
@@ -219,8 +219,16 @@ def _outer_size(shapes: Shapes) -> tuple[int, int, int]:
 
 
 def _outer(arrays: Arrays) -> Factors:
-    (U1, V1), (U2, V2) = _LOKR_1.factors(arrays), _LOKR_2.factors(arrays)
-    return (U1 @ V1.T).reshape(-1, 1), (U2 @ V2.T).reshape(-1, 1)
+    return _column(_LOKR_1, arrays), _column(_LOKR_2, arrays)
+
+
+def _column(part: Part, arrays: Arrays) -> NDArray[Any]:
+    """Give the entries of one side as a column (entries, 1)."""
+    if part.full in arrays:
+        return arrays[part.full].reshape(-1, 1)
+    U, V = part.factors(arrays)
+    entries: NDArray[Any] = U @ V.T
+    return entries.reshape(-1, 1)
 
 
 METHODS: Mapping[str, Method] = {

@@ -100,7 +100,8 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
         return plan
     _check_config(config)
     targets = _targets(config)
-    check_patterns(config, list(modules), max(len(targets), 1))
+    longest = max(map(len, targets), default=0)
+    check_patterns(config, list(modules), max(len(targets), 1), longest)
 
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
         if "alpha" in tensors:
@@ -268,7 +269,9 @@ def _rank(rank: int | None) -> int:
     return rank
 
 
-def check_patterns(config: Mapping[str, Any], modules: Sequence[str], n_repeats: int = 1) -> None:
+def check_patterns(
+    config: Mapping[str, Any], modules: Sequence[str], n_repeats: int = 1, n_more: int = 0
+) -> None:
     """Check that matching the patterns of a configuration with all modules takes seconds at most.
 
     Parameters
@@ -277,6 +280,8 @@ def check_patterns(config: Mapping[str, Any], modules: Sequence[str], n_repeats:
     modules : sequence of str
     n_repeats : int, default=1
         How often all of that may happen: there are many target parameters, or configurations.
+    n_more : int, default=0
+        How many letters the names of target parameters may add to a module's.
 
     Raises
     ------
@@ -285,12 +290,12 @@ def check_patterns(config: Mapping[str, Any], modules: Sequence[str], n_repeats:
     """
     tables = [config.get(name) for name in ("rank_pattern", "alpha_pattern")]
     patterns = [key for table in tables if isinstance(table, Mapping) for key in table]
-    work = n_repeats * (matching_work(patterns, modules) + len(modules))
+    work = n_repeats * (matching_work(patterns, modules, n_more) + len(modules))
     if work > MAX_MATCHING:
         raise Refusal(
             f"its {len(patterns)} patterns of ranks and alphas and {len(modules)} modules take "
             f"{work:.1e} steps to match, of at most {MAX_MATCHING:.0e}; write shorter patterns, or "
-            "fewer target parameters or components."
+            "fewer and shorter target parameters or components."
         )
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from sklora.io import read_adapters
+from sklora.io.containers.safetensors import SafetensorsFile
 from tests.io.formats.peft import LORA, PREFIX, linear
 
 
@@ -62,6 +64,29 @@ class TestExperts:
         why = refusal(save(tensors, LORA | {"target_parameters": targets}))
         assert "300 modules" in why
         assert "2.1e+07 steps" in why
+
+    def test_long_targets_are_refused(self, normal, save, refusal):
+        """They are part of the names that patterns are matched with."""
+        config = {"target_parameters": [f"q.{'x' * 10**5}"], "rank_pattern": {"x*" * 300: 1}}
+        why = refusal(save(linear("q", normal(3, 2), normal(2, 3)), LORA | config))
+        assert "steps to match" in why
+
+    def test_are_read_once_though_other_modules_come_between(self, normal, save, monkeypatch):
+        names, read = [], SafetensorsFile.read
+        monkeypatch.setattr(
+            SafetensorsFile, "read", lambda file, name: names.append(name) or read(file, name)
+        )
+        tensors = linear("mlp.experts", normal(3, 6), normal(5, 3))
+        for place in range(3):
+            tensors |= linear(f"mlp.experts.{place}.q", normal(1, 6), normal(5, 1))
+        X = read_adapters(save(tensors, self.CONFIG | {"r": 1}))
+        assert [name.removeprefix("mlp.experts.") for name in X.layout.names] == [
+            *("0", "0.q", "1", "1.q", "2", "2.q")
+        ]
+        for read_all in (X.read, lambda: list(X._store.iter_factors(0))):
+            names.clear()
+            read_all()
+            assert len(names) == len(set(names)) == 8
 
     def test_module_by_the_name_of_an_expert_is_refused(self, pair, normal, save, refusal):
         """One of two updates of one name would not be read."""
