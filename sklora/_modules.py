@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -182,7 +183,7 @@ def _check_names(what: str, names: Sequence[Any]) -> None:
         if not isinstance(name, str):
             raise TypeError(f"the name of a {what} must be a string, got {name!r}.")
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        [(twice, _)] = Counter(names).most_common(1)
         raise ValueError(f"{what} {twice!r} is named twice; names must be unique.")
 
 

@@ -17,6 +17,7 @@ from sklearn.pipeline import Pipeline
 import sklora
 from sklora._base import warn_of_version
 from sklora._files import replacing
+from sklora._schema import check_schema
 from sklora._stores import check_memory
 from sklora._untrusted import Refusal, parse_json, shown
 from sklora.architectures import ARCHITECTURES, set_both
@@ -24,7 +25,7 @@ from sklora.collection import LoRACollection, LoRALayout
 from sklora.estimators import GLNetClassifier, GLNetRegressor, MLPNetClassifier, MLPNetRegressor
 from sklora.io._plan import ReadOptions
 from sklora.io._read import read_options
-from sklora.io.containers._zip import ZipArchive
+from sklora.io.containers._zip import STORED, ZipArchive
 from sklora.transform import (
     DenseProduct,
     GLEquivariantProjection,
@@ -50,6 +51,7 @@ TRUSTED_TYPES: tuple[str, ...] = tuple(
 )
 
 CARD = "sklora.json"
+_SCHEMA = "schema.json"
 _FORMAT = "sklora model"
 _VERSION = 1
 _MAX_CARD = 2**26
@@ -280,10 +282,14 @@ def _read_card(file: BinaryIO) -> ModelCard:
         raise Refusal("it is no zip file.")
     # Sizes are checked here, for what skops reads too.
     archive = ZipArchive(file, os.fstat(file.fileno()).st_size)
-    for name in (CARD, "schema.json"):
+    for name in (CARD, _SCHEMA):
         if name not in archive.members:
             raise Refusal(f"it has no {name}.")
-    member = archive.members[CARD]
+    for name, one in archive.members.items():
+        if one.method != STORED:
+            raise Refusal(f"{shown(name)} is compressed, as sklora stores nothing; unpack it.")
+    schema, member = archive.members[_SCHEMA], archive.members[CARD]
+    check_schema(archive.unpack(schema, schema.size), schema.name)
     if member.size > _MAX_CARD:
         raise Refusal(f"{CARD} has {member.size} bytes, more than {_MAX_CARD}.")
     return ModelCard.from_json(archive.unpack(member, member.size))
@@ -334,8 +340,11 @@ def _fits(model: Any, card: ModelCard) -> bool:
         return False
     if features != "passthrough" and not isinstance(features, known):
         return False
-    if card.classes is not None and estimator.classes_.tolist() != list(card.classes):
-        return False
+    if card.classes is not None:
+        # As a list, an array of empty texts can take far more memory than its file.
+        classes = estimator.classes_
+        if len(classes) != len(card.classes) or classes.tolist() != list(card.classes):
+            return False
     return _has_weights_for(estimator) and _answers(model, card)
 
 

@@ -58,6 +58,10 @@ def write_zip(path, members, compression=zipfile.ZIP_STORED):
             archive.writestr(name, data)
 
 
+def as_node(kind, loader, module="builtins", **state):
+    return {"__class__": kind, "__module__": module, "__loader__": loader, **state}
+
+
 class TestRoundTrip:
     @pytest.mark.parametrize("kind", TARGETS)
     @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -169,6 +173,56 @@ class TestHostile:
         write_zip(good, {**members_of(good), "x.npy": bytes(2**27)}, zipfile.ZIP_DEFLATED)
         assert good.stat().st_size < 2**21
         self.refusal(good)
+
+    def test_compressed(self, good):
+        """A hundred kilobytes could unpack to 64 MiB of JSON, and that to gigabytes of objects."""
+        write_zip(good, members_of(good), zipfile.ZIP_DEFLATED)
+        assert "is compressed" in self.refusal(good)
+
+    def forge(self, path, node, **arrays):
+        """Put one more attribute into the pipeline, and give the reason for the refusal."""
+        members = members_of(path)
+        schema = json.loads(members["schema.json"])
+        schema["content"]["content"]["more"] = node
+        key = {"__class__": "str", "__module__": "builtins", "__loader__": "TypeNode"}
+        schema["content"]["key_types"]["content"].append(key)
+        write_zip(path, {**members, **arrays, "schema.json": json.dumps(schema)})
+        return self.refusal(path)
+
+    @pytest.mark.timeout(60)
+    def test_lists_that_are_twice_in_the_next(self, good):
+        node = as_node("list", "ListNode", content=[], __id__=1)
+        for id in range(2, 60):
+            inner = [node, {"__id__": id - 1}]
+            node = as_node("list", "ListNode", content=inner, __id__=id)
+        assert "two objects of the id" in self.forge(good, node)
+
+    def test_array_that_is_read_twice(self, good):
+        name = next(name for name in members_of(good) if name.endswith(".npy"))
+        array = as_node("ndarray", "NdArrayNode", "numpy", type="numpy", file=name)
+        assert f"names '{name}' more than once" in self.forge(good, array)
+
+    def test_array_that_unpacks_an_archive(self, good):
+        node = as_node(
+            "spmatrix", "SparseMatrixNode", "scipy.sparse._matrix", type="scipy", file="s"
+        )
+        assert "'SparseMatrixNode'" in self.forge(good, node, s=b"")
+
+    def test_classes_that_are_endless_empty_texts(self, tmp_path, make_model):
+        model = make_model()
+        card = card_of(model)
+        model["model"].classes_ = np.empty(2**40, "V0")
+        save_model(tmp_path / "m.skops", model, card)
+        assert "its pipeline is not what" in self.refusal(tmp_path / "m.skops")
+
+    @pytest.mark.timeout(60)
+    def test_layout_that_names_the_last_of_many_modules_twice(self, good):
+        members = members_of(good)
+        card = json.loads(members[CARD])
+        names = [*map(str, range(100_000)), "last", "last"]
+        card["layout"]["modules"] = [[name, 1, 1, 1] for name in names]
+        write_zip(good, {**members, CARD: json.dumps(card)})
+        assert "'last' is named twice" in self.refusal(good)
 
     def test_large_card(self, good, monkeypatch):
         monkeypatch.setattr("sklora._saved._MAX_CARD", 100)
