@@ -6,6 +6,11 @@ import os
 from typing import Self
 
 
+def printable(name: str) -> str:
+    """Give the name of a file as it may stand in a message: it may attack a terminal or log."""
+    return name if name.isprintable() else ascii(name)
+
+
 def counted(number: int, noun: str) -> str:
     """Give a number with its noun: 1 tensor, 2 tensors."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
@@ -37,9 +42,7 @@ class AdapterError(ValueError):
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
         self.path = os.fspath(path)
         self.reason = reason
-        # The name of a file may be an attack on the terminal or log that shows it.
-        name = self.path if self.path.isprintable() else ascii(self.path)
-        super().__init__(f"{name}: {reason}")
+        super().__init__(f"{printable(self.path)}: {reason}")
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
         return type(self), (self.path, self.reason)

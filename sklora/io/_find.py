@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
 from sklora._untrusted import Refusal, parse_json
-from sklora.io._errors import AdapterError
+from sklora.io._errors import AdapterError, printable
 from sklora.io.containers import HEAD_BYTES, MODEL, holds_pickle, open_regular, sniff
 from sklora.io.containers._zip import ZipArchive
 
@@ -248,8 +248,8 @@ def check_inside(path: str, root: str) -> None:
     """
     if not _is_inside(path, root):
         raise Refusal(
-            f"{os.path.basename(path)} is a link to {os.path.realpath(path)!r}, outside of "
-            f"{root!r}; pass a folder that holds both, or a copy."
+            f"{printable(os.path.basename(path))} is a link to {os.path.realpath(path)!r}, "
+            f"outside of {root!r}; pass a folder that holds both, or a copy."
         )
 
 

@@ -17,7 +17,7 @@ from sklora._progress import track
 from sklora._untrusted import shown
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.io._adapter import OpenAdapter, opened
-from sklora.io._errors import AdapterError, counted
+from sklora.io._errors import AdapterError, counted, printable
 from sklora.io._find import Found, Paths, find_each
 from sklora.io._plan import ReadOptions
 from sklora.io._store import AdapterFile, AdapterStore, located
@@ -348,7 +348,7 @@ class Reader:
         label = header.base_model
         if self._check_base and self._base and label not in (None, self._base[0]):
             raise ValueError(
-                f"its base model is {shown(label)}, but that of {self._base[1]} is "
+                f"its base model is {shown(label)}, but that of {printable(self._base[1])} is "
                 f"{shown(self._base[0])}; read them apart, or pass on_base_model='ignore' if they "
                 "are the same."
             )
@@ -357,14 +357,14 @@ class Reader:
             if known is not None and known[:2] != (n, m):
                 raise ValueError(
                     f"module {shown(name)} has updates of shape ({n}, {m}), but ({known[0]}, "
-                    f"{known[1]}) in {known[2]}; adapters of different base models make different "
-                    "collections."
+                    f"{known[1]}) in {printable(known[2])}; adapters of different "
+                    "base models make different collections."
                 )
         for name, size in header.side.items():
             if self._sides.get(name, (size,))[0] != size:
                 raise ValueError(
                     f"side feature {shown(name)} has {size} numbers, but {self._sides[name][0]} in "
-                    f"{self._sides[name][1]}."
+                    f"{printable(self._sides[name][1])}."
                 )
         if self._layout is not None:
             self._check_against_layout(header)

@@ -277,6 +277,26 @@ class TestNames:
         assert str(error.value).isprintable()
         str(error.value).encode()
 
+    @pytest.mark.parametrize("differs", ["base model", "module"])
+    def test_of_other_files_are_escaped_in_messages(self, differs):
+        """What is wrong with one file may be that it does not fit another."""
+        peft("\x1b[2J", CONFIG | {"base_model_name_or_path": "one"})
+        config, tensors = CONFIG | {"base_model_name_or_path": "other"}, None
+        if differs == "module":
+            names = (f"{PREFIX}q.lora_{factor}.weight" for factor in "AB")
+            config, tensors = CONFIG, {name: np.ones((2, 2), np.float32) for name in names}
+        peft("b", config, tensors)
+        with pytest.raises(AdapterError, match=differs) as error:
+            read_adapters(["\x1b[2J", "b"])
+        assert error.value.reason.isprintable()
+
+    def test_of_links_are_escaped_in_messages(self):
+        Path("a").mkdir()
+        Path("a/\x1b[2J.safetensors").symlink_to("/nowhere")
+        with pytest.raises(AdapterError, match="is a link to") as error:
+            read_adapters("a")
+        assert error.value.reason.isprintable()
+
 
 def entry(shape, begin, end, dtype="F32"):
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
