@@ -313,7 +313,8 @@ def _read_pipeline(file: BinaryIO, path: str | os.PathLike[str], card: ModelCard
         is_right = False
     if not is_right:
         _refuse(path, f"its pipeline is not what {CARD} says")
-    return model
+    # Of the pipeline itself nothing but its steps is taken from the file.
+    return Pipeline([*model.named_steps.items()])
 
 
 def _untrusted_types(file: BinaryIO) -> list[str]:

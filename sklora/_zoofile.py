@@ -25,6 +25,9 @@ _FORMAT = "sklora zoo"
 _VERSION = "1"
 _TENSORS = ("weights", "ranks", "ids")
 _MAX_ID_BYTES = 2**30
+# An array of so many bytes may have any ids, a larger one so many bytes for each letter of all.
+_ANY_ID_BYTES = 2**26
+_ID_BYTES_PER_LETTER = 64
 # By the names that safetensors gives them, in its byte order.
 _WEIGHT_DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -200,8 +203,11 @@ def _checked_ids(values: list[Any]) -> NDArray[Any] | None:
     if not kinds <= {int} and not kinds <= {str}:
         raise ValueError("ids are neither all integers nor all strings")
     # An array of strings has room for the longest in every place.
-    if kinds == {str} and 4 * len(values) * max(map(len, values)) > _MAX_ID_BYTES:
-        raise ValueError("ids are too long")
+    if kinds == {str}:
+        lengths = [len(value) for value in values]
+        allowed = max(_ANY_ID_BYTES, _ID_BYTES_PER_LETTER * sum(lengths))
+        if 4 * len(values) * max(lengths) > min(_MAX_ID_BYTES, allowed):
+            raise ValueError("ids are too long, or one is far longer than the others")
     if not values:
         return None
     dtype: DTypeLike = str

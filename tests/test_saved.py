@@ -189,6 +189,17 @@ class TestHostile:
         write_zip(path, {**members, **arrays, "schema.json": json.dumps(schema)})
         return self.refusal(path)
 
+    def test_pipeline_that_lacks_an_attribute(self, good, make_model, loras):
+        """Nothing but its steps is used."""
+        members = members_of(good)
+        schema = json.loads(members["schema.json"])
+        for part in (schema["content"]["content"], schema["content"]["key_types"]["content"]):
+            part.pop("verbose") if isinstance(part, dict) else part.pop()
+        write_zip(good, {**members, "schema.json": json.dumps(schema)})
+        loaded, _ = load_model(good)
+        assert_same_answers(loaded, make_model(), loras)
+        loaded[:-1].transform(loras)
+
     @pytest.mark.timeout(60)
     def test_lists_that_are_twice_in_the_next(self, good):
         node = as_node("list", "ListNode", content=[], __id__=1)

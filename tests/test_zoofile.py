@@ -427,6 +427,18 @@ class TestHostileFiles:
         with pytest.raises(ValueError, match=message):
             LoRACollection.open(zoo)
 
+    def test_id_that_is_far_longer_than_the_others(self, zoo, monkeypatch):
+        """Three megabytes of empty texts and one long one would take a gigabyte."""
+        ids = ["a" * 1000, *"bcdefg"]
+        adapters(ids=ids).save(zoo)
+        assert LoRACollection.open(zoo).ids.tolist() == ids
+        monkeypatch.setattr(_zoofile, "_ANY_ID_BYTES", 1000)
+        monkeypatch.setattr(_zoofile, "_ID_BYTES_PER_LETTER", 8)
+        with pytest.raises(ValueError, match="one is far longer than the others"):
+            LoRACollection.open(zoo)
+        with pytest.raises(ValueError, match="make the collection with other ids="):
+            adapters(ids=ids).save(zoo)
+
     def test_ids_that_would_fill_the_memory(self, zoo, monkeypatch):
         adapters(ids=["a" * 100, *"bcdefg"]).save(zoo)
         monkeypatch.setattr(_zoofile, "_MAX_ID_BYTES", 1000)
