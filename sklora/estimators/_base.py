@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sklora._base import VersionedState, as_tensor, atomic_fit, empty, resolve_device
 from sklora._repr import DocumentedMixin
+from sklora._stores import check_memory
 from sklora.collection import LoRALayout, check_loras
 from sklora.estimators._data import (
     TrainingData,
@@ -40,6 +41,7 @@ from sklora.estimators._training import (
 
 # With less than this many adapters, early_stopping="auto" trains on all of them (docs/results.md).
 _ENOUGH_TO_SPARE = 200
+_LEAVE_OUT = "Leave out adapters whose ranks are far above those of others."
 
 
 class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass=ABCMeta):
@@ -388,9 +390,13 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
         net = self._evaluated_net()
         device = next(net.buffers()).device
         forward = self._forward(net, loras.layout, torch.float64)
+        entries = self._entries_per_adapter(loras.layout)
+        if device.type == "cpu":
+            what = f"what {type(self).__name__} computes"
+            check_memory(1, entries, np.dtype(np.float64), what=what, remedy=_LEAVE_OUT)
         outputs = np.empty((len(loras), self.n_outputs_))
         with torch.inference_mode():
-            for rows, block in iter_blocks(loras, device, self._entries_per_adapter(loras.layout)):
+            for rows, block in iter_blocks(loras, device, entries):
                 outputs[rows] = forward(block).cpu().numpy()
         valid = np.isfinite(outputs).all(axis=1)
         if not valid.all():

@@ -139,7 +139,10 @@ class _GLNetEstimator(BaseNetEstimator):
         hidden = 2 * self.hidden_dim * max(layout.ranks)
         products = self.hidden_dim**2 if self.head == "flatten" else 1
         copies = 5 if self.spectrum else 3
-        return copies * layout.width + layout.n_modules * (4 * hidden + 3 * products)
+        # Modules of one shape are cut to the largest rank among them.
+        cut = sum(len(group.index) * (group.n + group.m) * group.rank for group in layout.groups)
+        work = (copies - 1) * cut + layout.n_modules * (4 * hidden + 3 * products)
+        return layout.width + work
 
 
 def cut_factors(

@@ -270,6 +270,19 @@ def test_the_wider_a_network_the_fewer_adapters_at_once(zoo, traces, quick, monk
     assert needed(spectrum=True) > needed()
 
 
+def test_one_module_of_a_high_rank_makes_all_of_its_shape_as_large(zoo, traces, quick, monkeypatch):
+    """So blocks are smaller, and where one adapter takes more than the memory, that is said."""
+    model = quick(GLNetRegressor, max_epochs=1, device="cpu").fit(zoo, traces)
+    layout = zoo.layout.with_ranks([1000, *zoo.layout.ranks[1:]])
+    [group] = [group for group in layout.groups if 0 in group.index]
+    cut = len(group.index) * (group.n + group.m) * 1000
+    assert model._entries_per_adapter(layout) > layout.width + 2 * cut
+    monkeypatch.setattr("sklora._stores.available_memory", lambda: 8 * 2 * cut)
+    model.predict(zoo)
+    with pytest.raises(MemoryError, match=r"GLNetRegressor computes .* ranks are far above"):
+        model.predict(zoo.with_layout(layout))
+
+
 class TestSpectrum:
     @pytest.fixture
     def stretched(self, rng):
