@@ -264,8 +264,8 @@ def _check_expansion(source: Source, plans: Iterable[ModulePlan]) -> None:
         largest = max(plans, key=lambda plan: (plan.n + plan.m) * plan.rank)
         remedy = _REMEDIES.get(largest.method, "leave the adapter out")
         raise Refusal(
-            f"its exact factors have {needed:.2e} numbers, but the file holds {stored}; module "
-            f"{shown(largest.path)} alone is an update ({largest.n}, {largest.m}) of rank "
+            f"its exact factors have {needed:.2e} numbers, but the file holds at most {stored}; "
+            f"module {shown(largest.path)} alone is an update ({largest.n}, {largest.m}) of rank "
             f"{largest.rank}; {remedy}."
         )
 
