@@ -113,10 +113,12 @@ class KeepBest(Callback):
 
     def on_train_end(self, net: NeuralNet, **_: Any) -> None:
         """Go back to the best weights, if the last are others."""
+        if self.best is None:
+            return  # after an interrupt, there may be no epoch at all
         last = net.history[-1]
         # A user's callback that ends training after an epoch does so before this one sees it.
         is_best = self.is_complete(last) and last.get("valid_loss", -math.inf) < self._bound
-        if self.best is not None and not is_best and last.get("epoch") != self.best.epoch:
+        if not is_best and last.get("epoch") != self.best.epoch:
             net.module_.load_state_dict(self.best.weights)
 
 

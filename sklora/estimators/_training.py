@@ -194,7 +194,7 @@ def train(
         skorch_net.partial_fit(examples)
     epochs = [row for row in skorch_net.history if keeper.is_complete(row)]
     cut_short = len(epochs) < len(skorch_net.history)
-    if cut_short and keeper.best is None:
+    if not epochs:
         raise KeyboardInterrupt  # which skorch takes for the end of training
     _check_finite(net, settings.lr)
     n_epochs = len(epochs)

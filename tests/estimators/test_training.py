@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from skorch import NeuralNet
 from skorch.callbacks import Callback
 from torch import nn
 
@@ -297,11 +298,16 @@ class TestTrain:
         with pytest.raises(ValueError, match=r"diverged.*lr=1e\+30.*smaller lr"):
             self.train(net, data, optimizer="sgd", lr=1e30)
 
-    def test_an_interrupt_is_passed_on(self, net, data, monkeypatch):
-        def interrupt(*_):
+    @pytest.mark.parametrize(
+        ("owner", "name"), [(WeightedLoss, "forward"), (NeuralNet, "get_iterator")]
+    )
+    def test_an_interrupt_is_passed_on(self, net, data, monkeypatch, owner, name):
+        """In the first epoch, and before it."""
+
+        def interrupt(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(WeightedLoss, "forward", interrupt)
+        monkeypatch.setattr(owner, name, interrupt)
         with pytest.raises(KeyboardInterrupt):
             self.train(net, data)
 
