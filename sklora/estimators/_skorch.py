@@ -135,7 +135,8 @@ def compose(
     optimizer, optimizer_options = OPTIMIZERS[settings.optimizer]
     options: dict[str, Any] = {
         "optimizer__weight_decay": settings.weight_decay,
-        "optimizer__fused": device.type in ("cpu", "cuda"),
+        # Torch's fused SGD fails where a parameter that was frozen so far has no momentum yet.
+        "optimizer__fused": device.type in ("cpu", "cuda") and settings.optimizer != "sgd",
         **{f"optimizer__{name}": value for name, value in optimizer_options.items()},
     }
     table = settings.verbose >= 2
