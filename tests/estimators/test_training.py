@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -145,7 +147,7 @@ class TestSeeded:
             pid = os.fork()
             if not pid:
                 signal.alarm(60)  # a child that waits forever is killed
-                with seeded(3, CPU):
+                with seeded(3, CPU), seeded(4, CPU):
                     os._exit(0)
             leave.set()
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
@@ -200,6 +202,36 @@ class TestTrain:
             self.train(net, data, optimizer=optimizer, lr=0.01, weight_decay=weight_decay)
             sizes.append(net.weight.detach().norm())
         assert sizes[1] < 0.7 * sizes[0]
+
+    @pytest.mark.parametrize(
+        ("name", "optimizer"),
+        [
+            ("adamw", torch.optim.AdamW),
+            ("adam", torch.optim.Adam),
+            ("sgd", partial(torch.optim.SGD, momentum=0.9, nesterov=True)),
+        ],
+    )
+    def test_steps_are_those_of_torch(self, name, optimizer, net, data):
+        twin, options = copy.deepcopy(net), {"lr": 0.01, "weight_decay": 0.5}
+        self.train(net, data, batch_size=60, max_epochs=3, decay=False, optimizer=name, **options)
+        steps, rows = optimizer(twin.parameters(), **options), torch.tensor(np.asarray(data.loras))
+        for _ in range(3):
+            steps.zero_grad()
+            (twin(rows.float()) - torch.from_numpy(data.targets)).square().mean().backward()
+            steps.step()
+        torch.testing.assert_close(net.weight, twin.weight, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+    def test_a_parameter_may_be_frozen_for_some_epochs(self, optimizer, net, data):
+        class Freeze(Callback):
+            def on_epoch_begin(self, trained, **_):
+                net.bias.requires_grad_(len(trained.history) > 2)
+
+        before = net.bias.item()
+        self.train(net, data, optimizer=optimizer, max_epochs=2, callbacks=[Freeze()])
+        assert net.bias.item() == before
+        self.train(net, data, optimizer=optimizer, max_epochs=4, callbacks=[Freeze()])
+        assert net.bias.item() != before
 
     def test_learning_rate_falls_along_half_a_cosine(self, net, data):
         history, _ = self.train(net, data, max_epochs=10)
@@ -297,6 +329,16 @@ class TestTrain:
     def test_divergence_is_said(self, net, data):
         with pytest.raises(ValueError, match=r"diverged.*lr=1e\+30.*smaller lr"):
             self.train(net, data, optimizer="sgd", lr=1e30)
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    @pytest.mark.parametrize("name", ["weight", "bias"])
+    def test_one_number_that_is_not_finite_is_divergence(self, net, data, name, value):
+        class Spoil(Callback):
+            def on_epoch_end(self, *_, **__):
+                getattr(net, name).data.view(-1)[0] = value
+
+        with pytest.raises(ValueError, match="diverged"):
+            self.train(net, data, max_epochs=1, callbacks=[Spoil()])
 
     @pytest.mark.parametrize(
         ("owner", "name"), [(WeightedLoss, "forward"), (NeuralNet, "get_iterator")]
