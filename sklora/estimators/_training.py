@@ -218,7 +218,6 @@ def moments_of(optimizer: torch.optim.Optimizer) -> OptimizerState:
         f"{parameter}/{moment}": value.cpu().numpy()
         for parameter, moments in optimizer.state_dict()["state"].items()
         for moment, value in moments.items()
-        if isinstance(value, Tensor)
     }
 
 
