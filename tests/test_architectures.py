@@ -106,6 +106,14 @@ def test_grid_is_the_pipelines(task):
         assert entry.keys() == pipeline.named_steps.keys()
         for step, [candidate] in entry.items():
             assert str(candidate) == str(pipeline.named_steps[step])
+    assert grid[-1]["features"][0]["kernel"].device == "cpu"
+
+
+def test_defaults():
+    said = {"task": "classification", "device": "auto", "random_state": None}
+    model, expected = make_architecture("o-align"), make_architecture("o-align", **said)
+    assert str(model.get_params()) == str(expected.get_params())
+    assert str(architecture_grid()) == str(architecture_grid(**said))
 
 
 def test_cached_features_change_nothing(tmp_path, zoo, labels):
