@@ -375,6 +375,13 @@ class TestSteps:
         model = quick(case[0], early_stopping=True).partial_fit(zoo, case[1], **classes)
         assert "valid_loss" not in model.history_[0]
 
+    def test_partial_fit_draws_anew_where_no_weight_has_changed(self, zoo, targets, quick):
+        still = {"dropout": 0.5, "lr": 1e-30, "weight_decay": 0.0}
+        model = quick(MLPNetRegressor, **still)
+        for _ in range(3):
+            model.partial_fit(zoo, targets["single"])
+        assert len({epoch["train_loss"] for epoch in model.history_}) == 3
+
     def test_weights_decay(self, case, zoo, quick):
         sizes = []
         for decay in (0.0, 5.0):
