@@ -146,6 +146,10 @@ class TestBars:
         assert "loss=0.25" in drawn
         assert drawn.split("\r")[-2].strip() == ""  # it is wiped
 
+    def test_losses_are_shown(self, X, terminal):
+        MLPNetRegressor(max_epochs=1, verbose=1).fit(X, y)
+        assert "train_loss=" in terminal.getvalue()
+
     def test_items_pass_through(self, terminal):
         assert list(track("abc", "letters", "letter")) == ["a", "b", "c"]
         assert "3/3" in terminal.getvalue()

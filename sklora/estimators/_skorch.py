@@ -118,7 +118,7 @@ class KeepBest(Callback):
         last = net.history[-1]
         # A user's callback that ends training after an epoch does so before this one sees it.
         is_best = self.is_complete(last) and last.get("valid_loss", -math.inf) < self._bound
-        if not is_best and last.get("epoch") != self.best.epoch:
+        if not is_best:
             net.module_.load_state_dict(self.best.weights)
 
 

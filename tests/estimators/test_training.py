@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -242,9 +243,11 @@ class TestTrain:
         rng = np.random.default_rng(0)
         noise = TrainingData(data.loras, rng.normal(size=(60, 1)).astype(np.float32), data.weights)
         training, validation = noise.take(np.arange(30)), noise.take(np.arange(30, 60))
-        history, _ = self.train(net, training, validation)
+        seen, counter = [], Callback()
+        counter.on_epoch_end = lambda trained, **_: seen.append(len(trained.history))
+        history, _ = self.train(net, training, validation, callbacks=[counter])
         losses = [epoch["valid_loss"] for epoch in history]
-        assert len(history) < 40
+        assert len(seen) == len(history) < 40
         assert len(history) == np.argmin(losses) + 1 + 5
         outputs = net(torch.tensor(np.asarray(validation.loras)).float())
         loss = (outputs - torch.from_numpy(validation.targets)).square().mean().item()
@@ -326,6 +329,17 @@ class TestTrain:
             assert keeper.best_epoch == (1 if loss > 0.9999 else 4)
         assert not keeper.stopped
 
+    @pytest.mark.parametrize(("losses", "best"), [([np.nan] * 3, 0), ([0.0] * 4, 1)])
+    def test_losses_of_nan_and_zero_are_not_fallen_below(self, net, losses, best):
+        keeper = KeepBest(3, True, lambda *_, **__: None)
+        trained = SimpleNamespace(module_=net, history=[])
+        for epoch, loss in enumerate(losses, start=1):
+            trained.history.append({"epoch": epoch, "valid_loss": loss})
+            ends = epoch == len(losses)
+            with pytest.raises(KeyboardInterrupt) if ends else nullcontext():
+                keeper.on_epoch_end(trained)
+        assert keeper.best_epoch == best
+
     def test_divergence_is_said(self, net, data):
         with pytest.raises(ValueError, match=r"diverged.*lr=1e\+30.*smaller lr"):
             self.train(net, data, optimizer="sgd", lr=1e30)
@@ -370,10 +384,26 @@ class TestSteps:
         np.testing.assert_allclose(rates, 0.005 * (1 + np.cos(np.pi * np.arange(4) / 4)))
         assert "event_lr" not in model.partial_fit(zoo, case[1]).history_[-1]
 
-    def test_partial_fit_holds_nothing_out(self, case, zoo, quick):
+    def test_partial_fit_is_one_epoch_that_holds_nothing_out(self, case, zoo, quick):
+        epochs = []
+
+        class Count(Callback):
+            def on_epoch_end(self, trained, **_):
+                epochs.append(trained.history[-1])
+
         classes = {"classes": np.unique(case[1])} if case[1].dtype.kind == "U" else {}
-        model = quick(case[0], early_stopping=True).partial_fit(zoo, case[1], **classes)
-        assert "valid_loss" not in model.history_[0]
+        model = quick(case[0], early_stopping=True, callbacks=[Count()])
+        model.partial_fit(zoo, case[1], **classes)
+        assert len(epochs) == 1
+        assert "valid_loss" not in epochs[0]
+
+    @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+    def test_partial_fit_goes_on_with_the_moments(self, optimizer, case, zoo, quick, same_state):
+        classes = {"classes": np.unique(case[1])} if case[1].dtype.kind == "U" else {}
+        model = quick(case[0], optimizer=optimizer).partial_fit(zoo, case[1], **classes)
+        twin = copy.deepcopy(model)
+        del twin.optimizer_state_
+        assert not same_state(model.partial_fit(zoo, case[1]), twin.partial_fit(zoo, case[1]))
 
     def test_partial_fit_draws_anew_where_no_weight_has_changed(self, zoo, targets, quick):
         still = {"dropout": 0.5, "lr": 1e-30, "weight_decay": 0.0}
