@@ -199,3 +199,13 @@ def test_rows_that_a_gpu_keeps_change_no_weights(case, zoo, quick, cuda, same_st
     kept = quick(case[0], device=cuda, early_stopping=True).fit(zoo, case[1])
     monkeypatch.setattr(_data, "_SHARE_OF_GPU", 0.0)
     assert same_state(kept, clone(kept).fit(zoo, case[1]))
+
+
+def test_blocks_leave_room_for_what_the_network_makes_of_adapters(case, zoo, quick, monkeypatch):
+    model, reads, read = quick(case[0]).fit(zoo, case[1]), [], LoRACollection.read
+    monkeypatch.setattr(
+        LoRACollection, "read", lambda X, rows=None, **_: reads.append(rows) or read(X, rows)
+    )
+    monkeypatch.setattr(case[0], "_entries_per_adapter", lambda *_: 10**9)
+    model.predict(zoo)
+    assert len(reads) >= len(zoo)

@@ -183,6 +183,8 @@ class TestInvariantHead:
 def test_repr_shows_the_kinds():
     assert repr(GLNonlinearity("silu")) == "GLNonlinearity('silu')"
     assert repr(InvariantHead("mean")) == "InvariantHead('mean')"
+    assert repr(GLNonlinearity()) == "GLNonlinearity('sign_relu')"
+    assert repr(InvariantHead()) == "InvariantHead('flatten')"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -31,6 +31,12 @@ def test_standardize_leaves_a_constant_column_at_zero(sign):
     assert torch.count_nonzero(layer(mean[None])) == 0
 
 
+def test_standardize_keeps_a_small_spread():
+    layer, scale = Standardize(2), torch.tensor([1e-4, 0.1])
+    layer.set_moments(torch.tensor([1.0, -1e3]), scale)
+    torch.testing.assert_close(layer.scale, scale)
+
+
 def test_standardize_subtracts_before_it_narrows():
     layer = Standardize(1)
     layer.set_moments(torch.tensor([2.0**24]).double(), torch.tensor([8.0]).double())
@@ -178,6 +184,18 @@ class TestModuleLinear:
             lambda x: layer(x.split(layer.members), mean, scale), (x.requires_grad_(),)
         )
 
+    def test_features_are_as_many_as_blocks(self, layer):
+        x, mean, scale = self.inputs(torch.float32)
+        with pytest.raises(ValueError, match="zip"):
+            layer(x.split(layer.members)[:-1], mean, scale)
+
+    def test_second_derivatives_are_refused(self, layer):
+        x, mean, scale = self.inputs(torch.float32)
+        outputs, _ = layer(x.requires_grad_().split(layer.members), mean, scale)
+        (gradient,) = torch.autograd.grad(outputs.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+
     def test_frozen_weights_get_no_gradient(self, layer):
         x, mean, scale = self.inputs(torch.float32)
         layer.requires_grad_(False)
@@ -215,6 +233,10 @@ def test_feedforward_layers(hidden, dropout, kinds):
 )
 def test_feedforward_nonlinearity(name, kind):
     assert isinstance(feedforward(5, 2, (4,), nonlinearity=name)[1], kind)
+
+
+def test_feedforward_drops_nothing_by_default():
+    assert [type(layer) for layer in feedforward(5, 2, (8,))] == [nn.Linear, nn.ReLU, nn.Linear]
 
 
 def test_feedforward_unknown_nonlinearity():

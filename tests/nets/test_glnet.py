@@ -281,6 +281,20 @@ def test_wide_rows_are_weighed_down():
     assert narrow.row_norm.weight == 1 > 1000 * wide.row_norm.weight > 0
 
 
+def test_default_sizes():
+    net = GLNet(GROUPS, 3)
+    assert net.n_invariant == 6 * 32**2
+    assert len(net.layers) == 1
+
+
+def test_features_are_not_yet_standardised_and_their_rounding_has_no_gradient(random_factors):
+    net, factors = make_net(), random_factors(GROUPS, batch=4, rank=3)
+    features = net.features(factors)
+    net.standardize.mean.add_(1.0)
+    torch.testing.assert_close(net.features(factors), features, rtol=0, atol=0)
+    assert not net.rounding(factors).requires_grad
+
+
 def test_products_are_weighed_down_further_beside_a_spectrum():
     alone, beside = (GLNet([(1, 4, 4)], 1, 100, spectrum=spectrum) for spectrum in (0, 2))
     assert 0 < beside.row_norm.weight < alone.row_norm.weight
