@@ -31,6 +31,12 @@ def test_no_hidden_layer_is_a_linear_model():
     assert sum(p.numel() for p in MLPNet(12, 3, n_layers=0).parameters()) == 14 * 3
 
 
+def test_default_layers():
+    layers = MLPNet(12, 3).mlp
+    assert [type(layer).__name__ for layer in layers] == ["Linear", "ReLU"] * 2 + ["Linear"]
+    assert [layer.out_features for layer in layers[::2]] == [128, 128, 3]
+
+
 def test_wide_rows_are_weighed_down():
     narrow, wide = (MLPNet(width, 1, hidden_dim=1) for width in (1, 1_000_000))
     assert narrow.row_norm.weight == 1 > 100 * wide.row_norm.weight > 0
