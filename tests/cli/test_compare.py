@@ -209,13 +209,15 @@ class TestFolds:
             assert not {groups[n] for n in train} & {groups[n] for n in test}
 
     def test_one_adapter_alone_in_a_fold_has_no_r2(self):
-        groups = ("a",) + ("b",) * 8
-        with pytest.raises(CommandError, match=r"--folds 2 leaves one adapter alone in a fold"):
-            make_folds(self.zoo(np.arange(9.0), "regression", groups=groups), 2, 0)
-        assert len(make_folds(self.zoo(np.arange(9) % 2, groups=groups), 2, 0)) == 2
+        groups = tuple("abbbbcccc")
+        with pytest.raises(CommandError, match=r"--folds 3 leaves one adapter alone in a fold"):
+            make_folds(self.zoo(np.arange(9.0), "regression", groups=groups), 3, 0)
+        assert len(make_folds(self.zoo(np.arange(9) % 2, groups=groups), 3, 0)) == 3
 
     def test_as_many_as_there_can_be(self, capsys):
         assert len(make_folds(self.zoo(np.arange(8.0), "regression"), 4, 0)) == 4
+        pairs = self.zoo(np.arange(8.0), "regression", groups=tuple("aabbccdd"))
+        assert len(make_folds(pairs, 4, 0)) == 4
         assert len(make_folds(self.zoo(np.arange(8) % 2), 4, 0)) == 4
         assert len(make_folds(self.zoo(np.arange(8) % 2, groups=tuple("aabbccdd")), 4, 0)) == 4
         assert capsys.readouterr().err == ""
