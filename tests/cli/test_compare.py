@@ -104,14 +104,14 @@ def test_json(compare, quick, tmp_path, monkeypatch):
 
 
 def test_options_reach_what_is_trained_and_its_scores_come_back(compare, monkeypatch):
-    models, jobs = [], []
+    models, validations = [], []
 
     def make(name, task, **options):
         models.append((name, task, options))
         return DummyRegressor()
 
-    def validate(model, X, y, *, n_jobs, **options):
-        jobs.append(n_jobs)
+    def validate(model, X, y, *, cv, **options):
+        validations.append(options)
         return {"test_score": np.array([0.25, 0.75]), "fit_time": np.array([1.0, 3.0])}
 
     monkeypatch.setattr(_scoring, "make_architecture", make)
@@ -121,7 +121,7 @@ def test_options_reach_what_is_trained_and_its_scores_come_back(compare, monkeyp
     assert code == 0
     given = {"device": "cpu", "random_state": 3, "verbose": 1}
     assert models == [(name, "regression", given) for name in ARCHITECTURES]
-    assert jobs == [2] * 5
+    assert validations == [{"scoring": "r2", "n_jobs": 2, "error_score": "raise"}] * 5
     one = json.loads(out)["results"][2]
     assert (one["architecture"], one["scores"]) == ("svd", [0.25, 0.75])
     assert (one["mean"], one["fit_seconds"]) == (0.5, 2.0)
