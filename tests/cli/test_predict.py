@@ -252,6 +252,14 @@ class TestBlocks:
                 run("predict", models["style"], *(zoo / f"a0{n}" for n in range(8)))
             assert sizes == expected
 
+    def test_are_as_wide_as_their_widest_adapter(self, run, models, tmp_path, factors, sizes):
+        for n, rank in enumerate((3, 1, 1, 1)):
+            write_adapter(tmp_path / str(n), factors(rank=rank))
+        size = read_adapters(tmp_path / "0").nbytes
+        with sklearn.config_context(working_memory=4 * 3 * size / 2**20):
+            assert run("predict", models["style"], tmp_path).code == 0
+        assert sizes == [3, 1]
+
 
 class TestOtherAdapters:
     """Refused by name, unless told otherwise."""
@@ -346,8 +354,15 @@ class TestOptions:
         assert run("predict", tmp_path / "m.skops", zoo).code == 0
         assert run("predict", tmp_path / "m.skops", zoo / "a00", "--names", "canonical").code == 1
 
-    def test_device(self, run, models, zoo):
-        assert run("predict", models["style"], zoo / "a00", "--device", "cpu").code == 0
+    def test_device(self, run, models, zoo, monkeypatch):
+        devices, outputs = [], BaseNetEstimator._outputs
+        monkeypatch.setattr(
+            BaseNetEstimator,
+            "_outputs",
+            lambda self, X: devices.append(self.device) or outputs(self, X),
+        )
+        assert run("predict", models["style"], zoo / "a00", "--device", "cpu:0").code == 0
+        assert devices[-1] == "cpu:0"
         code, _, err = run("predict", models["style"], zoo / "a00", "--device", "abacus")
         assert code == 2
         assert "--device='abacus'" in err
