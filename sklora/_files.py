@@ -35,7 +35,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise FileExistsError(EEXIST, "it is no regular file", os.fspath(path))
     temporary = unfinished(path)
-    file = open(temporary, "xb")  # noqa: SIM115 (closed below, before it is renamed)
+    try:
+        file = open(temporary, "xb")  # noqa: SIM115 (closed below, before it is renamed)
+    except OSError as error:
+        error.filename = os.fspath(path)  # what was asked for
+        raise
     try:
         with file:
             yield file

@@ -127,7 +127,7 @@ def _check_array(estimator: Any, X: Any, *, reset: bool) -> LoRACollection:
     if isinstance(first, Mapping):
         raise ValueError(
             "X is given as mappings from module to factors; make it a collection with "
-            "LoRACollection.from_factors."
+            "LoRACollection.from_factors. One adapter of a collection is X[[0]], not X[0]."
         )
     if isinstance(first, (str, PathLike)):
         raise ValueError(

@@ -128,7 +128,8 @@ class TestRefused:
 
     @pytest.mark.parametrize("X", [list(LORAS), tuple(LORAS), LORAS[0], [{"q": ()}]])
     def test_mappings(self, X):
-        with pytest.raises(ValueError, match=r"mappings .* LoRACollection\.from_factors"):
+        message = r"mappings .* LoRACollection\.from_factors.* X\[\[0\]\]"
+        with pytest.raises(ValueError, match=message):
             Estimator().fit(X)
 
     @pytest.mark.parametrize("wrap", [np.array, pd.Series])

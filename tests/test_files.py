@@ -17,6 +17,12 @@ def test_pipe_is_not_replaced(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_errors_name_the_file_that_was_asked_for(tmp_path):
+    path = tmp_path / "none" / "file"
+    with pytest.raises(FileNotFoundError, match=f"'{path}'$"), replacing(path):
+        pass
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_file_is_replaced_when_it_is_complete(tmp_path, there):
     path = tmp_path / "file"

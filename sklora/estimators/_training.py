@@ -196,7 +196,7 @@ def train(
     cut_short = len(epochs) < len(skorch_net.history)
     if not epochs:
         raise KeyboardInterrupt  # which skorch takes for the end of training
-    _check_finite(net, settings.lr)
+    _check_finite(net, settings)
     n_epochs = len(epochs)
     if keeper.stopped:
         _logger.info("stopped early after epoch %d, best epoch %d", n_epochs, keeper.best_epoch)
@@ -232,11 +232,11 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, state: OptimizerState) 
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
 
 
-def _check_finite(net: nn.Module, lr: float) -> None:
+def _check_finite(net: nn.Module, settings: TrainingSettings) -> None:
     if not all(bool(torch.isfinite(parameter).all()) for parameter in net.parameters()):
         raise ValueError(
-            f"Training diverged: the weights became infinite or NaN with lr={lr}. Use a smaller "
-            "lr, or rescale X and y."
+            f"Training diverged: the weights became infinite or NaN with lr={settings.lr} and "
+            f"weight_decay={settings.weight_decay}. Use smaller ones, or rescale X and y."
         )
 
 
