@@ -206,6 +206,6 @@ def test_blocks_leave_room_for_what_the_network_makes_of_adapters(case, zoo, qui
     monkeypatch.setattr(
         LoRACollection, "read", lambda X, rows=None, **_: reads.append(rows) or read(X, rows)
     )
-    monkeypatch.setattr(case[0], "_entries_per_adapter", lambda *_: 10**9)
+    monkeypatch.setattr(case[0], "_entries_per_adapter", lambda *_: 2 * 10**8)
     model.predict(zoo)
     assert len(reads) >= len(zoo)
