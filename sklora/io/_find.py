@@ -83,7 +83,8 @@ def find_each(paths: Paths) -> Iterator[Found | AdapterError]:
                 f"paths holds {given!r}, which is no path; pass strings or Path objects."
             )
         try:
-            yield from _find(path)
+            # Of NumPy's strings, which are bytes to os.scandir, it would give names in bytes.
+            yield from _find(str(path))
         except AdapterError as error:
             yield error
 

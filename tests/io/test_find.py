@@ -41,6 +41,12 @@ def test_a_file_is_found_under_the_name_that_the_user_gave(tree):
     assert find_files(Path("zoo/a.safetensors")) == find_files(["zoo/a.safetensors"])
 
 
+@pytest.mark.parametrize("path", ["zoo/a.safetensors", "zoo", "zoo/", "z*", "**/a*"])
+def test_strings_of_numpy_are_paths(tree, path):
+    tree("zoo/a.safetensors")
+    assert find_files(np.array([path])) == find_files(np.str_(path)) == find_files(path)
+
+
 def test_a_folder_is_walked_in_order(tree):
     tree(
         *(
