@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -96,8 +96,9 @@ def write_adapter(
             "adapter of the same kind tells; pass it as like=, or dict(adapter) to leave them out."
         )
     else:
-        paths, config = _plain_paths(factors), {}
+        paths, config = {name: name.removeprefix(PREFIX) for name in factors}, {}
         tensors = _plain({paths[name]: pair for name, pair in factors.items()})
+    _check_paths(paths)
     base_model = base_model or config.get("base_model_name_or_path") or default_base
     base_model_label(base_model)  # refuses what could not be read again
     ranks = {paths[name]: U.shape[1] for name, (U, _) in factors.items()}
@@ -123,17 +124,12 @@ def _write(path: str, tensors: Mapping[str, NDArray[Any]], config: Mapping[str, 
         weights_file.write(weights)
 
 
-def _plain_paths(names: Iterable[str]) -> dict[str, str]:
-    """Give the paths of modules in the base model, of which raw names of PEFT have a prefix."""
-    paths: dict[str, str] = {}
+def _check_paths(paths: Mapping[str, str]) -> None:
+    """Check that no two names are of one module of the base model."""
     known: dict[str, str] = {}
-    for name in names:
-        paths[name] = name.removeprefix(PREFIX)
-        if known.setdefault(paths[name], name) != name:
-            raise ValueError(
-                f"{known[paths[name]]!r} and {name!r} are one module to PEFT; leave one out."
-            )
-    return paths
+    for name, path in paths.items():
+        if known.setdefault(path, name) != name:
+            raise ValueError(f"{known[path]!r} and {name!r} are one module to PEFT; leave one out.")
 
 
 def _plain(factors: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, NDArray[Any]]:

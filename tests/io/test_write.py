@@ -275,6 +275,12 @@ class TestLike:
         assert sum("lora" in name for name in tensors) == 2
         assert_same(read_adapters("a", names="raw")[0], {PREFIX + "q": X[0][PREFIX + "q"]})
 
+    def test_two_names_of_one_module_are_an_error(self, like, factors):
+        adapter = factors(["q", PREFIX + "q"])
+        with pytest.raises(ValueError, match=r"'q' and 'base_model\.model\.q' are one module"):
+            write_adapter("a", adapter, like="like")
+        assert not Path("a").exists()
+
     @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
     @pytest.mark.parametrize("ending", ["lora_B.bias", "lora_B.default.bias"])
     def test_biases_of_factors_lose_their_scale_to_them(self, factors, ending, dtype):
