@@ -341,8 +341,13 @@ class Reader:
         return LoRALayout(
             [(name, *self._shapes[name][:2], rooms[name]) for name in known],
             side=[(name, sides[name]) for name in sorted(sides, key=natural_order)],
-            base_model=self._base[0] if self._base and self._check_base else None,
+            base_model=self._base_model() if self._check_base else None,
         )
+
+    def _base_model(self) -> str | None:
+        """Give the label of the files that are left, of which all that have one have the same."""
+        labels = (header.base_model for header in self._headers)
+        return next((label for label in labels if label is not None), None)
 
     def _check(self, header: _Header) -> None:
         label = header.base_model

@@ -289,6 +289,15 @@ class TestSkip:
         assert_same(X, [good])
         assert X.layout.base_model == "org/b"
 
+    def test_the_base_model_is_that_of_the_files_that_are_left(self, here, factors):
+        both = factors()
+        peft("a", {"layers.2.q": both["layers.2.q"]}, base_model_name_or_path="org/a")
+        peft("b", both)
+        with pytest.warns(SkippedAdapterWarning, match="a/adapter_model.safetensors: it lacks"):
+            X = read_adapters(["a", "b"], on_error="skip", on_missing="raise")
+        assert_same(X, [both])
+        assert X.layout.base_model is None
+
     def test_numbers_that_are_not_asked_for_do_not_count(self, zoo):
         zoo[0]["layers.10.q"][0][:] = np.nan
         peft("zoo/0", zoo[0])
