@@ -268,6 +268,12 @@ def _read_header(path: str) -> tuple[Mapping[str, str], dict[str, _Tensor], int]
             f"path={path!r} is a folder; name a file that LoRACollection.save has written, or read "
             "the adapters in the folder with sklora.io.read_adapters."
         )
+    if os.path.exists(path) and not os.path.isfile(path):
+        # Opening a pipe would wait for whoever writes to it, in a library that no signal reaches.
+        raise ValueError(
+            f"path={path!r} is a device, pipe or socket; name a file that LoRACollection.save has "
+            "written."
+        )
     try:
         # The library checks sizes, dtypes, and that the tensors fill the file without a gap.
         with safe_open(path, framework="numpy"):

@@ -291,6 +291,12 @@ with sklearn.config_context(working_memory=1e-6):
         assert (tmp_path / "link").is_symlink()
         assert_same(LoRACollection.open(path), adapters())
 
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+    def test_a_pipe_is_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(ValueError, match="is a device, pipe or socket; name a file that"):
+            LoRACollection.open(tmp_path / "pipe")
+
     def test_folders(self, tmp_path):
         with pytest.raises(ValueError, match="is a folder; name a file in it"):
             adapters().save(tmp_path)
