@@ -124,6 +124,8 @@ def module_importance(
     check_consistent_length(X, y)
     scorer = check_scoring(estimator, scoring=scoring)
     baseline = scorer(estimator, X, y)
+    if np.shape(baseline) or np.asarray(baseline).dtype.kind not in "biuf":
+        raise ValueError(f"scoring gives {baseline!r}; pass a scorer that gives one number.")
     rng = check_random_state(random_state)
     orders = [rng.permutation(len(X)) for _ in range(n_repeats)]
     groups = module_groups(X.layout, by)

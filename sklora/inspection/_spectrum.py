@@ -115,9 +115,11 @@ class SpectrumDisplay:
         Raises
         ------
         ValueError
-            When there is no such kind, or no singular value is more than zero.
+            When there is no such kind, quantiles are not two numbers from 0 to 1, or no singular
+            value is more than zero.
         """
         check_option("kind", kind, ("heatmap", "decay"))
+        _check_quantiles(quantiles)
         names = list(self.module_names)
         if self.values.shape[1] != len(names):
             raise ValueError(
@@ -297,6 +299,16 @@ class SpectrumDisplay:
     def _of_zoo(self) -> str:
         n_adapters = len(self.values)
         return "" if n_adapters == 1 else f", median of {n_adapters:,} adapters"
+
+
+def _check_quantiles(quantiles: object) -> None:
+    try:
+        low, high = map(float, quantiles)  # type: ignore[call-overload]
+        valid = 0 <= low <= 1 and 0 <= high <= 1
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise ValueError(f"quantiles is {quantiles!r}; pass two numbers from 0 to 1.")
 
 
 def _split(estimator: Any) -> tuple[Any, SVDSpectrum]:

@@ -115,6 +115,7 @@ class ZooMapDisplay:
         if np.ndim(self.points) != 2 or np.shape(self.points)[1] != 2:
             raise ValueError(f"points of shape {np.shape(self.points)} are not of (n_adapters, 2).")
         check_consistent_length(self.points, self.labels)
+        labels = None if self.labels is None else _one_each(self.labels)
         self.ax_ = axes_of(self, ax, (6.5, 5.0))
         self.figure_ = self.ax_.figure
         self.legend_, self.colorbar_ = None, None
@@ -125,7 +126,6 @@ class ZooMapDisplay:
         if MarkerStyle((scatter_kw or {}).get("marker", "o")).is_filled():
             style["edgecolor"] = "0.2"
         style = styled(style, scatter_kw, Collection)
-        labels = None if self.labels is None else _one_each(self.labels)
         if labels is not None and _is_numeric(labels):
             self._plot_numbers(labels, style)
         else:

@@ -251,6 +251,9 @@ class TestImportance:
             module_importance(model, X, y, n_repeats=0)
         with pytest.raises(ValueError, match="one score"):
             module_importance(model, X, y, scoring=["r2"])
+        for scores in ({"r2": 1.0}, [1.0], "1", None):
+            with pytest.raises(ValueError, match=r"scoring gives .* one number"):
+                module_importance(model, X, y, scoring=lambda *_, scores=scores: scores)
         with pytest.raises(ValueError, match="1 adapters cannot be permuted"):
             module_importance(model, X[:1], y[:1])
         with pytest.raises(ValueError, match="inconsistent"):

@@ -1,3 +1,4 @@
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from sklearn.exceptions import NotFittedError
@@ -189,6 +190,11 @@ class TestPlot:
         display = SpectrumDisplay.from_loras(X)
         with pytest.raises(ValueError, match="kind is 'bar'"):
             display.plot(kind="bar")
+        plt.close("all")
+        for quantiles in [(-1, 2), (0.1,), (0.1, 0.5, 0.9), (np.nan, 0.9), ("a", "b"), None]:
+            with pytest.raises(ValueError, match=r"quantiles is .* two numbers from 0 to 1"):
+                display.plot(kind="decay", quantiles=quantiles)
+        assert not plt.get_fignums()
         with pytest.raises(ValueError, match="every update is zero"):
             SpectrumDisplay(values=np.zeros((1, 1, 1)), module_names=["q"]).plot()
         with pytest.raises(ValueError, match="1 modules, but there are 2 names"):

@@ -1,3 +1,4 @@
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
@@ -227,3 +228,4 @@ class TestLabels:
             ZooMapDisplay(points=np.eye(2), labels=[1]).plot()
         with pytest.raises(ValueError, match=r"labels of shape \(2, 2\) are not one for each"):
             ZooMapDisplay(points=np.eye(2), labels=np.eye(2)).plot()
+        assert not plt.get_fignums()
