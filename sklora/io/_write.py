@@ -174,9 +174,13 @@ def _like(
     with opened(found[0], ReadOptions(names="canonical")) as adapter:
         plan = adapter.plan
         config = read_config(found[0])
-        plain = {module.method for module in plan.modules} == {"lora"}
-        if plan.format != "peft" or config is None or not plain:
-            raise AdapterError(path, f"it is no plain LoRA of PEFT, but {plan.format}.")
+        methods = sorted({module.method for module in plan.modules})
+        if plan.format != "peft" or config is None or methods != ["lora"]:
+            raise AdapterError(
+                path,
+                f"it is no plain LoRA of PEFT, but {' and '.join(methods)} of {plan.format}; pass "
+                "another like=, or none.",
+            )
         known = {module.name: module for module in plan.modules}
         known |= {module.path.removeprefix(PREFIX): module for module in plan.modules}
         known |= {module.path: module for module in plan.modules}
@@ -221,7 +225,12 @@ def _shaped(
     adapter: OpenAdapter, module: ModulePlan, U: NDArray[Any], V: NDArray[Any]
 ) -> dict[str, NDArray[Any]]:
     """Give the tensors of one module, with the axes of a convolution where it is one."""
-    if (len(U), len(V)) != (module.n, module.m) or module.part != (0, 1):
+    if module.part != (0, 1):
+        raise ValueError(
+            f"module {module.name!r} is one of {module.part[1]} experts that share tensors in "
+            f"{adapter.path!r}, which like= cannot write; leave experts out, or pass like=None."
+        )
+    if (len(U), len(V)) != (module.n, module.m):
         raise ValueError(
             f"module {module.name!r} has U {U.shape} and V {V.shape}, but its update is of shape "
             f"({module.n}, {module.m}) there."

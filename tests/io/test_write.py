@@ -314,6 +314,34 @@ class TestLike:
             write_adapter("a", {"q": pair[::-1]}, like="like")
         assert not os.path.exists("a")
 
+    def test_experts_are_an_error_that_says_so(self, rng):
+        shapes = {"lora_A": (6, 5), "lora_B": (7, 6)}
+        Path("like").mkdir()
+        tensors = {
+            f"{PREFIX}mlp.experts.{name}.weight": rng.normal(size=shape)
+            for name, shape in shapes.items()
+        }
+        save_file(tensors, "like/adapter_model.safetensors")
+        config = {
+            "peft_type": "LORA",
+            "r": 2,
+            "lora_alpha": 2,
+            "target_parameters": ["mlp.experts.w"],
+        }
+        Path("like/adapter_config.json").write_text(json.dumps(config))
+        adapter = read_adapters("like")[0]
+        with pytest.raises(ValueError, match=r"'mlp.experts.0' is one of 3 experts .* leave"):
+            write_adapter("a", adapter, like="like")
+
+    def test_other_methods_are_an_error_that_names_them(self, rng):
+        names = {"hada_w1_a": (6, 2), "hada_w1_b": (2, 5), "hada_w2_a": (6, 2), "hada_w2_b": (2, 5)}
+        Path("like").mkdir()
+        tensors = {f"{PREFIX}q.{name}": rng.normal(size=shape) for name, shape in names.items()}
+        save_file(tensors, "like/adapter_model.safetensors")
+        Path("like/adapter_config.json").write_text('{"peft_type": "LOHA", "r": 2, "alpha": 2}')
+        with pytest.raises(AdapterError, match="no plain LoRA of PEFT, but loha of peft; pass"):
+            write_adapter("a", read_adapters("like")[0], like="like")
+
     def test_has_to_be_one_adapter_of_peft(self, like, factors):
         write_adapter("two/a", factors())
         write_adapter("two/b", factors())
@@ -322,7 +350,7 @@ class TestLike:
         with pytest.raises(AdapterError, match=r"missing: it cannot be opened"):
             write_adapter("a", factors(), like="missing")
         save_file({"q.lora_down.weight": np.ones((1, 2)), "q.lora_up.weight": np.ones((2, 1))}, "k")
-        with pytest.raises(AdapterError, match="k: it is no plain LoRA of PEFT, but kohya"):
+        with pytest.raises(AdapterError, match="k: it is no plain LoRA of PEFT, but lora of kohya"):
             write_adapter("a", factors(), like="k")
 
     def test_magnitudes_are_those_of_the_adapter(self, factors):
