@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import errno
 import os
 
 import pytest
@@ -21,6 +22,20 @@ def test_errors_name_the_file_that_was_asked_for(tmp_path):
     path = tmp_path / "none" / "file"
     with pytest.raises(FileNotFoundError, match=f"'{path}'$"), replacing(path):
         pass
+
+
+def test_full_disk_is_named_by_the_file_that_did_not_fit(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "file"
+    monkeypatch.setattr(os, "fsync", full)
+    with (
+        pytest.raises(OSError, match=f"No space left on device: '{path}'$"),
+        replacing(path) as file,
+    ):
+        file.write(b"new")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("there", [True, False])
