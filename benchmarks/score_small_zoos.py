@@ -3,7 +3,8 @@
 On two zoos that are trained for it, 500 adapters of a diffusion transformer with many recipes and
 500 of a language model. Each line is a mean over eight draws of training adapters, scored on 250
 others: the score with early stopping, without, and the gain with its standard error. For the kernel
-route of `architecture_grid`, its only score. Some 40 minutes on two cores, half of it for the zoos.
+route of `architecture_grid`, its only score. Identities of the first zoo stand on both sides. Some
+40 minutes on two cores, half of it for the zoos.
 
     python benchmarks/score_small_zoos.py
 """
