@@ -44,7 +44,7 @@ display = SpectrumDisplay.from_loras(X, kind="decay")
 # Few images and many
 # -------------------
 # Axes that are there already can be drawn on, for comparisons. Adapters that were trained on one
-# image change the model more than those that were trained on nine, in every direction.
+# image change the model more than those that were trained on nine, in nearly every direction.
 
 figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
 for ax, size in zip(axes, (1, 9), strict=True):

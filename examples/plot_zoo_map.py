@@ -22,8 +22,9 @@ X = zoo.data
 # By direction
 # ------------
 # The cosine between the updates of two adapters says whether they push the model the same way,
-# however far. Its first principal component has found a digit, although nobody told it which
-# adapters had seen one: those that were trained on a 4 are on one side.
+# however far. Its first principal component has found something of a digit, although nobody told it
+# which adapters had seen one: of those that were trained on a 4, seven in ten are on one side, and
+# of the others three in ten.
 
 digit = np.where(zoo.presence[:, 4], "with a 4", "without")
 display = ZooMapDisplay.from_loras(X, digit, label_name="trained")
