@@ -117,10 +117,10 @@ class OpenAdapter(NamedTuple):
         wanted = [plans[name] for name in modules if name in plans]
         # Experts of one layer share tensors, which are read once for all of them, though other
         # modules may come between.
-        left = Counter(map(_stack, wanted))
-        held: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
-        for module in wanted:
-            stack = _stack(module)
+        stacks = [tuple(module.tensors.items()) for module in wanted]
+        left = Counter(stacks)
+        held: dict[Any, tuple[NDArray[Any], NDArray[Any]]] = {}
+        for module, stack in zip(wanted, stacks, strict=True):
             if stack not in held:
                 held[stack] = self._factors(module, dtype)
             left[stack] -= 1
@@ -173,11 +173,6 @@ class OpenAdapter(NamedTuple):
                 "leave the adapter out, or mend it."
             )
         return numbers
-
-
-def _stack(module: ModulePlan) -> str:
-    """Give the first of a module's tensors, which all experts that share them have."""
-    return next(iter(module.tensors.values()))
 
 
 @contextmanager
