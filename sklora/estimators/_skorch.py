@@ -158,10 +158,8 @@ def compose(
         iterator_train__collate_fn=_as_it_is,
         iterator_valid__collate_fn=_as_it_is,
         train_split=None if validation is None else predefined_split(validation),
-        callbacks=[
-            *_callbacks(settings, keeper.validates),
-            ("keep_best", keeper),
-        ],  # last: it may end the epoch
+        # The keeper comes last: it may end the epoch.
+        callbacks=[*_callbacks(settings, keeper.validates), ("keep_best", keeper)],
         predict_nonlinearity=_NONLINEARITIES[loss],
         device=device,
         verbose=table,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sklora._progress import progress
 from sklora.estimators._data import TrainingData, make_datasets
 from sklora.nets import GLNet, MLPNet
+from sklora.nets.feedforward import ROUNDINGS
 
 _logger = logging.getLogger("sklora.estimators")
 
@@ -25,9 +26,6 @@ LossKind = Literal["cross_entropy", "binary_cross_entropy", "squared_error"]
 History = list[dict[str, Any]]
 OptimizerState = dict[str, NDArray[Any]]
 WeightedBlock = tuple[Tensor, NDArray[np.floating[Any]]]
-
-# How often a feature was rounded, about.
-_ROUNDINGS = 8
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {}),
@@ -341,7 +339,7 @@ def calibrate_input(
             yield values, weights
 
     mean, scale = weighted_moments(blocks())
-    rounding = (_ROUNDINGS * eps * mean.abs()).clamp(min=rounding)
+    rounding = (ROUNDINGS * eps * mean.abs()).clamp(min=rounding)
     net.standardize.set_moments(mean, scale, rounding)
     norms = (
         (torch.linalg.vector_norm(net.standardize(block), dim=1, keepdim=True), weights)

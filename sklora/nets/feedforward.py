@@ -20,6 +20,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 # A block's weights in float32 take 4 MB: less than a processor's cache, and than the arrays that
 # malloc gives back to the system at once, to be had again only page by page.
 BLOCK_ENTRIES = 2**20
+# How often a number that is standardised was rounded, about.
+ROUNDINGS = 8
 
 
 class Standardize(nn.Module):

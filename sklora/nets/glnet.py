@@ -14,15 +14,13 @@ from sklora.nets.equivariant import (
     HeadKind,
     InvariantHead,
 )
-from sklora.nets.feedforward import ModuleLinear, RowNorm, Standardize, feedforward
+from sklora.nets.feedforward import ROUNDINGS, ModuleLinear, RowNorm, Standardize, feedforward
 from sklora.nets.mlpnet import MLPNet
 
 # Below that of MLPNet, since the features themselves are fitted too; see docs/results.md.
 WIDE = 100
 # The products are to fit the training rows no faster than the singular values, which are few.
 WIDE_BESIDE_SPECTRUM = 30
-# How often an entry of the factors was rounded, about.
-_ROUNDINGS = 8
 
 
 class GLNet(nn.Module):
@@ -222,7 +220,7 @@ class GLNet(nn.Module):
         per_module = self.n_invariant // len(U)
         # The features are entries of U V^T, or the mean of all.
         n_entries = U.shape[1] * V.shape[1]
-        share = _ROUNDINGS * torch.finfo(U.dtype).eps * per_module**0.5 / n_entries
+        share = ROUNDINGS * torch.finfo(U.dtype).eps * per_module**0.5 / n_entries
         rounding: Tensor = (share * lengths).T.repeat_interleave(per_module, dim=1)
         return rounding
 
