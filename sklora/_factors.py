@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from sklora._layout import Factors, LoRALayout
+from sklora._modules import side_slices
 from sklora._stores import compute_dtype
 
 Adapter = dict[str, Factors]
@@ -61,11 +62,8 @@ class LoRAAdapter(Mapping[str, Factors]):
             for position, (name, rank) in enumerate(zip(layout.names, ranks, strict=True))
             if rank
         }
-        self.side: dict[str, NDArray[Any]] = {}
-        start = layout.side_slice.start
-        for name, size in layout.side:
-            self.side[name] = row[start : start + size]
-            start += size
+        places = side_slices(layout.side, layout.side_slice.start)
+        self.side: dict[str, NDArray[Any]] = {name: row[place] for name, place in places.items()}
 
     def __getitem__(self, module: str) -> Factors:
         position, rank = self._positions[module]

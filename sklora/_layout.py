@@ -18,6 +18,7 @@ from sklora._modules import (
     checked_side,
     raise_first_difference,
     side_names,
+    side_slices,
 )
 
 Factors = tuple[NDArray[Any], NDArray[Any]]
@@ -446,10 +447,8 @@ class LoRALayout:
         for name, (_, V_columns) in zip(self.names, self.factor_slices, strict=True):
             if column < V_columns.stop:
                 return f"module {name!r}"
-        stop = self.side_slice.start
-        for name, size in self.side:
-            stop += size
-            if column < stop:
+        for name, columns in side_slices(self.side, self.side_slice.start).items():
+            if column < columns.stop:
                 return f"side feature {name!r}"
         raise IndexError(f"column {column} of {self.width}.")
 

@@ -194,6 +194,15 @@ def side_names(side: Iterable[tuple[str, int]]) -> list[str]:
     ]
 
 
+def side_slices(side: Iterable[tuple[str, int]], start: int = 0) -> dict[str, slice]:
+    """Give the columns of every side feature, by name; the first begins at `start`."""
+    slices = {}
+    for name, size in side:
+        slices[name] = slice(start, start + size)
+        start += size
+    return slices
+
+
 def check_stacked(
     groups: Sequence[ModuleGroup],
     names: Sequence[str],

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sklora._modules import side_slices
 from sklora._progress import track
 from sklora._stores import available_memory
 from sklora._zoofile import _FORMAT, _read_header
@@ -170,9 +171,6 @@ def optional_parts(loras: LoRACollection) -> tuple[str, ...]:
     layout = loras.layout
     lacking = (loras.ranks == 0).any(axis=0)
     names = [name for name, lacks in zip(layout.names, lacking, strict=True) if lacks]
-    start = layout.side_slice.start
-    for name, size in layout.side:
-        columns = loras[:, start : start + size]
-        names += [name] if not columns.any(axis=1).all() else []
-        start += size
+    sides = side_slices(layout.side, layout.side_slice.start)
+    names += [name for name, place in sides.items() if not loras[:, place].any(axis=1).all()]
     return tuple(names)

@@ -14,6 +14,7 @@ from sklearn.utils import Bunch, check_consistent_length, check_random_state, ch
 from sklearn.utils.validation import check_is_fitted
 
 from sklora._base import check_option
+from sklora._modules import side_slices
 from sklora._pages import Rows
 from sklora.collection import LoRACollection, LoRALayout
 
@@ -263,9 +264,9 @@ def _columns(layout: LoRALayout, positions: Sequence[int]) -> list[slice]:
         U, V = layout.factor_slices[position]
         columns.append(slice(U.start, V.stop))
     owners = {layout.names[position] for position in positions}
-    start = layout.side_slice.start
-    for name, size in layout.side:
-        if name in owners or name.rpartition(":")[0] in owners:
-            columns.append(slice(start, start + size))
-        start += size
-    return columns
+    sides = side_slices(layout.side, layout.side_slice.start)
+    return columns + [
+        place
+        for name, place in sides.items()
+        if name in owners or name.rpartition(":")[0] in owners
+    ]

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sklora._layout import Factors, LoRALayout
+from sklora._modules import side_slices
 from sklora._pages import Rows
 from sklora._untrusted import Refusal
 from sklora.io._adapter import OpenAdapter, Stamp, opened
@@ -61,11 +62,7 @@ class AdapterStore:
         self._files = tuple(files)
         self._options = options
         self._positions = {name: position for position, name in enumerate(layout.names)}
-        start = 0
-        self._side: dict[str, slice] = {}
-        for name, size in layout.side:
-            self._side[name] = slice(start, start + size)
-            start += size
+        self._side = side_slices(layout.side)
 
     def read(self, rows: Rows, *, copy: bool = True) -> NDArray[Any]:
         """Read some adapters from their files."""
