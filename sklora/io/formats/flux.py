@@ -6,7 +6,7 @@ adapters are applied with a scale that the user states (`flux/src/flux/modules/l
 
 from __future__ import annotations
 
-from sklora.io._build import by_module, has_suffix, left_out_of, make_plan, stated_scale
+from sklora.io._build import has_suffix, plan_by_suffix, stated_scale
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
 
 _BLOCKS = ("double_blocks.", "single_blocks.")
@@ -22,9 +22,8 @@ def _matches_xlabs(source: Source, options: ReadOptions) -> bool:
 
 
 def _plan_xlabs(source: Source, options: ReadOptions) -> AdapterPlan:
-    modules, rest = by_module(source.tensors, {"down.weight": "down", "up.weight": "up"})
-    left_out = left_out_of(rest)
-    return make_plan(source, options, "xlabs", modules, lambda *_: Scale(1.0), left_out=left_out)
+    suffixes = {"down.weight": "down", "up.weight": "up"}
+    return plan_by_suffix(source, options, "xlabs", suffixes, lambda *_: Scale(1.0))
 
 
 def _matches_bfl(source: Source, options: ReadOptions) -> bool:
@@ -33,11 +32,9 @@ def _matches_bfl(source: Source, options: ReadOptions) -> bool:
 
 
 def _plan_bfl(source: Source, options: ReadOptions) -> AdapterPlan:
-    modules, rest = by_module(source.tensors, {"lora_A.weight": "down", "lora_B.weight": "up"})
+    suffixes = {"lora_A.weight": "down", "lora_B.weight": "up"}
     value = stated_scale(options, "BFL's adapters do not say their scale (flux's default is 1);")
-    return make_plan(
-        source, options, "bfl", modules, lambda *_: Scale(value), left_out=left_out_of(rest)
-    )
+    return plan_by_suffix(source, options, "bfl", suffixes, lambda *_: Scale(value))
 
 
 XLABS = Format("xlabs", _matches_xlabs, _plan_xlabs)

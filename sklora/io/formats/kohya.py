@@ -8,7 +8,7 @@ loaders scale them, by the rank of the tensors.
 
 from __future__ import annotations
 
-from sklora.io._build import alpha_over_rank, by_module, has_suffix, left_out_of, make_plan
+from sklora.io._build import alpha_over_rank, has_suffix, plan_by_suffix
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Source
 
 SUFFIXES = {
@@ -24,9 +24,7 @@ def _matches(source: Source, options: ReadOptions) -> bool:
 
 
 def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
-    modules, rest = by_module(source.tensors, SUFFIXES)
-    left_out = left_out_of(rest)
-    return make_plan(source, options, "kohya", modules, alpha_over_rank, left_out=left_out)
+    return plan_by_suffix(source, options, "kohya", SUFFIXES, alpha_over_rank)
 
 
 FORMAT = Format("kohya", _matches, _plan)

@@ -7,7 +7,7 @@ alpha, and an alpha of 0, means r.
 
 from __future__ import annotations
 
-from sklora.io._build import alpha_over_rank, by_module, has_suffix, left_out_of, make_plan
+from sklora.io._build import alpha_over_rank, has_suffix, plan_by_suffix
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Source
 from sklora.io.formats.kohya import SUFFIXES as KOHYA
 
@@ -30,9 +30,7 @@ def _matches(source: Source, options: ReadOptions) -> bool:
 
 
 def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
-    modules, rest = by_module(source.tensors, SUFFIXES)
-    left_out = left_out_of(rest)
-    return make_plan(source, options, "lycoris", modules, alpha_over_rank, left_out=left_out)
+    return plan_by_suffix(source, options, "lycoris", SUFFIXES, alpha_over_rank)
 
 
 FORMAT = Format("lycoris", _matches, _plan)

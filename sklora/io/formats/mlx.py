@@ -12,11 +12,9 @@ from collections.abc import Mapping
 from sklora._untrusted import Refusal, shown
 from sklora.io._build import (
     base_model_label,
-    by_module,
     has_suffix,
-    left_out_of,
-    make_plan,
     number,
+    plan_by_suffix,
     stated_scale,
 )
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
@@ -30,17 +28,11 @@ def _matches(source: Source, options: ReadOptions) -> bool:
 
 
 def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
-    modules, rest = by_module(source.tensors, _SUFFIXES)
     config = source.config
     value = _scale(config, options)
-    return make_plan(
-        source,
-        options,
-        "mlx",
-        modules,
-        lambda *_: Scale(value),
-        left_out=left_out_of(rest),
-        base_model=base_model_label(config.get("model")) if config else None,
+    label = base_model_label(config.get("model")) if config else None
+    return plan_by_suffix(
+        source, options, "mlx", _SUFFIXES, lambda *_: Scale(value), base_model=label
     )
 
 

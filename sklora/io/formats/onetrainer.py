@@ -5,7 +5,7 @@ Scale: alpha/r (`modules/module/LoRAModule.py`).
 
 from __future__ import annotations
 
-from sklora.io._build import alpha_over_rank, by_module, left_out_of, make_plan
+from sklora.io._build import alpha_over_rank, plan_by_suffix
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Source
 from sklora.io.formats.lycoris import SUFFIXES
 
@@ -17,9 +17,7 @@ def _matches(source: Source, options: ReadOptions) -> bool:
 
 
 def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
-    modules, rest = by_module(source.tensors, SUFFIXES)
-    left_out = left_out_of(rest)
-    return make_plan(source, options, "onetrainer", modules, alpha_over_rank, left_out=left_out)
+    return plan_by_suffix(source, options, "onetrainer", SUFFIXES, alpha_over_rank)
 
 
 FORMAT = Format("onetrainer", _matches, _plan)
