@@ -30,6 +30,14 @@ MIN_NUMBERS = 2**20
 # Names of repositories have at most 96, those of files 255.
 MAX_LABEL = 255
 
+# LyCORIS and PEFT give the parts of LoHa and LoKr the same names, which are their roles.
+PRODUCT_ROLES = {
+    role: role
+    for role in (
+        *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+        *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    )
+}
 _MAGNITUDES = ("magnitude", "magnitude_out")
 _SIDE_ROLES = ("alpha", *_MAGNITUDES)
 

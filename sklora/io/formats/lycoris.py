@@ -7,20 +7,11 @@ alpha, and an alpha of 0, means r.
 
 from __future__ import annotations
 
-from sklora.io._build import alpha_over_rank, has_suffix, plan_by_suffix
+from sklora.io._build import PRODUCT_ROLES, alpha_over_rank, has_suffix, plan_by_suffix
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Source
 from sklora.io.formats.kohya import SUFFIXES as KOHYA
 
-_OWN = {
-    "lora_mid.weight": "mid",
-    **{
-        role: role
-        for role in (
-            *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
-            *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-        )
-    },
-}
+_OWN = {"lora_mid.weight": "mid", **PRODUCT_ROLES}
 SUFFIXES = {**KOHYA, **_OWN}
 _ENDINGS = tuple(f".{suffix}" for suffix in _OWN)
 

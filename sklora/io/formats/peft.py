@@ -19,6 +19,7 @@ from typing import Any
 
 from sklora._untrusted import Refusal, shown
 from sklora.io._build import (
+    PRODUCT_ROLES,
     Modules,
     ScaleRule,
     add_role,
@@ -45,13 +46,7 @@ _ROLES = {
     "lora_embedding_B": "up",
     "lora_E": "diagonal",
     "lora_magnitude_vector": "magnitude_out",
-    **{
-        role: role
-        for role in (
-            *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
-            *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-        )
-    },
+    **PRODUCT_ROLES,
 }
 MAX_MATCHING = 2 * 10**7
 # The largest models that are known have some 50,000 stacked matrices.
