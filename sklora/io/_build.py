@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
+
+import numpy as np
 
 from sklora._untrusted import Refusal, shown
 from sklora.io._plan import (
@@ -318,12 +320,15 @@ def stated_scale(options: ReadOptions, why: str) -> float:
 def number(settings: Mapping[str, Any], key: str) -> float:
     """Give a finite number from a configuration."""
     value = settings.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
+    if not is_finite(value):
         raise Refusal(f"{key} is {shown(value)} in its configuration; it must be a number.")
     return float(value)
 
 
-def _is_finite(value: float) -> bool:
+def is_finite(value: object) -> TypeGuard[float]:
+    """Tell whether a value is a finite number, of Python or of NumPy."""
+    if not isinstance(value, (float, int, np.floating, np.integer)) or isinstance(value, bool):
+        return False
     try:
         return math.isfinite(value)
     except OverflowError:

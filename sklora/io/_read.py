@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 import warnings
@@ -17,6 +16,7 @@ from sklora._progress import track
 from sklora._untrusted import shown
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.io._adapter import OpenAdapter, opened
+from sklora.io._build import is_finite
 from sklora.io._errors import AdapterError, counted, printable
 from sklora.io._find import Found, Paths, find_each
 from sklora.io._plan import ReadOptions
@@ -212,7 +212,7 @@ def read_options(
     _check_switch("allow_torch_zip", allow_torch_zip)
     if keys is not None:
         check_keys(keys)
-    if scale is not None and not _is_finite(scale):
+    if scale is not None and not is_finite(scale):
         raise ValueError(f"scale is {scale!r}; pass a finite number.")
     return ReadOptions(names, keys, scale, lokr, allow_torch_zip)  # type: ignore[arg-type]
 
@@ -227,15 +227,6 @@ def _check_layout(layout: object) -> None:
 def _check_switch(name: str, value: object) -> None:
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{name} is {value!r}; choose one of True, False.")
-
-
-def _is_finite(value: object) -> bool:
-    if not isinstance(value, (float, int, np.floating, np.integer)) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 class Reader:
