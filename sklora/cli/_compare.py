@@ -9,9 +9,9 @@ from typing import Any
 
 from sklora.architectures import ARCHITECTURES
 from sklora.cli._fit import check_output
-from sklora.cli._output import FAILED, OK, CommandError, few, printable, result, say, table
+from sklora.cli._output import FAILED, OK, CommandError, few, printable, result, say
 from sklora.cli._reading import check_device
-from sklora.cli._scoring import Evaluation, baseline, evaluate, make_folds, metric, score_rows
+from sklora.cli._scoring import Evaluation, baseline, evaluate, make_folds, metric, show_scores
 from sklora.cli._zoo import LabelledZoo, labelled_zoo
 
 _NO_MATPLOTLIB = "no chart is drawn, for which matplotlib is missing: pip install 'sklora[plot]'"
@@ -24,13 +24,10 @@ def run(args: argparse.Namespace) -> int:
     zoo = labelled_zoo(args)
     folds = make_folds(zoo, args.folds, args.seed)
     evaluations = evaluate(ARCHITECTURES, zoo, folds, args)
-    label, _ = metric(zoo)
-    constant = baseline(zoo)
     if args.json:
         result(json.dumps(_summary(args, zoo, evaluations), indent=2))
     else:
-        rows = score_rows(evaluations, label)
-        table([*rows, ("(constant)", f"{constant:.3f}", "", "")], "<>>>")
+        show_scores(evaluations, zoo)
     if draws:
         draw(zoo, evaluations, args.output)
         say(f"{args.output} holds the chart")

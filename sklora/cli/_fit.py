@@ -11,7 +11,7 @@ from sklearn.pipeline import Pipeline
 
 from sklora._saved import ModelCard, check_skops, layout_of, save_model
 from sklora.architectures import ARCHITECTURES, set_both
-from sklora.cli._output import OK, CommandError, few, say, table
+from sklora.cli._output import OK, CommandError, few, say
 from sklora.cli._predictions import columns_of
 from sklora.cli._reading import check_device
 from sklora.cli._scoring import (
@@ -21,7 +21,7 @@ from sklora.cli._scoring import (
     make_folds,
     metric,
     new_model,
-    score_rows,
+    show_scores,
 )
 from sklora.cli._zoo import LabelledZoo, labelled_zoo, optional_parts
 from sklora.io._errors import counted
@@ -123,8 +123,7 @@ def _evaluated(args: argparse.Namespace, zoo: LabelledZoo) -> Sequence[Evaluatio
     folds = make_folds(zoo, args.folds, args.seed)
     names = ARCHITECTURES if args.architecture == "auto" else (args.architecture,)
     evaluations = evaluate(names, zoo, folds, args)
-    label, _ = metric(zoo)
-    table([*score_rows(evaluations, label), ("(constant)", f"{baseline(zoo):.3f}", "", "")], "<>>>")
+    show_scores(evaluations, zoo)
     return evaluations
 
 

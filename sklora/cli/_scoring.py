@@ -15,7 +15,7 @@ from sklearn.pipeline import Pipeline
 
 from sklora._progress import track
 from sklora.architectures import make_architecture
-from sklora.cli._output import FAILED, CommandError, say
+from sklora.cli._output import FAILED, CommandError, say, table
 from sklora.cli._zoo import LabelledZoo
 from sklora.io._errors import counted
 
@@ -163,6 +163,12 @@ def new_model(architecture: str, zoo: LabelledZoo, args: argparse.Namespace) -> 
     return make_architecture(
         architecture, task, device=args.device, random_state=args.seed, verbose=1
     )
+
+
+def show_scores(evaluations: Iterable[Evaluation], zoo: LabelledZoo) -> None:
+    """Write a table of scores, the last of which is that of the best constant answer."""
+    rows = score_rows(evaluations, metric(zoo)[0])
+    table([*rows, ("(constant)", f"{baseline(zoo):.3f}", "", "")], "<>>>")
 
 
 def score_rows(evaluations: Iterable[Evaluation], metric: str) -> list[tuple[str, ...]]:
