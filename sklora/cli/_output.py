@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import TextIO
 
 from sklora._progress import write
@@ -97,8 +98,8 @@ def _width(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in shown)
 
 
-def few(names: Iterable[str], total: int, shown: int = 3) -> str:
+def few(names: Iterable[str], total: int) -> str:
     """Name the first of many."""
-    first = [name for name, _ in zip(names, range(shown), strict=False)]
+    first = list(islice(names, 3))
     more = total - len(first)
     return ", ".join(first) + (f" and {more} more" if more else "")

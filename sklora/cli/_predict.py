@@ -167,7 +167,7 @@ def predict(model: Pipeline, loras: LoRACollection) -> list[Prediction]:
     estimator: Any = model[-1]
     # Once through the network for both, which is most of the work.
     outputs = estimator._outputs(features)
-    values = _rows(estimator._predictions(outputs))
+    values = estimator._predictions(outputs).reshape(len(loras), -1).tolist()
     probabilities: Sequence[Sequence[float]] = [[]] * len(loras)
     if hasattr(estimator, "predict_proba"):
         probabilities = estimator._probabilities(outputs).tolist()
@@ -176,8 +176,3 @@ def predict(model: Pipeline, loras: LoRACollection) -> list[Prediction]:
         Prediction(str(path), None, tuple(row), tuple(shares))
         for path, row, shares in zip(paths, values, probabilities, strict=True)
     ]
-
-
-def _rows(predicted: np.ndarray[Any, Any]) -> list[list[Any]]:
-    rows: list[list[Any]] = predicted.reshape(len(predicted), -1).tolist()
-    return rows

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import fields, replace
 
+from sklora._base import resolve_device
 from sklora.cli._output import FAILED, CommandError, say, with_options
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.io import AdapterError
@@ -22,14 +22,13 @@ def reading_options(args: argparse.Namespace, default: ReadOptions | None = None
     CommandError
         When a value is not possible.
     """
-    default = default or ReadOptions()
-    given = {field.name: getattr(args, field.name) for field in fields(ReadOptions)}
+    options = vars(default or ReadOptions())
+    given = {name: getattr(args, name) for name in options}
     given = {name: value for name, value in given.items() if value is not None}
     if "keys" in given:
         given["keys"] = tuple(given["keys"])
-    chosen = replace(default, **given)
     try:
-        return read_options(*(getattr(chosen, field.name) for field in fields(ReadOptions)))
+        return read_options(**{**options, **given})
     except ValueError as error:
         raise CommandError(f"--{error}") from None
 
@@ -42,8 +41,6 @@ def check_device(device: str) -> None:
     CommandError
         When there is none.
     """
-    from sklora._base import resolve_device
-
     try:
         resolve_device(device)
     except ValueError as error:
