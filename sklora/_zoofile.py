@@ -90,6 +90,14 @@ def save_zoo(loras: LoRACollection, path: str | os.PathLike[str]) -> None:
                 file.write(loras.ranks.astype("<i4").tobytes() if name == "ranks" else ids)
 
 
+def is_zoo(path: str) -> bool:
+    """Tell whether a file says that `save_zoo` wrote it; False where there is no such file."""
+    try:
+        return os.path.isfile(path) and _read_header(path)[0].get("format") == _FORMAT
+    except (ValueError, OSError):
+        return False
+
+
 def open_zoo(path: str | os.PathLike[str]) -> Store:
     """Map a file that `save_zoo` wrote.
 

@@ -13,7 +13,7 @@ import numpy as np
 from sklora._modules import side_slices
 from sklora._progress import track
 from sklora._stores import available_memory
-from sklora._zoofile import _FORMAT, _read_header
+from sklora._zoofile import is_zoo
 from sklora.cli._labels import Labels, match, read_labels
 from sklora.cli._output import FAILED, CommandError, few, say
 from sklora.cli._reading import read_together, reading_options, refuse
@@ -75,7 +75,7 @@ def labelled_zoo(args: argparse.Namespace) -> LabelledZoo:
 
 def _packed(paths: Sequence[str]) -> LoRACollection | None:
     """Open a zoo in one file; None if that is not what the paths are."""
-    packed = [path for path in paths if _is_packed(path)]
+    packed = [path for path in paths if is_zoo(path)]
     if packed and len(paths) > 1:
         raise CommandError(f"{packed[0]} is a packed zoo, which goes alone; leave out the others.")
     if not packed:
@@ -84,15 +84,6 @@ def _packed(paths: Sequence[str]) -> LoRACollection | None:
         return LoRACollection.open(packed[0])
     except ValueError as error:
         raise CommandError(str(error), FAILED) from None
-
-
-def _is_packed(path: str) -> bool:
-    if not os.path.isfile(path):
-        return False
-    try:
-        return _read_header(path)[0].get("format") == _FORMAT
-    except (ValueError, OSError):
-        return False
 
 
 def _files(paths: Sequence[str]) -> dict[str, list[Found]]:

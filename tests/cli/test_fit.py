@@ -234,7 +234,7 @@ class TestIds:
         def denied(path):
             raise PermissionError(13, "Permission denied", path)
 
-        monkeypatch.setattr("sklora.cli._zoo._read_header", denied)
+        monkeypatch.setattr("sklora._zoofile._read_header", denied)
         files = [zoo / f"a{n:02}" / "adapter_model.safetensors" for n in range(40)]
         assert fit(files, labels=zoo / "labels.csv").code == 0
 
@@ -322,7 +322,7 @@ class TestRefused:
         assert f"{tmp_path}: there is no adapter in it" in err
 
     def test_pipe_in_place_of_a_zoo_is_not_waited_for(self, fit, tmp_path, write_csv, monkeypatch):
-        monkeypatch.setattr("sklora.cli._zoo._read_header", lambda path: pytest.fail("opened"))
+        monkeypatch.setattr("sklora._zoofile._read_header", lambda path: pytest.fail("opened"))
         os.mkfifo(tmp_path / "pipe")
         labels = write_csv(tmp_path / "l.csv", ("path", "style"), [("pipe", "a"), ("b", "b")])
         assert fit(tmp_path / "pipe", labels=labels).code == 2
