@@ -186,10 +186,11 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
         rng = check_random_state(self.random_state)
         n_components = self.n_components or _SKETCH_COMPONENTS
         shapes = [(module.n, module.m) for module in X.layout.modules]
-        projections = [*gaussian_projections(shapes, n_components, rng, X.dtype)]
-        for position, learned in enumerate(("left_", "right_")):
-            matrices = [pair[position] for pair in projections]
-            setattr(self, learned, dict(zip(X.layout.names, matrices, strict=True)))
+        drawn = gaussian_projections(shapes, n_components, rng, X.dtype)
+        self.left_: dict[str, NDArray[Any]] = {}
+        self.right_: dict[str, NDArray[Any]] = {}
+        for name, (S1, S2) in zip(X.layout.names, drawn, strict=True):
+            self.left_[name], self.right_[name] = S1, S2
 
     def _transform(self, X: LoRACollection) -> NDArray[Any]:
         if self.method != "gram":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from numbers import Integral
 from typing import Any, ClassVar
@@ -122,12 +122,12 @@ class GLEquivariantProjection(WeightsToWeights):
         self.layout = layout
 
     def _fit(self, X: LoRACollection) -> None:
-        fit: Callable[[LoRACollection], None] = (
-            self._fit_random if self.method == "random" else self._fit_hosvd
-        )
         self.left_: dict[str, NDArray[Any]] = {}
         self.right_: dict[str, NDArray[Any]] = {}
-        fit(X)
+        if self.method == "random":
+            self._fit_random(X)
+        else:
+            self._fit_hosvd(X)
 
     def _fit_random(self, X: LoRACollection) -> None:
         shapes = [(module.n, module.m) for module in X.layout.modules]
