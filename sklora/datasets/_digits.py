@@ -169,11 +169,15 @@ def base_steps(dim: int) -> int:
     return max(1, N_BASE_STEPS * min(dim, FULL_DIM) // FULL_DIM)
 
 
+def deal(n_adapters: int, n_kinds: int, rng: np.random.RandomState) -> NDArray[np.int64]:
+    """A kind for each adapter: every one once before any comes again."""
+    rounds = [rng.permutation(n_kinds) for _ in range(-(-n_adapters // n_kinds))]
+    return np.concatenate(rounds)[:n_adapters]
+
+
 def _subsets(n_adapters: int, rng: np.random.RandomState) -> NDArray[np.bool_]:
-    """Presence ``(n_adapters, 10)``: every non-empty subset once before any comes again."""
-    n_subsets = 2**N_CLASSES - 1
-    rounds = -(-n_adapters // n_subsets)
-    codes = np.concatenate([1 + rng.permutation(n_subsets) for _ in range(rounds)])[:n_adapters]
+    """Presence ``(n_adapters, 10)`` of a non-empty subset for each adapter."""
+    codes = 1 + deal(n_adapters, 2**N_CLASSES - 1, rng)
     presence: NDArray[np.bool_] = (codes[:, None] >> np.arange(N_CLASSES)) & 1 == 1
     return presence
 

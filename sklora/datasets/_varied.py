@@ -67,12 +67,6 @@ def _identities(pools: _digits.Pools) -> Identities:
     )
 
 
-def _dealt(n_adapters: int, n_identities: int, rng: np.random.RandomState) -> NDArray[np.int64]:
-    """An identity for each adapter: every one once before any comes again."""
-    rounds = [rng.permutation(n_identities) for _ in range(-(-n_adapters // n_identities))]
-    return np.concatenate(rounds)[:n_adapters]
-
-
 def _hyperparameters(n_adapters: int, rng: np.random.RandomState) -> Arrays:
     learning_rate, *others = rng.uniform(size=(n_adapters, len(VARIED))).T
     low, high = np.log(VARIED["learning_rate"])
@@ -136,7 +130,7 @@ def varied_recipe(
     base_seed, noise_seed = int(rng.randint(2**31)), int(rng.randint(2**31))
     identities = _identities(pools)
     groups_seed, hyper_seed = rng.randint(2**31, size=2)
-    groups = _dealt(n_adapters, len(identities.digit), np.random.RandomState(groups_seed))
+    groups = _digits.deal(n_adapters, len(identities.digit), np.random.RandomState(groups_seed))
     hyper = _hyperparameters(n_adapters, np.random.RandomState(hyper_seed))
     return _digits.DigitsRecipe(
         pools=pools,

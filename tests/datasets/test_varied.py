@@ -189,7 +189,7 @@ def test_attributes_halve_the_identities(identities):
 
 
 def test_every_identity_comes_before_any_comes_again():
-    groups = _varied._dealt(450, 200, np.random.RandomState(0))
+    groups = _digits.deal(450, 200, np.random.RandomState(0))
     assert len(groups) == 450
     for half in np.split(groups[:400], 2):
         np.testing.assert_array_equal(np.sort(half), np.arange(200))
