@@ -482,7 +482,7 @@ class LoRACollection:
         if self._index is not None:
             position = int(self._index[position])
         one = LoRACollection(self._store, np.array([position]), self._layout)
-        return LoRAAdapter(one.read()[0], self._layout, one.ranks[0], one.ids.tolist()[0])
+        return LoRAAdapter(one.read()[0], self._layout, one.ranks[0], one.ids.item())
 
     def _rows_and_columns(self, key: tuple[Any, ...]) -> Any:
         if len(key) == 1 or (len(key) == 2 and key[1] is Ellipsis):

@@ -148,7 +148,7 @@ def check_room(loras: LoRACollection, layout: LoRALayout, remedy: str) -> None:
         row, position = np.argwhere(too_high)[0]
         name, n, m, room = layout.modules[position]
         rank = ranks[row, position]
-        [id] = loras.ids[[row]].tolist()
+        id = loras.ids.item(row)
         raise ValueError(
             f"module {name!r} of adapter {id!r} has rank {rank}, with U ({n}, {rank}) and "
             f"V ({m}, {rank}), but rank {room} is the most that fits here. {remedy}"

@@ -187,7 +187,7 @@ def check_numbers(loras: LoRACollection, rows: slice, flat: NDArray[Any]) -> Non
     finite = np.isfinite(flat)
     if not finite.all():
         row, column = np.argwhere(~finite)[0]
-        [id] = ids[[row]].tolist()
+        id = ids.item(row)
         raise ValueError(
             f"adapter {id!r} has NaN or infinity in {layout.column_name(int(column))}; leave "
             "the adapter out, or mend its weights."
@@ -197,7 +197,7 @@ def check_numbers(loras: LoRACollection, rows: slice, flat: NDArray[Any]) -> Non
     beyond = layout.infer_ranks(flat) > ranks
     if beyond.any():
         row, position = np.argwhere(beyond)[0]
-        [id] = ids[[row]].tolist()
+        id = ids.item(row)
         raise ValueError(
             f"adapter {id!r} is said to have rank {ranks[row, position]} in module "
             f"{layout.names[position]!r}, but has more columns that are not zero; leave out "

@@ -377,7 +377,7 @@ def _assert_close(
     worst = int(deviation.argmax())
     # Written so that NaN fails.
     if not deviation[worst] <= allowed:
-        [id] = X.ids[[worst]].tolist()
+        id = X.ids.item(worst)
         raise AssertionError(
             f"{subject}: the output for adapter {id!r} is off by {deviation[worst]:.3g}, where at "
             f"most {allowed:.3g} is tolerated ({rtol=}, {atol=})."

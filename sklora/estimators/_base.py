@@ -401,7 +401,7 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
         valid = np.isfinite(outputs).all(axis=1)
         if not valid.all():
             # Finite numbers overflow, and the largest of NaN would be the first class.
-            [id] = loras.ids[[valid.argmin()]].tolist()
+            id = loras.ids.item(valid.argmin())
             raise ValueError(
                 f"the outputs of {type(self).__name__} for adapter {id!r} are NaN or infinite: its "
                 "numbers, or the network's, are too large. Leave it out."

@@ -154,7 +154,7 @@ class OAlign(WeightsToWeights):
         row, position = too_high[0].tolist()
         name, n, m, _ = X.layout.modules[position]
         rank, template_rank = X.ranks[row, position], self._template_ranks[position]
-        [id] = X.ids[[row]].tolist()
+        id = X.ids.item(row)
         raise ValueError(
             f"module {name!r} of adapter {id!r} has rank {rank}, with U ({n}, {rank}) "
             f"and V ({m}, {rank}), but the template has rank {template_rank}. Fit with an "
