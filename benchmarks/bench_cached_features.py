@@ -8,7 +8,6 @@ possible, one for each featurizer and fold, and the ratio of the times.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import tempfile
 import time
@@ -19,6 +18,7 @@ from unittest.mock import patch
 
 import numpy as np
 from sklearn.model_selection import GridSearchCV
+from timing import print_ratios
 
 from sklora import LoRACollection, LoRALayout, architecture_grid, make_architecture
 from sklora.transform import DenseProduct, OAlign, SVDSpectrum, UpdateKernel
@@ -86,12 +86,5 @@ def ratios(quick: bool = False) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    for name, ratio in ratios(parser.parse_args().quick).items():
-        print(f"{name:<40}{ratio:8.2f}")
-
-
 if __name__ == "__main__":
-    main()
+    print_ratios(__doc__, ratios)

@@ -9,13 +9,11 @@ benchmarks/bench_dense.py``
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from sklearn.metrics import make_scorer
 from sklearn.model_selection import GridSearchCV, KFold, cross_validate
+from timing import seconds
 
 from sklora import DenseProduct, LoRACollection, LoRALayout, architecture_grid, make_architecture
 from sklora.datasets import load_digits_loras
@@ -40,18 +38,9 @@ def products_of_columns(X: LoRACollection) -> None:
 
 def ratio(X: LoRACollection, repeats: int) -> float:
     """Median of the ratios of the times, measured in turn."""
-
-    def seconds(work: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
     gram = DenseProduct("gram", device="cpu")
     times = np.array(
-        [
-            [seconds(lambda: gram.fit_transform(X)), seconds(lambda: products_of_columns(X))]
-            for _ in range(repeats)
-        ]
+        [[seconds(gram.fit_transform, X), seconds(products_of_columns, X)] for _ in range(repeats)]
     )
     return float(np.median(times[:, 0] / times[:, 1]))
 

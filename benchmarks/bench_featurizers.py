@@ -10,13 +10,13 @@ the best times, which other work on the machine disturbs least.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from sklearn.utils.extmath import randomized_svd
+from timing import print_ratios
 
 from sklora import (
     GLEquivariantProjection,
@@ -156,7 +156,4 @@ def ratios(quick: bool = False) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    for name, ratio in ratios(parser.parse_args().quick).items():
-        print(f"{name:<40}{ratio:>10.2g}" if ratio < 0.1 else f"{name:<40}{ratio:>10.2f}")
+    print_ratios(__doc__, ratios)

@@ -9,12 +9,11 @@ medians over rounds of the ratios. ``python benchmarks/bench_glnet_epoch.py``
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from timing import print_ratios, seconds
 from torch import nn
 
 from sklora import LoRALayout
@@ -98,12 +97,6 @@ def epoch(
         optimizer.step()
 
 
-def seconds(function: Callable[..., object], *args: object) -> float:
-    start = time.perf_counter()
-    function(*args)
-    return time.perf_counter() - start
-
-
 def compare(name: str, batch: int, rounds: int) -> np.ndarray:
     """Time epochs ``(rounds, 4)``: sklora's, the loop's, the fused loop's, the operations'."""
     torch.manual_seed(0)
@@ -160,12 +153,5 @@ def ratios(quick: bool = False) -> dict[str, float]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    for name, ratio in ratios(parser.parse_args().quick).items():
-        print(f"{name:<60}{ratio:8.2f}")
-
-
 if __name__ == "__main__":
-    main()
+    print_ratios(__doc__, ratios)

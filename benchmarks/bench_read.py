@@ -9,12 +9,12 @@ medians is printed.
 
 import argparse
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
 import torch
+from timing import seconds
 
 from sklora import SVDSpectrum
 from sklora.io import read_adapters
@@ -57,12 +57,6 @@ def baseline(folder):
 
 def ours(folder):
     return SVDSpectrum(device="cpu").fit_transform(read_adapters(folder))
-
-
-def seconds(function, folder):
-    start = time.perf_counter()
-    function(folder)
-    return time.perf_counter() - start
 
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -10,11 +10,11 @@ parse its header with `json.loads`. Both run in turns, and the ratio of the medi
 import argparse
 import json
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
+from timing import seconds
 
 from sklora.io import scan_adapters
 
@@ -61,12 +61,6 @@ def baseline(folder):
 def ours(folder):
     bad = [report.error for report in scan_adapters(folder) if report.error]
     assert not bad, bad[0]
-
-
-def seconds(function, folder):
-    start = time.perf_counter()
-    function(folder)
-    return time.perf_counter() - start
 
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -9,13 +9,12 @@ gather their batches in a random order. Prints medians over rounds of the ratios
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from bench_glnet_epoch import BIG, HIDDEN, MLP, OUTPUTS, RANK, SMALL
+from timing import print_ratios, seconds
 from torch import nn
 
 from sklora import LoRACollection, LoRALayout
@@ -88,12 +87,6 @@ def bare(
                 loss(forward(part), truth)
 
 
-def seconds(function: Callable[..., object], *args: object, **options: object) -> float:
-    start = time.perf_counter()
-    function(*args, **options)
-    return time.perf_counter() - start
-
-
 def compare(name: str, configuration: str, batch: int, quick: bool) -> float:
     """Give the median of the ratios of the two times."""
     layout, data = make_problem(configuration, share=2 if quick else 1)
@@ -124,12 +117,5 @@ def ratios(quick: bool = False) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    for name, ratio in ratios(parser.parse_args().quick).items():
-        print(f"{name:<60}{ratio:8.2f}", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_ratios(__doc__, ratios)
