@@ -25,6 +25,7 @@ from sklora.collection import LoRACollection, LoRALayout
 from sklora.estimators import GLNetClassifier, GLNetRegressor, MLPNetClassifier, MLPNetRegressor
 from sklora.io._plan import ReadOptions
 from sklora.io._read import read_options
+from sklora.io.containers import MODEL as SCHEMA
 from sklora.io.containers._zip import STORED, ZipArchive
 from sklora.transform import (
     DenseProduct,
@@ -51,7 +52,6 @@ TRUSTED_TYPES: tuple[str, ...] = tuple(
 )
 
 CARD = "sklora.json"
-_SCHEMA = "schema.json"
 _FORMAT = "sklora model"
 _VERSION = 1
 _MAX_CARD = 2**26
@@ -98,13 +98,12 @@ class ModelCard:
 
     def to_json(self) -> bytes:
         """Write the card as the member `CARD` of a model file."""
-        modules = [list(module) for module in self.layout.modules]
         card = {
             "format": _FORMAT,
             "version": _VERSION,
             **{name: getattr(self, name) for name in _PLAIN},
             "layout": {
-                "modules": modules,
+                "modules": self.layout.modules,
                 "side": self.layout.side,
                 "base_model": self.layout.base_model,
             },
@@ -282,13 +281,13 @@ def _read_card(file: BinaryIO) -> ModelCard:
         raise Refusal("it is no zip file.")
     # Sizes are checked here, for what skops reads too.
     archive = ZipArchive(file, os.fstat(file.fileno()).st_size)
-    for name in (CARD, _SCHEMA):
+    for name in (CARD, SCHEMA):
         if name not in archive.members:
             raise Refusal(f"it has no {name}.")
     for name, one in archive.members.items():
         if one.method != STORED:
             raise Refusal(f"{shown(name)} is compressed, as sklora stores nothing; unpack it.")
-    schema, member = archive.members[_SCHEMA], archive.members[CARD]
+    schema, member = archive.members[SCHEMA], archive.members[CARD]
     check_schema(archive.unpack(schema, schema.size), schema.name)
     if member.size > _MAX_CARD:
         raise Refusal(f"{CARD} has {member.size} bytes, more than {_MAX_CARD}.")
