@@ -439,7 +439,7 @@ class LoRACollection:
         array([[1., 0., 1., 0., 1., 0., 1., 0.]])
         """
         layout.check_same_modules(self._layout)
-        check_room(self, layout, "Ask for more room with layout.with_ranks.")
+        check_room(self, layout.ranks, "Ask for more room with layout.with_ranks.")
         return LoRACollection(self._store, self._index, layout)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:

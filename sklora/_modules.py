@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import numpy as np
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
     from sklora._layout import LoRALayout
     from sklora._loras import LoRACollection
@@ -140,18 +140,23 @@ def raise_first_difference(expected: LoRALayout, found: LoRALayout) -> None:
         )
 
 
-def check_room(loras: LoRACollection, layout: LoRALayout, remedy: str) -> None:
-    """Check that no rank exceeds that of a layout."""
-    ranks = loras.ranks
-    too_high = ranks > np.array(layout.ranks)
+def check_room(
+    loras: LoRACollection,
+    room: ArrayLike,
+    remedy: str,
+    limit: str = "rank {} is the most that fits here",
+) -> None:
+    """Check that ranks are at most those of `room (n_modules,)`; `limit` says where these are."""
+    ranks, most = loras.ranks, np.asarray(room)
+    too_high = ranks > most
     if too_high.any():
         row, position = np.argwhere(too_high)[0]
-        name, n, m, room = layout.modules[position]
+        name, n, m, _ = loras.layout.modules[position]
         rank = ranks[row, position]
         id = loras.ids.item(row)
         raise ValueError(
             f"module {name!r} of adapter {id!r} has rank {rank}, with U ({n}, {rank}) and "
-            f"V ({m}, {rank}), but rank {room} is the most that fits here. {remedy}"
+            f"V ({m}, {rank}), but {limit.format(most[position])}. {remedy}"
         )
 
 

@@ -106,7 +106,7 @@ def check_loras(
             "Use an architecture that takes any rank (svd, dense, gl-net), or fit with the layout "
             "of a larger rank, layout=estimator.layout_.with_ranks(...)."
         )
-        check_room(loras, layout, declared if reset else fitted)
+        check_room(loras, layout.ranks, declared if reset else fitted)
         loras = loras.with_layout(layout)
     if reset:
         estimator.layout_ = loras.layout

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sklora._base import as_tensor
+from sklora._modules import check_room
 from sklora._stores import as_slice
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.linalg import procrustes
@@ -148,19 +149,11 @@ class OAlign(WeightsToWeights):
         return np.array([self.template_[name][0].shape[1] for name in self.layout_.names], np.intp)
 
     def _check_ranks(self, X: LoRACollection) -> None:
-        too_high = np.argwhere(X.ranks > self._template_ranks)
-        if not len(too_high):
-            return
-        row, position = too_high[0].tolist()
-        name, n, m, _ = X.layout.modules[position]
-        rank, template_rank = X.ranks[row, position], self._template_ranks[position]
-        id = X.ids.item(row)
-        raise ValueError(
-            f"module {name!r} of adapter {id!r} has rank {rank}, with U ({n}, {rank}) "
-            f"and V ({m}, {rank}), but the template has rank {template_rank}. Fit with an "
-            "adapter of at least that rank as template, or use an architecture that takes any rank "
-            "(svd, dense, gl-net)."
+        remedy = (
+            "Fit with an adapter of at least that rank as template, or use an architecture that "
+            "takes any rank (svd, dense, gl-net)."
         )
+        check_room(X, self._template_ranks, remedy, limit="the template has rank {}")
 
     def _output_layout(self, layout: LoRALayout) -> LoRALayout:
         return layout.with_ranks(np.maximum(self._template_ranks, 1).tolist())
