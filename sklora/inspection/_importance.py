@@ -89,9 +89,13 @@ class ModuleImportanceDisplay:
         Raises
         ------
         ValueError
-            When there are not as many names as importances.
+            When importances have no repeats, or not as many groups as there are names.
         """
         importances = np.asarray(self.importances)
+        if importances.ndim != 2 or not importances.size:
+            raise ValueError(
+                f"importances of shape {importances.shape} are not of (n_groups, n_repeats)."
+            )
         if len(importances) != len(self.names):
             raise ValueError(
                 f"importances of shape {importances.shape} need {len(importances)} "

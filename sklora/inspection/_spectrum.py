@@ -43,7 +43,7 @@ class SpectrumDisplay:
 
     Parameters
     ----------
-    values : ndarray of shape (n_adapters, n_modules, n_values)
+    values : array-like of shape (n_adapters, n_modules, n_values)
         Singular values, largest first. NaN where a module has fewer; zero beyond an adapter's rank.
     module_names : sequence of str, of length n_modules
 
@@ -84,8 +84,8 @@ class SpectrumDisplay:
     lines_: Any
     band_: Any
 
-    def __init__(self, *, values: NDArray[np.floating[Any]], module_names: Any) -> None:
-        self.values = values
+    def __init__(self, *, values: ArrayLike, module_names: Any) -> None:
+        self.values: NDArray[np.floating[Any]] = np.asarray(values)
         self.module_names = module_names
 
     def plot(
@@ -115,12 +115,16 @@ class SpectrumDisplay:
         Raises
         ------
         ValueError
-            When there is no such kind, quantiles are not two numbers from 0 to 1, or no singular
-            value is more than zero.
+            When there is no such kind, quantiles are not two numbers from 0 to 1, values are of
+            another shape or of other modules than are named, or none is more than zero.
         """
         check_option("kind", kind, ("heatmap", "decay"))
         _check_quantiles(quantiles)
         names = list(self.module_names)
+        if self.values.ndim != 3:
+            raise ValueError(
+                f"values of shape {self.values.shape} are not of (n_adapters, n_modules, n_values)."
+            )
         if self.values.shape[1] != len(names):
             raise ValueError(
                 f"values of shape {self.values.shape} are of {self.values.shape[1]} modules, but "

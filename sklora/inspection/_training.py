@@ -83,18 +83,30 @@ class TrainingCurveDisplay:
         Returns
         -------
         self : object
+
+        Raises
+        ------
+        ValueError
+            When there is no epoch, or not one validation loss for each.
         """
+        train = np.asarray(self.train_losses, dtype=float)
+        valid = np.asarray([] if self.valid_losses is None else self.valid_losses, dtype=float)
+        if train.ndim != 1 or not train.size:
+            raise ValueError(f"train_losses of shape {train.shape} are not one for each epoch.")
+        if self.valid_losses is not None and valid.shape != train.shape:
+            raise ValueError(
+                f"valid_losses of shape {valid.shape} are not one for each of the {len(train)} "
+                "epochs of train_losses; pass NaN for an epoch without."
+            )
         self.ax_ = axes_of(self, ax, (6.0, 4.0))
         from matplotlib.lines import Line2D
 
         self.figure_ = self.ax_.figure
-        train = np.asarray(self.train_losses, dtype=float)
         epochs = np.arange(1, len(train) + 1)
         self.best_epoch_, self.best_ = None, None
         style = {"color": BLUE, "linestyle": "--", "label": "training"}
         style["marker"] = "o" if len(train) == 1 else ""  # one point makes no line
         self.lines_ = self.ax_.plot(epochs, train, **styled(style, line_kw, Line2D))
-        valid = np.asarray([] if self.valid_losses is None else self.valid_losses, dtype=float)
         if not np.isnan(valid).all():
             style = {"color": VERMILLION, "linestyle": "-", "label": "validation"}
             self.lines_ += self.ax_.plot(epochs, valid, **styled(style, line_kw, Line2D))

@@ -38,7 +38,7 @@ class ZooMapDisplay:
 
     Parameters
     ----------
-    points : ndarray of shape (n_adapters, 2)
+    points : array-like of shape (n_adapters, 2)
     labels : array-like of shape (n_adapters,) or None, default=None
         Fractional numbers, or more than 8 different integers, are numbers, with a colour bar. All
         else are categories, with a colour and a marker each: of more than 8, the 7 commonest have
@@ -83,12 +83,12 @@ class ZooMapDisplay:
     def __init__(
         self,
         *,
-        points: NDArray[np.floating[Any]],
+        points: ArrayLike,
         labels: ArrayLike | None = None,
         label_name: str | None = None,
         shares: NDArray[np.float64] | None = None,
     ) -> None:
-        self.points = points
+        self.points: NDArray[np.floating[Any]] = np.asarray(points)
         self.labels = labels
         self.label_name = label_name
         self.shares = shares
@@ -112,8 +112,8 @@ class ZooMapDisplay:
         ValueError
             When points are not in the plane, or labels are not one for each.
         """
-        if np.ndim(self.points) != 2 or np.shape(self.points)[1] != 2:
-            raise ValueError(f"points of shape {np.shape(self.points)} are not of (n_adapters, 2).")
+        if self.points.ndim != 2 or self.points.shape[1] != 2:
+            raise ValueError(f"points of shape {self.points.shape} are not of (n_adapters, 2).")
         check_consistent_length(self.points, self.labels)
         labels = None if self.labels is None else _one_each(self.labels)
         self.ax_ = axes_of(self, ax, (6.5, 5.0))

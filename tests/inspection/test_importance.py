@@ -74,3 +74,6 @@ def test_lists():
 def test_refused():
     with pytest.raises(ValueError, match="need 2 names, got 1"):
         ModuleImportanceDisplay(importances=np.ones((2, 3)), names=["a"]).plot()
+    for importances, names in ((np.ones(2), ["a", "b"]), (np.ones((1, 0)), ["a"]), ([], [])):
+        with pytest.raises(ValueError, match=r"are not of \(n_groups, n_repeats\)"):
+            ModuleImportanceDisplay(importances=importances, names=names).plot()

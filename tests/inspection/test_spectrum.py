@@ -199,3 +199,10 @@ class TestPlot:
             SpectrumDisplay(values=np.zeros((1, 1, 1)), module_names=["q"]).plot()
         with pytest.raises(ValueError, match="1 modules, but there are 2 names"):
             SpectrumDisplay(values=np.ones((1, 1, 1)), module_names=["q", "v"]).plot()
+        with pytest.raises(ValueError, match=r"values of shape \(1, 2\) are not of"):
+            SpectrumDisplay(values=np.ones((1, 2)), module_names=["q", "v"]).plot()
+        assert not plt.get_fignums()
+
+    def test_lists(self):
+        display = SpectrumDisplay(values=[[[3.0, 1.0]]], module_names=["q"]).plot()
+        assert display.image_.get_array().tolist() == [[3.0, 1.0]]

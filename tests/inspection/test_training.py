@@ -1,3 +1,4 @@
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from sklearn.exceptions import NotFittedError
@@ -85,3 +86,19 @@ def test_unknown_validation_losses_are_none():
     display = TrainingCurveDisplay(train_losses=[2, 1], valid_losses=[np.nan, np.nan]).plot()
     assert len(display.lines_) == 1
     assert display.best_epoch_ is None
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "message"),
+    [
+        ([], None, r"train_losses of shape \(0,\) are not one for each epoch"),
+        ([[2, 1]], None, r"train_losses of shape \(1, 2\) are not"),
+        ([2, 1], [3, 2, 1], r"valid_losses of shape \(3,\) .* 2 epochs of train_losses"),
+        ([2, 1], [], r"valid_losses of shape \(0,\)"),
+    ],
+)
+def test_losses_are_one_for_each_epoch(train, valid, message):
+    plt.close("all")
+    with pytest.raises(ValueError, match=message):
+        TrainingCurveDisplay(train_losses=train, valid_losses=valid).plot()
+    assert not plt.get_fignums()

@@ -229,3 +229,7 @@ class TestLabels:
         with pytest.raises(ValueError, match=r"labels of shape \(2, 2\) are not one for each"):
             ZooMapDisplay(points=np.eye(2), labels=np.eye(2)).plot()
         assert not plt.get_fignums()
+
+    def test_lists(self):
+        display = ZooMapDisplay(points=[[1, 2], [3, 4]], labels=["a", "b"]).plot()
+        assert [len(one.get_offsets()) for one in display.scatters_] == [1, 1]
