@@ -151,22 +151,32 @@ def test_fitted_state_is_arrays_numbers_and_strings(loras):
             assert not isinstance(value, np.ndarray) or value.dtype.kind != "O"
 
 
-def test_same_answers_in_another_process(loras, tmp_path):
+@pytest.mark.parametrize("dumps", [skops.io.dumps, pickle.dumps], ids=["skops", "pickle"])
+def test_same_answers_in_another_process(loras, tmp_path, dumps):
     models = [clone(estimator).fit(loras) for estimator in TRANSFORMERS]
+    models += [fitted_net(estimator, kind, loras) for estimator, kind in NETS]
     for task, kind in (("classification", "binary"), ("regression", "one number")):
         y = TARGETS[kind][1](len(loras))
         models += [model.fit(loras, y) for model in grid_pipelines(task)]
-    joblib.dump((models, loras), tmp_path / "models.joblib")
+    loras.save(tmp_path / "zoo.safetensors")
+    joblib.dump([*map(dumps, models)], tmp_path / "models.joblib")
+    load = {
+        skops.io.dumps: "import skops.io; load = lambda m: skops.io.loads(m, sklora.TRUSTED_TYPES)",
+        pickle.dumps: "from pickle import loads as load",
+    }
     script = (
-        "import joblib, sys\n"
-        "models, X = joblib.load(sys.argv[1])\n"
+        "import joblib, sys, sklora\n"
+        f"{load[dumps]}\n"
+        "models = map(load, joblib.load(sys.argv[1]))\n"
+        "X = sklora.LoRACollection.open(sys.argv[2])\n"
         "methods = ('transform', 'predict', 'predict_proba', 'decision_function')\n"
         "answers = [{n: getattr(m, n)(X) for n in methods if hasattr(m, n)} for m in models]\n"
-        "joblib.dump(answers, sys.argv[2])"
+        "joblib.dump(answers, sys.argv[3])"
     )
-    arguments = [str(tmp_path / "models.joblib"), str(tmp_path / "answers.joblib")]
+    names = ("models.joblib", "zoo.safetensors", "answers.joblib")
+    arguments = [str(tmp_path / name) for name in names]
     subprocess.run([sys.executable, "-c", script, *arguments], check=True)
-    for model, answers in zip(models, joblib.load(arguments[1]), strict=True):
+    for model, answers in zip(models, joblib.load(arguments[2]), strict=True):
         expected = answers_of(model, loras)
         assert answers.keys() == expected.keys()
         for name, answer in answers.items():
