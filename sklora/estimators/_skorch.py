@@ -169,9 +169,15 @@ def compose(
 
 def _callbacks(settings: TrainingSettings, validates: bool) -> list[Any]:
     callbacks = copy.deepcopy(list(settings.callbacks))
-    for callback in [] if validates else callbacks:
-        callback = callback[1] if isinstance(callback, tuple) else callback
-        monitored = getattr(callback, "monitor", None)
+    for place, given in enumerate(callbacks):
+        is_pair = isinstance(given, (tuple, list)) and len(given) == 2
+        callback = given[1] if is_pair else given
+        if callback is not None and not hasattr(callback, "on_train_begin"):
+            raise ValueError(
+                f"callbacks[{place}] is {given!r}; give a callback of skorch, or a pair of a name "
+                "and one."
+            )
+        monitored = None if validates else getattr(callback, "monitor", None)
         if str(monitored).removesuffix("_best") in ("valid_loss", "valid_acc"):
             raise ValueError(
                 f"callback {type(callback).__name__} monitors {monitored!r}, but no adapters are "

@@ -107,6 +107,16 @@ class TestCallbacks:
             model.fit(zoo, case[1])
         assert not hasattr(model, "weights_")
 
+    @pytest.mark.parametrize("callback", ["early_stopping", 3, ("a", "b"), ("a", Callback(), 1)])
+    def test_what_is_none_is_named(self, callback, zoo, targets, quick):
+        model = quick(MLPNetClassifier, callbacks=[Callback(), callback])
+        with pytest.raises(ValueError, match=r"callbacks\[1\] is .*; give a callback of skorch"):
+            model.fit(zoo, targets["binary"])
+
+    def test_classes_and_none_are_taken(self, zoo, targets, quick):
+        callbacks = [Callback, ("a", Callback), ("b", None)]
+        quick(MLPNetClassifier, callbacks=callbacks).fit(zoo, targets["binary"])
+
 
 class TestOutput:
     def test_silent_at_zero(self, case, zoo, quick, capsys):
