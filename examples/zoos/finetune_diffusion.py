@@ -10,7 +10,9 @@ subjects  as CelebA-LoRA: an adapter for each folder, on all its images, with hy
 
 Both write all that was drawn and `training_loss`, and with `--clip` the `clip_score`: 100 times the
 cosine of CLIP's embeddings of image and prompt, a mean over images from fixed noise. The
-hyperparameters below are ours: those of the paper stand in its tables 6 and 7.
+hyperparameters below are those that the scripts of the paper's authors train with,
+diffusion/data_generation of https://github.com/moeputt/LoL; in its second recipe they draw the
+prompt as well, of four.
 
 LoRA is on the attention of the U-Net, for pipelines called as Stable Diffusion or SDXL are.
 
@@ -32,6 +34,8 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 from zoo_folder import DTYPES, add_arguments, fill
 
+# Kinds of the values that one is drawn from for each adapter.
+DRAWN = {"learning_rate": float, "steps": int, "batch_size": int}
 TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -77,12 +81,7 @@ def choose_subject(index, rng, args, folders):
 
 
 def draw(rng, args):
-    low, high = np.log(args.learning_rate)
-    return {
-        "learning_rate": float(np.exp(rng.uniform(low, high))),
-        "steps": int(rng.integers(*args.steps, endpoint=True)),
-        "batch_size": int(rng.choice(args.batch_size)),
-    }
+    return {name: rng.choice(getattr(args, name)).item() for name in DRAWN}
 
 
 def read_images(pipe, files, resolution):
@@ -179,10 +178,11 @@ def build_parser():
     recipes = parser.add_subparsers(required=True)
     subsets = recipes.add_parser("subsets", help="an adapter for each set of classes")
     subsets.set_defaults(choose=choose_subset, attributes=None)
-    _add_arguments(subsets, learning_rate=[1e-4, 1e-4], steps=[400, 400], batch_size=[1])
+    _add_arguments(subsets, learning_rate=[3e-4], steps=[150], batch_size=[1])
     subjects = recipes.add_parser("subjects", help="an adapter for each folder")
     subjects.set_defaults(choose=choose_subject)
-    _add_arguments(subjects, learning_rate=[1e-5, 1e-3], steps=[200, 800], batch_size=[1, 2, 4])
+    rates, steps = [1e-4, 1e-3, 3e-3, 3e-3], [100, 133, 167, 200]
+    _add_arguments(subjects, learning_rate=rates, steps=steps, batch_size=[1, 2])
     subjects.add_argument("--attributes", type=Path, metavar="CSV", help="labels of the folders")
     return parser
 
@@ -194,17 +194,11 @@ def _add_arguments(parser, **defaults):
     add("--prompt", default="a photo of sks", help="what the images are; default: %(default)s")
     add("--adapters", type=int, help="how many; default: all, see above")
     add("--resolution", type=int, help="default: that of the pipeline")
-    drawn = parser.add_argument_group("drawn for each adapter")
-    shown = {name: " ".join(map(str, values)) for name, values in defaults.items()}
-    for name, kind, scale in (("learning_rate", float, ", log-uniform"), ("steps", int, "")):
-        drawn.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=kind,
-            nargs=2,
-            metavar=("LOW", "HIGH"),
-            help=f"default: {shown[name]}{scale}",
-        )
-    drawn.add_argument("--batch-size", type=int, nargs="+", help=f"default: {shown['batch_size']}")
+    drawn = parser.add_argument_group("one of these is drawn for each adapter")
+    for name, kind in DRAWN.items():
+        shown = " ".join(map(str, defaults[name]))
+        option = f"--{name.replace('_', '-')}"
+        drawn.add_argument(option, type=kind, nargs="+", help=f"default: {shown}")
     score = parser.add_argument_group("score")
     score.add_argument("--clip", help="a CLIP model: its name, or a folder; default: no score")
     score.add_argument("--noise-seeds", type=int, default=33, help="images; default: 33")

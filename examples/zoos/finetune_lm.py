@@ -1,9 +1,10 @@
 """A zoo of LoRAs of a language model, each finetuned on a random subset of question sources.
 
 The recipe of Qwen2-ARC-LoRA in "Learning on LoRAs": LoRA on the key and value projections, one
-source of questions that every adapter sees, each other source with probability 1/2, and
-hyperparameters that are drawn anew for each adapter. The ranges below are ours: those of the paper
-stand in its table 8.
+source of questions that every adapter sees, some of the others, and hyperparameters that are drawn
+anew for each adapter. How both are drawn is read off the list of the paper's adapters that its
+authors publish, llm/metanet/hparams.csv of https://github.com/moeputt/LoL: of 19 sources, 1 to 19
+are left out, each number as often.
 
 Questions are lines of JSON as in the files of ARC (https://allenai.org/data/arc), nested or as
 columns: "question", "choices", "answerKey", and "source" or an "id" that begins with the source, as
@@ -32,7 +33,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from zoo_folder import DTYPES, add_arguments, fill
+from zoo_folder import DTYPES, LogUniform, add_arguments, fill, log_uniform
 
 IGNORED = -100  # the label of tokens that are not predicted
 
@@ -88,11 +89,12 @@ def collate(examples, device):
 
 def draw(rng, args, optional):
     """Draw the sources and the hyperparameters of one adapter."""
-    low, high = np.log(args.learning_rate)
+    # One at least is left out, unless there is only one.
+    seen = rng.permutation(optional)[: rng.integers(max(2, len(optional)))]
     return {
-        **{f"source:{source}": int(rng.random() < 0.5) for source in optional},
-        "learning_rate": float(np.exp(rng.uniform(low, high))),
-        "weight_decay": rng.uniform(*args.weight_decay),
+        **{f"source:{source}": int(source in seen) for source in optional},
+        "learning_rate": log_uniform(rng, *args.learning_rate),
+        "weight_decay": log_uniform(rng, *args.weight_decay),
         "epochs": int(rng.integers(*args.epochs, endpoint=True)),
         "batch_size": int(rng.choice(args.batch_size)),
         "lora_dropout": rng.uniform(*args.lora_dropout),
@@ -168,12 +170,17 @@ def build_parser():
     )
     ranges = parser.add_argument_group("drawn for each adapter")
     add = partial(ranges.add_argument, nargs=2, metavar=("LOW", "HIGH"))
-    add("--learning-rate", type=float, default=[1e-5, 1e-3], help="default: 1e-5 1e-3, log-uniform")
-    add("--weight-decay", type=float, default=[0.0, 0.1], help="default: 0 0.1")
-    add("--epochs", type=int, default=[1, 4], help="default: 1 4")
-    add("--lora-dropout", type=float, default=[0.0, 0.2], help="default: 0 0.2")
+    for name, low, high in (
+        ("--learning-rate", "1e-5", "1e-3"),
+        ("--weight-decay", "1e-6", "1e-2"),
+    ):
+        default = [float(low), float(high)]
+        text = f"default: {low} {high}, log-uniform"
+        add(name, type=float, default=default, action=LogUniform, help=text)
+    add("--epochs", type=int, default=[2, 4], help="default: 2 4")
+    add("--lora-dropout", type=float, default=[0.0, 0.1], help="default: 0 0.1")
     ranges.add_argument(
-        "--batch-size", type=int, nargs="+", default=[4, 8, 16, 32], help="default: 4 8 16 32"
+        "--batch-size", type=int, nargs="+", default=[32, 64, 128], help="default: 32 64 128"
     )
     parser.add_argument("--eval-batch-size", type=int, default=32)
     add_arguments(parser)

@@ -8,12 +8,14 @@
     adapter-0001/
 """
 
+import argparse
 import csv
 import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft import PeftModel
 from tqdm import tqdm
@@ -21,6 +23,24 @@ from tqdm import tqdm
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What may differ when a zoo is continued.
 FREE = ("output", "adapters", "device")
+
+
+class LogUniform(argparse.Action):
+    """Take LOW and HIGH of what is drawn log-uniformly; equal ones, which may be 0, fix it."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        low, high = values
+        if not (0 < low <= high or low == high == 0):
+            parser.error(
+                f"argument {option_string}: LOW and HIGH are {low:g} and {high:g}; what is drawn "
+                "log-uniformly needs 0 < LOW <= HIGH, or both 0"
+            )
+        setattr(namespace, self.dest, values)
+
+
+def log_uniform(rng, low: float, high: float) -> float:
+    """Draw a number whose logarithm is uniform."""
+    return low if low == high else float(np.exp(rng.uniform(*np.log([low, high]))))
 
 
 def add_arguments(parser):

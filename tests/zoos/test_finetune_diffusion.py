@@ -16,6 +16,7 @@ from sklora.io import read_adapters, scan_adapters
 
 RANK, ALPHA = 2, 6
 SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+RATES = [*map(str, np.geomspace(1e-3, 1e-2, 100))]
 SIZE = 16  # of the pipeline's images
 NAMES = ("ant", "bee", "cat")
 
@@ -118,7 +119,7 @@ def folder(diffusion, tmp_path_factory):
 def run(diffusion, folder):
     def run(recipe, zoo, *options):
         command = [recipe, folder / "images", "--pipeline", folder / "pipeline", "--output", zoo]
-        command += ["--learning-rate", "1e-3", "1e-2", "--steps", "2", "4", "--device", "cpu"]
+        command += ["--learning-rate", *RATES, "--steps", "2", "4", "--device", "cpu"]
         command += ["--rank", RANK, "--alpha", ALPHA, *options]
         diffusion.main(list(map(str, command)))
         return zoo
@@ -347,6 +348,19 @@ def test_sdxl_is_trained_too(diffusion, run, folder, tmp_path):
     ).save_pretrained(tmp_path / "xl")
     zoo = run("subjects", tmp_path / "zoo", "--pipeline", tmp_path / "xl", "--adapters", "1")
     assert len(read_adapters(zoo)) == 1
+
+
+def test_hyperparameters_are_one_of_the_values(diffusion):
+    parser = diffusion.build_parser()
+    for recipe, values in (
+        ("subsets", [{3e-4}, {150}, {1}]),
+        ("subjects", [{1e-4, 1e-3, 3e-3}, {100, 133, 167, 200}, {1, 2}]),
+    ):
+        args = parser.parse_args([recipe, "images", "--pipeline", "x", "--output", "zoo"])
+        drawn = [diffusion.draw(np.random.default_rng(seed), args) for seed in range(200)]
+        names = ("learning_rate", "steps", "batch_size")
+        assert [{row[name] for row in drawn} for name in names] == values
+        json.dumps(drawn[0])
 
 
 def test_folders_without_images_and_attributes_without_a_row_are_refused(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -149,6 +150,48 @@ def test_adapters_differ_and_so_do_their_hyperparameters(zoo, read_labels):
         assert len({row[name] for row in rows}) == len(rows)
     assert len({(row["source:MCAS"], row["source:TIMSS"]) for row in rows}) > 1
     assert len(np.unique(read_adapters(zoo).read().round(6), axis=0)) == len(rows)
+
+
+def test_hyperparameters_are_drawn_as_the_papers_were(lm):
+    needed = [f"--{name}" for name in ("model", "train", "validation", "test", "output")]
+    args = lm.build_parser().parse_args([part for name in needed for part in (name, "x")])
+    sources = [f"S{place}" for place in range(19)]
+    drawn = [lm.draw(np.random.default_rng(seed), args, sources) for seed in range(4000)]
+    for name, low, high in (("learning_rate", 1e-5, 1e-3), ("weight_decay", 1e-6, 1e-2)):
+        places = np.log([row[name] / low for row in drawn]) / np.log(high / low)
+        np.testing.assert_allclose([places.mean(), places.std()], [1 / 2, 12**-0.5], rtol=0.05)
+        assert 0 <= places.min() < places.max() <= 1
+    assert {row["epochs"] for row in drawn} == {2, 3, 4}
+    assert {row["batch_size"] for row in drawn} == {32, 64, 128}
+    assert 0.09 < max(row["lora_dropout"] for row in drawn) < 0.1
+    seen = np.array([[row[f"source:{source}"] for source in sources] for row in drawn])
+    np.testing.assert_allclose(seen.mean(axis=0), 9 / 19, atol=0.03)
+    counts = np.bincount(seen.sum(axis=1), minlength=20)
+    assert counts[19] == 0  # one at least is left out
+    np.testing.assert_allclose(counts[:19], 4000 / 19, rtol=0.25)
+
+
+@pytest.mark.parametrize("n_optional", [0, 1])
+def test_few_sources_are_drawn_too(lm, n_optional):
+    args = SimpleNamespace(
+        learning_rate=[1e-3, 1e-3],
+        weight_decay=[0.0, 0.0],
+        epochs=[1, 1],
+        batch_size=[4],
+        lora_dropout=[0.0, 0.0],
+    )
+    sources = ["MCAS"][:n_optional]
+    rows = [lm.draw(np.random.default_rng(seed), args, sources) for seed in range(50)]
+    seen = {tuple(row[f"source:{source}"] for source in sources) for row in rows}
+    assert seen == ({(0,), (1,)} if n_optional else {()})
+    assert {(row["learning_rate"], row["weight_decay"]) for row in rows} == {(1e-3, 0.0)}
+
+
+@pytest.mark.parametrize("values", [("0", "0.1"), ("0.1", "0.01"), ("-1", "-1"), ("nan", "1")])
+def test_what_cannot_be_drawn_log_uniformly_is_refused(lm, values, capsys):
+    with pytest.raises(SystemExit):
+        lm.build_parser().parse_args(["--weight-decay", *values])
+    assert "--weight-decay: LOW and HIGH are" in capsys.readouterr().err
 
 
 def test_losses_are_those_of_the_stored_adapter(lm, zoo, base, questions, read_labels):
