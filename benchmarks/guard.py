@@ -4,8 +4,8 @@ Runs ``ratios(quick=True)`` of every ``bench_*.py`` here that has it, one proces
 compares with recorded.json. A ratio is our time over that of something beside which it was
 measured, and less is better. It says much the same on any machine of one make of processor; for
 other makes the worst that was recorded counts. Each process has one thread, as threads that wait
-for a busy core say nothing of the code. What is over the limit is measured up to three times more:
-other work on the machine only ever makes a ratio worse for a while.
+for a busy core say nothing of the code. What is beyond the limit is measured three times
+more at most: other work on the machine only ever makes a ratio worse for a while.
 ``python benchmarks/guard.py``, and with ``--record`` to write the ratios down.
 """
 
@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
 RECORDED = FOLDER / "recorded.json"
-# How much worse than recorded a ratio may be.
+# So much worse than recorded a ratio may not be.
 LIMIT = 2.0
 MORE_TIMES = 3
 
@@ -48,8 +48,8 @@ class Line(NamedTuple):
             return "new: run guard.py --record"
         if self.now is None:
             return "gone: run guard.py --record"
-        # A NaN is no number to be within a limit.
-        return "" if self.now <= LIMIT * self.recorded else f"over {LIMIT:g} times the recorded"
+        # Counts may be exactly twice, and a NaN is no number to be within a limit.
+        return "" if self.now < LIMIT * self.recorded else f"{LIMIT:g} times the recorded or more"
 
 
 def make_of_processor() -> str:
