@@ -17,8 +17,10 @@ from sklora.datasets import _code, _digits, _varied, load_digits_loras
 
 PAPER = Path(__file__).parents[1] / "examples" / "paper"
 SCRIPTS = sorted(path.stem for path in PAPER.glob("*.py") if path.stem != "protocol")
-# Much like others: table 2 and 4; and figure 4 is drawn by another test, too.
-SLOW = ("appendix_e", "figure4", "table3")
+# Drawn by another test, too.
+SLOW = ("figure4",)
+# Many questions like those of others: of every architecture one candidate and one seed will do.
+LONG = ("appendix_e", "table3")
 FIVE = ("mlp", "o-align", "svd", "dense", "gl-net", "gl-net, spectrum")
 BY_RANK = ("svd", "dense", "gl-net", "gl-net, spectrum")
 REGRESSION = {"R2", "Kendall's tau", "Spearman's rho"}
@@ -112,7 +114,12 @@ def test_every_script_has_expectations():
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SCRIPTS]
 )
-def test_a_script_runs_and_reports_every_score(paper, name, tmp_path, capsys):
+def test_a_script_runs_and_reports_every_score(paper, name, tmp_path, capsys, monkeypatch):
+    if name in LONG:
+        monkeypatch.setitem(paper.protocol.QUICK, "seeds", (0,))
+        for key, one in paper.protocol.ARCHITECTURES.items():
+            few = one._replace(candidates=one.candidates[:1])
+            monkeypatch.setitem(paper.protocol.ARCHITECTURES, key, few)
     output, chart = tmp_path / "results.json", tmp_path / "chart.svg"
     more = ["--plot", str(chart)] if name == "figure4" else []
     report = getattr(paper, name).main(["--quick", "--output", str(output), *more])
