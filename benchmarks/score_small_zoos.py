@@ -47,7 +47,7 @@ def score(model, zoo, target, n_adapters, seed):
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--adapters", type=int, nargs="+", default=[30, 60, 100, 200])
 parser.add_argument("--draws", type=int, default=8)
-parser.add_argument("--steps", type=int, help="in an epoch at least, for all networks")
+parser.add_argument("--steps", type=int, help="in an epoch, about, for all networks")
 args = parser.parse_args()
 if args.steps:
     for name in ("GLNetClassifier", "GLNetRegressor", "MLPNetClassifier", "MLPNetRegressor"):

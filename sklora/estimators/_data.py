@@ -171,7 +171,7 @@ def split_validation(
 
 
 def training_batch_size(n_rows: int, batch_size: int, least_steps: int) -> int:
-    """Give the batch size that leaves enough steps in an epoch.
+    """Give the batch size, smaller where that leaves about enough steps in an epoch.
 
     Parameters
     ----------

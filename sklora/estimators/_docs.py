@@ -44,7 +44,7 @@ optimizer : {"adamw", "adam", "sgd"}, default=$optimizer
 max_epochs : int, default=$max_epochs
     Number of passes over the training adapters, at most.
 batch_size : int, default=$batch_size
-    Adapters in one step; fewer where that would leave less than $least_steps steps in an epoch.
+    Adapters in one step; of ``n`` training adapters ``ceil(n / $least_steps)`` where that is less.
 early_stopping : bool or "auto", default=$early_stopping
     Whether to keep some adapters apart, stop when the loss on them no longer falls, and go back to
     the weights of the best epoch. With ``"auto"`` this is done with 200 training adapters or more:
