@@ -78,8 +78,21 @@ def make_folds(zoo: LabelledZoo, n_folds: int, seed: int) -> Folds:
     Raises
     ------
     CommandError
-        When there are too few adapters or groups.
+        When there are too few adapters or groups, or a fold leaves one class to train on.
     """
+    folds = _folds(zoo, n_folds, seed)
+    if zoo.targets.classes is not None:
+        for train, _ in folds:
+            if len(left := np.unique(zoo.targets.y[train])) == 1:
+                where = "" if zoo.groups is None else ", in more groups"
+                raise CommandError(
+                    f"--folds {n_folds} has a fold that leaves only class {left[0]} to train on; "
+                    f"pass other --folds, or label more adapters of other classes{where}."
+                )
+    return folds
+
+
+def _folds(zoo: LabelledZoo, n_folds: int, seed: int) -> Folds:
     n_adapters, y = len(zoo.loras), zoo.targets.y
     if n_folds < 2:
         raise CommandError(f"--folds is {n_folds}; cross-validation takes at least 2.")

@@ -214,6 +214,11 @@ class TestFolds:
             make_folds(self.zoo(np.arange(9.0), "regression", groups=groups), 3, 0)
         assert len(make_folds(self.zoo(np.arange(9) % 2, groups=groups), 3, 0)) == 3
 
+    @pytest.mark.parametrize("groups", [None, tuple("cddccc")])
+    def test_every_fold_leaves_two_classes_to_train_on(self, groups):
+        with pytest.raises(CommandError, match=r"leaves only class [ab] to train on; pass other"):
+            make_folds(self.zoo(list("baabbb" if groups else "abbbbb"), groups=groups), 2, 0)
+
     def test_as_many_as_there_can_be(self, capsys):
         assert len(make_folds(self.zoo(np.arange(8.0), "regression"), 4, 0)) == 4
         pairs = self.zoo(np.arange(8.0), "regression", groups=tuple("aabbccdd"))
