@@ -96,8 +96,8 @@ for name, (model, pairs) in models.items():
 
 # %%
 # Two figures to compare with. Every digit is in half of the sets, so guessing is right half of the
-# time. And who knows *how many* digits an adapter saw, but not which, says "all" where that is more
-# than half of them, and "none" otherwise.
+# time. And whoever knows *how many* digits an adapter saw, but not which, says "all" where that is
+# more than half of them, and "none" otherwise.
 
 chance = max(zoo.presence.mean(), 1 - zoo.presence.mean())
 knows_number = np.mean((digits.mean(axis=1, keepdims=True) > 0.5) == digits)
