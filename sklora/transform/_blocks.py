@@ -412,7 +412,7 @@ def _fill(
         _look_at(X)
         if not isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             raise
-        raise ValueError(_overflow(X)) from error
+        raise ValueError(overflow_of(X)) from error
     # One sum says whether all are finite, unless it overflows; then a look at X says it.
     if not math.isfinite(torch.from_numpy(out).sum()):
         _look_at(X)
@@ -429,10 +429,11 @@ def check_results(X: LoRACollection, out: NDArray[Any]) -> None:
     """
     valid = np.isfinite(out).all(axis=1)
     if not valid.all():
-        raise ValueError(_overflow(X[[int(valid.argmin())]]))
+        raise ValueError(overflow_of(X[[int(valid.argmin())]]))
 
 
-def _overflow(X: LoRACollection) -> str:
+def overflow_of(X: LoRACollection) -> str:
+    """Say that results of these adapters, whose numbers are finite, are not."""
     first, last = X.ids[[0, -1]].tolist()
     which = f"adapter {first!r}" if len(X) == 1 else f"adapters {first!r} to {last!r}"
     return (

@@ -18,7 +18,14 @@ from sklora._stores import ArrayStore, as_slice, check_memory
 from sklora.collection import LoRACollection
 from sklora.linalg import squared_norm
 from sklora.linalg.products import add_inner_products
-from sklora.transform._blocks import Task, are_sent, parallel_blocks, read_block, run_tasks
+from sklora.transform._blocks import (
+    Task,
+    are_sent,
+    check_results,
+    parallel_blocks,
+    read_block,
+    run_tasks,
+)
 
 # The factors U (B, n, r) and V (B, m, r) of the module at a position.
 ReadModule: TypeAlias = Callable[[int], tuple[Tensor, Tensor]]
@@ -174,6 +181,20 @@ def _fill_sums(
     for position in range(X.layout.n_modules):
         U, V = read(position)
         out += function(U.double(), V.double()).cpu().numpy()
+
+
+def as_dtype_of(X: LoRACollection, results: NDArray[np.float64]) -> NDArray[Any]:
+    """Round what was computed from adapters, a row for each, to their dtype.
+
+    Raises
+    ------
+    ValueError
+        When numbers are not finite, or too large for it; the first of those adapters is named.
+    """
+    with np.errstate(over="ignore"):
+        rounded = results.astype(X.dtype, copy=False)
+    check_results(X, rounded)
+    return rounded
 
 
 class KeepsTraining:

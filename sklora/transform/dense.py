@@ -20,7 +20,13 @@ from sklora.linalg._factors import column_signs
 from sklora.linalg._random import gaussian_projections
 from sklora.linalg._tall import project
 from sklora.transform._base import WeightsToFeatures
-from sklora.transform._pairs import KeepsTraining, inner_products, sum_over_modules
+from sklora.transform._blocks import check_results
+from sklora.transform._pairs import (
+    KeepsTraining,
+    as_dtype_of,
+    inner_products,
+    sum_over_modules,
+)
 
 _SKETCH_COMPONENTS = 32
 
@@ -169,9 +175,10 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
 
     def _fit_gram(self, X: LoRACollection) -> None:
         products = inner_products(X, device=self.device, n_jobs=self.n_jobs, verbose=self.verbose)
+        sizes = sum_over_modules(_squared_size, X, device=self.device, n_jobs=self.n_jobs)
+        check_results(X, np.column_stack([products.diagonal(), sizes]))
         values, vectors = (A.flip(-1) for A in torch.linalg.eigh(torch.from_numpy(products)))
         rounding = max(np.finfo(np.float64).eps, float(np.finfo(X.dtype).eps) ** 2)
-        sizes = sum_over_modules(_squared_size, X, device=self.device, n_jobs=self.n_jobs)
         size = max(len(X) * float(values[0]), float(sizes.sum()))
         n_coordinates = int((values > rounding * size).sum())
         if self.n_components is not None:
@@ -209,7 +216,7 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
         return self._with_side(self.eigenvectors_ * np.sqrt(self.eigenvalues_), X)
 
     def _with_side(self, coordinates: NDArray[np.float64], X: LoRACollection) -> NDArray[Any]:
-        features = coordinates.astype(X.dtype, copy=False)
+        features = as_dtype_of(X, coordinates)
         if not X.layout.n_side:
             return features
         return np.hstack([features, X[:, X.layout.side_slice]])

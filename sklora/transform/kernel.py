@@ -13,7 +13,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.transform._base import BlockwiseFeaturizer
 from sklora.transform._blocks import check_results
-from sklora.transform._pairs import KeepsTraining, inner_products, squared_norms
+from sklora.transform._pairs import KeepsTraining, as_dtype_of, inner_products, squared_norms
 
 
 class UpdateKernel(KeepsTraining, BlockwiseFeaturizer):
@@ -113,19 +113,20 @@ class UpdateKernel(KeepsTraining, BlockwiseFeaturizer):
     def _fit(self, X: LoRACollection) -> None:
         self._training = X
         self._norms = squared_norms(X, device=self.device, n_jobs=self.n_jobs)
+        check_results(X, self._norms[:, None])
         scale = 1 / (float(self._norms.mean()) or 1.0)
         self.gamma_ = scale if self.gamma is None else float(self.gamma)
 
     def _transform(self, X: LoRACollection) -> NDArray[Any]:
         products = self._products(X, self._training)
         norms = squared_norms(X, device=self.device, n_jobs=self.n_jobs)
-        return _as_dtype_of(X, self._kernel(products, norms, self._norms))
+        return as_dtype_of(X, self._kernel(products, norms, self._norms))
 
     def _transform_training(self, X: LoRACollection) -> NDArray[Any]:
         products = self._products(X)
         # The diagonal makes distances to oneself exactly zero, and may be below zero by rounding.
         norms = products.diagonal().copy() if self.kernel == "rbf" else self._norms
-        return _as_dtype_of(X, self._kernel(products, norms, norms))
+        return as_dtype_of(X, self._kernel(products, norms, norms))
 
     def _products(self, *collections: LoRACollection) -> NDArray[np.float64]:
         return inner_products(
@@ -153,13 +154,6 @@ class UpdateKernel(KeepsTraining, BlockwiseFeaturizer):
             products += training_norms
             np.exp(-self.gamma_ * products.clip(min=0, out=products), out=products)
         return products
-
-
-def _as_dtype_of(X: LoRACollection, kernel: NDArray[np.float64]) -> NDArray[Any]:
-    with np.errstate(over="ignore"):
-        result = kernel.astype(X.dtype, copy=False)
-    check_results(X, result)
-    return result
 
 
 def pairwise_update_kernel(

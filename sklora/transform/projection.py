@@ -23,7 +23,7 @@ from sklora.linalg import CompressedUpdates, compress_updates, leading_direction
 from sklora.linalg._random import gaussian_projections
 from sklora.linalg._tall import project
 from sklora.transform._base import WeightsToWeights
-from sklora.transform._blocks import at_work, plan_blocks, read_block
+from sklora.transform._blocks import at_work, overflow_of, plan_blocks, read_block
 
 
 class GLEquivariantProjection(WeightsToWeights):
@@ -157,7 +157,10 @@ class GLEquivariantProjection(WeightsToWeights):
                     for module, (U, V) in zip(X.layout.modules[modules], factors, strict=True):
                         found[module] = compress_updates(U, V, previous=found.get(module))
                     advance()
-                self._keep_leading(found, X.dtype)
+                try:
+                    self._keep_leading(found, X.dtype)
+                except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                    raise ValueError(overflow_of(X)) from error
 
     def _keep_leading(
         self, found: Mapping[LoRAModule, CompressedUpdates], dtype: np.dtype[Any]

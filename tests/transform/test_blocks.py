@@ -117,6 +117,27 @@ def test_finite_numbers_that_cannot_be_decomposed_are_named(featurizer, X):
         featurizer.fit_transform(huge)
 
 
+@pytest.mark.parametrize("scale", [1e80, 1e160, 1e300])
+@pytest.mark.parametrize("featurizer", BY_PAIRS, ids=str)
+def test_pairs_whose_products_overflow_are_named(featurizer, X, scale):
+    flat = np.array(X)
+    flat[4] *= scale
+    huge = LoRACollection.from_array(flat, X.layout, ids=X.ids)
+    for method in ("fit", "fit_transform"):
+        with pytest.raises(ValueError, match=r"of adapter 'adapter-4' are finite, but .* overflow"):
+            getattr(clone(featurizer), method)(huge)
+
+
+def test_coordinates_that_overflow_are_named(X):
+    flat = np.asarray(X, np.float32)
+    fitted = DenseProduct("gram").fit(LoRACollection.from_array(flat, X.layout))
+    flat = np.concatenate([flat[:4], np.float32(1e20) * flat[4:]])
+    huge = LoRACollection.from_array(flat, X.layout, ids=X.ids)
+    for of in (fitted.transform, DenseProduct("gram").fit_transform):
+        with pytest.raises(ValueError, match=r"of adapter 'adapter-4' are finite, but .* overflow"):
+            of(huge)
+
+
 def test_a_sum_that_overflows_is_no_error():
     rows = np.full((3, 4), 3e38, np.float32)
     X = LoRACollection.from_array(rows, LoRALayout.rows(4))

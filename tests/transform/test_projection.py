@@ -167,6 +167,13 @@ def test_other_ranks_at_transform(X, random_loras, rng, updates, method, rank):
     np.testing.assert_allclose(updates(projected, 2), expected, atol=1e-12)
 
 
+def test_hosvd_of_numbers_that_cannot_be_decomposed(X):
+    huge = LoRACollection.from_array(np.asarray(X) * 1e300, X.layout, ids=X.ids)
+    message = "adapters 'adapter-0' to 'adapter-8' are finite, but .* overflows"
+    with pytest.raises(ValueError, match=message):
+        GLEquivariantProjection(3, "hosvd").fit(huge)
+
+
 def test_hosvd_needs_enough_updates(X, random_loras, rng):
     message = (
         r"'m0' of shape \(6, 4\): the ranks of its 1 training updates add up to 3, fewer than "
