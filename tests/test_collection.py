@@ -323,6 +323,13 @@ class TestWithLayout:
         assert wide.read().dtype == np.float32
         narrow = wide.with_layout(X.layout)
         np.testing.assert_array_equal(narrow.read(), X.read())
+        stored = LoRACollection.from_array(wide.read(), wide.layout)
+        np.testing.assert_array_equal(stored.with_layout(X.layout).read(), X.read())
+
+    def test_side_features_stay(self, random_loras, rng):
+        X = random_loras(rng, 2, side=[{"s": [1.0, 2.0]}, {"s": [3.0, 4.0]}])
+        wide = X.with_layout(X.layout.with_ranks([5, 2, 3]))
+        np.testing.assert_array_equal(wide.read()[:, wide.layout.side_slice], [[1, 2], [3, 4]])
 
     def test_truncation_is_refused(self):
         message = (

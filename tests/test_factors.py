@@ -50,6 +50,9 @@ class TestFromFactors:
                 factors, layout=LoRALayout.rows(2), base_model=base_model
             )
             np.testing.assert_array_equal(X.read(), [[3, 6]])
+        half = [{"row": [factor.astype(np.float16) * 200 for factor in factors[0]["row"]]}]
+        X = LoRACollection.from_factors(half, layout=LoRALayout.rows(2), dtype=np.float32)
+        np.testing.assert_array_equal(X.read(), [[120_000, 240_000]])
 
     def test_a_base_model_completes_a_declared_layout(self):
         layout = LoRALayout([("q", 3, 2, 2)], side=[("a", 1)])
@@ -69,6 +72,9 @@ class TestFromFactors:
         X = LoRACollection.from_factors([], layout=LAYOUT)
         assert X.shape == (0, LAYOUT.width)
         assert list(X) == []
+        nothing = LoRACollection.from_factors([{}], layout=LoRALayout(LAYOUT.modules))
+        assert nothing.dtype == np.float32
+        np.testing.assert_array_equal(nothing.read(), 0)
 
     def test_ids_base_model_and_side(self):
         X = LoRACollection.from_factors(
@@ -143,6 +149,7 @@ class TestRefusedFactors:
             ({"q": (np.ones((3, 2)), np.full((2, 2), np.nan))}, "NaN or infinity"),
             ({"q": (np.full((3, 2), np.nan), np.ones((2, 2)))}, "NaN or infinity"),
             ({"q": (np.ones((3, 2)), np.ones(2))}, r"has U \(3, 2\) and V \(2,\); factors are"),
+            ({"q": (np.ones(2), np.ones((3, 2)))}, r"has U \(2,\) and V \(3, 2\); factors are"),
             ({"q": (np.ones(3), np.ones(2))}, r"has U \(3,\) and V \(2,\); factors are matrices"),
             ({"q": np.ones((3, 2))}, r"module 'q' of adapter 1 is no pair of factors"),
             ({"q": 3.0}, r"module 'q' of adapter 1 is no pair of factors"),
@@ -157,7 +164,7 @@ class TestRefusedFactors:
         ("factor", "reason"),
         [
             (torch.ones(3, 2, dtype=torch.bfloat16), "BFloat16"),
-            (torch.ones(3, 2, requires_grad=True), "requires grad"),
+            (torch.ones(3, 2, requires_grad=True), r"requires grad.* instead\. Pass NumPy arrays"),
             ([[1.0, 2.0], [3.0], [4.0]], "inhomogeneous"),
         ],
     )
@@ -197,11 +204,15 @@ class TestRefusedFactors:
 
     def test_side_features_have_to_be_complete(self):
         factors = [{"q": pair()}, {"q": pair()}]
-        for side in ([{"a": [1.0]}], []):
+        for side in ([{"a": [1.0]}], [], [{"a": [1.0]}] * 3):
             with pytest.raises(ValueError, match=f"2 adapters have side features of {len(side)}"):
                 LoRACollection.from_factors(factors, side=side)
         with pytest.raises(ValueError, match=r"adapter 1 has side features \{\}, but \{'a': 1\}"):
             LoRACollection.from_factors(factors, side=[{"a": [1.0]}, {}])
+        with pytest.raises(
+            ValueError, match=r"adapter 0 has side features \{'a': 2\}, but \{'a': 1"
+        ):
+            LoRACollection.from_factors(factors, side=[{"a": [1.0, 2.0]}, {"a": [1.0]}])
         with pytest.raises(ValueError, match="side feature 'a' of adapter 1 has NaN or inf"):
             LoRACollection.from_factors(factors, side=[{"a": [1.0]}, {"a": [np.nan]}])
 
@@ -245,7 +256,13 @@ class TestRefusedFactors:
         with pytest.raises(ValueError, match="module 'q' that float16 cannot hold; pass another"):
             LoRACollection.from_factors([{"p": pair(), "q": pair(fill=1e6)}], dtype=np.float16)
 
-    @pytest.mark.parametrize("dtype", [np.int8, np.int64, bool])
+    @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64, bool])
     def test_a_dtype_that_rounds(self, dtype):
         with pytest.raises(ValueError, match=f"dtype={np.dtype(dtype)} .* floating-point"):
             LoRACollection.from_factors([{"q": pair(fill=1.5)}], dtype=dtype)
+
+    def test_a_dtype_of_complex_numbers(self):
+        with pytest.raises(
+            ValueError, match="real numbers of at most 64 bits, got dtype complex64"
+        ):
+            LoRACollection.from_factors([{"q": pair()}], dtype=np.complex64)

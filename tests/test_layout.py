@@ -11,12 +11,14 @@ from sklora.collection import LoRALayout, LoRAModule, ModuleGroup
 
 sizes = st.integers(1, 4)
 layouts = st.builds(
-    lambda shapes, side: LoRALayout(
+    lambda shapes, side, base_model: LoRALayout(
         [(f"m{i}", *shape) for i, shape in enumerate(shapes)],
         side=[(f"s{i}", size) for i, size in enumerate(side)],
+        base_model=base_model,
     ),
     st.lists(st.tuples(sizes, sizes, sizes), min_size=1, max_size=5),
     st.lists(sizes, max_size=2),
+    st.sampled_from([None, "base"]),
 )
 plain_layouts = st.builds(LoRALayout.rows, st.integers(1, 9))
 LAYOUT = LoRALayout(
@@ -98,6 +100,8 @@ class TestDescription:
                     for (n, r), value in np.ndenumerate(factor):
                         assert row.pop(f"{module}:{letter}{n},{r}", 0) == value
         assert list(row) == ["scale:0", "scale:1"]
+        layout = LoRALayout([("q", 3, 2, 2)], side=[("scale", 1)])
+        assert layout.feature_names()[-1] == "scale"
 
     def test_names_of_plain_rows(self):
         assert LoRALayout.rows(2).feature_names() == ["row:U0,0", "row:U1,0"]
@@ -140,7 +144,7 @@ class TestRefusedDescriptions:
         [
             ([], "at least one module"),
             ([("q", 3, 2)], r"\(name, n, m, rank\), got \('q', 3, 2\)"),
-            ([("q", 3, 2, 1)] * 2, "module 'q' is named twice"),
+            ([("k", 3, 2, 1), *[("q", 3, 2, 1)] * 2], "module 'q' is named twice"),
             ([("q", 0, 2, 1)], "the n of module 'q' must be at least 1, got 0"),
             ([("q", 3, 2, 0)], "the rank of module 'q' must be at least 1, got 0"),
         ],
@@ -248,6 +252,8 @@ class TestPacking:
             LAYOUT.pack([(U, V[..., :1]), factors[1]], side)
         with pytest.raises(ValueError, match=r"U of the modules.* \(3, 2, 2, 2\)"):
             LAYOUT.pack([(U[:, :, :2], V), factors[1]], side)
+        with pytest.raises(ValueError, match=r"V of the modules.* has shape \(3, 2, 2\), but"):
+            LAYOUT.pack([(U, V[..., 0]), factors[1]], side)
 
     def test_pack_needs_the_side_features_there_are(self):
         factors = LAYOUT.unpack(numbered_rows(LAYOUT))
@@ -329,8 +335,12 @@ class TestSameModules:
         [
             ([("q", 3, 2, 1)], r"module 'v' of shape \(4, 2\) is missing: .* 1 modules, and 2"),
             (
-                [("q", 3, 2, 1), ("v", 4, 2, 1), ("k", 1, 1, 1)],
-                r"module 'k' of shape \(1, 1\) is not expected: .* 3 modules, and 2",
+                [("q", 3, 2, 1), ("v", 4, 2, 1), ("k", 1, 1, 1), ("o", 1, 1, 1)],
+                r"module 'k' of shape \(1, 1\) is not expected: .* 4 modules, and 2",
+            ),
+            (
+                [("q", 3, 2, 1), ("k", 4, 2, 1)],
+                r"module 'k' of shape \(4, 2\) is where module 'v' of shape \(4, 2\) is expected",
             ),
             (
                 [("q", 3, 2, 1), ("v", 4, 3, 1)],
@@ -358,6 +368,10 @@ class TestSameModules:
         modules = [("q", 3, 2, 1)]
         with pytest.raises(ValueError, match=r"\[\('s', 1\)\], but \[\] are expected"):
             LoRALayout(modules).check_same_modules(LoRALayout(modules, side=[("s", 1)]))
+        with pytest.raises(ValueError, match=r"\[\('s', 1\)\], but \[\('s', 2\)\] are expected"):
+            LoRALayout(modules, side=[("s", 2)]).check_same_modules(
+                LoRALayout(modules, side=[("s", 1)])
+            )
 
     def test_plain_rows_and_modules(self):
         with pytest.raises(ValueError, match="but plain rows of 3 features is expected"):

@@ -69,10 +69,10 @@ def rounding_level(U: Tensor, V: Tensor) -> Tensor:
 def column_signs(A: Tensor) -> Tensor:
     """Signs (..., 1, k) that make the largest entry of each column of ``A`` positive.
 
-    Of entries that are as large to 1e-4 it is the first, so that rounding does not decide.
+    Of entries that are as large to 1e-4 it is the first, so that rounding does not decide. The sign
+    of a column of zeros is zero.
     """
     sizes = A.abs()
     is_largest = sizes >= (1 - 1e-4) * sizes.amax(dim=-2, keepdim=True)
     largest = is_largest.to(torch.uint8).argmax(dim=-2, keepdim=True)
-    signs = torch.sign(A.gather(-2, largest))
-    return torch.where(signs == 0, torch.ones_like(signs), signs)
+    return torch.sign(A.gather(-2, largest))

@@ -91,6 +91,11 @@ def test_signs_of_columns_with_two_largest_entries_do_not_depend_on_the_gauge(
         np.testing.assert_allclose(right, V / lengths, rtol=0, atol=1e-3)
 
 
+def test_signs_are_those_of_the_largest_entries(dtype):
+    U, V = torch.tensor([[0.999], [-1.0]], dtype=dtype), torch.ones((1, 1), dtype=dtype)
+    assert balance(U, V)[0][1] > 0
+
+
 @pytest.mark.parametrize(("n", "m", "r"), [(2, 7, 5), (7, 2, 5), (3, 3, 3), (1, 1, 2)])
 def test_balance_with_rank_above_the_shape_ends_in_zero_columns(make_factors, dtype, n, m, r):
     U, V = make_factors(9, n, m, r, dtype=dtype)

@@ -100,7 +100,8 @@ def test_half_precision_comes_out_as_float32(make_factors, half):
     ("U", "V", "match"),
     [
         (torch.ones(4, 2), torch.ones(3, 3), r"\(4, 2\) and V of shape \(3, 3\)"),
-        (torch.ones(4), torch.ones(3, 1), "same r"),
+        (torch.ones(2), torch.ones(3, 2), "same r"),
+        (torch.ones(3, 2), torch.ones(2), "same r"),
         (torch.ones(4, 2, dtype=torch.int64), torch.ones(3, 2, dtype=torch.int64), "floating"),
     ],
 )
