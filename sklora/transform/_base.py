@@ -219,7 +219,7 @@ class BlockwiseFeaturizer(Featurizer):
 class WeightsToFeatures(BlockwiseFeaturizer):
     """Every module gives some columns; side features follow as the last.
 
-    A subclass says what the columns of a module are in ``_feature_names`` and
+    A subclass says what the columns of a module are in ``_feature_counts``, ``_feature_names`` and
     ``_module_features``.
     """
 
@@ -234,8 +234,9 @@ class WeightsToFeatures(BlockwiseFeaturizer):
         They are of the k modules at these positions: one, unless the class ``_stacks``.
         """
 
+    @abstractmethod
     def _feature_counts(self) -> list[int]:
-        return [len(self._feature_names(position)) for position in range(self.layout_.n_modules)]
+        """How many columns every module gives, which may be more than there is memory for names."""
 
     def _column_names(self) -> list[str]:
         names = [

@@ -98,6 +98,9 @@ class SVDSpectrum(WeightsToFeatures):
         ranks = X.layout.ranks
         self.n_values_ = ranks if self.n_values is None else (int(self.n_values),) * len(ranks)
 
+    def _feature_counts(self) -> list[int]:
+        return [*self.n_values_]
+
     def _feature_names(self, position: int) -> Sequence[str]:
         return [f"s{i}" for i in range(self.n_values_[position])]
 

@@ -54,6 +54,11 @@ def test_n_values_truncates_or_pads(X, n_values):
     assert (features[..., kept:] == 0).all()
 
 
+def test_more_values_than_memory_holds_are_refused_at_once(X):
+    with pytest.raises(MemoryError):
+        SVDSpectrum(10**13).fit_transform(X)
+
+
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_other_ranks_at_transform(X, random_loras, rng, updates, rank):
     other = random_loras(rng, 5, [module[1:3] for module in X.layout.modules], rank)
