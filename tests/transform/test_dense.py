@@ -225,7 +225,9 @@ class TestGram:
     def test_eigenvalues_below_the_rounding_of_all_are_left_out(self, size, n_coordinates):
         rows = np.zeros((40, 2))
         rows[0, 0], rows[1, 1] = 1, np.sqrt(size * np.finfo(float).eps)
-        assert len(DenseProduct("gram").fit(rows).eigenvalues_) == n_coordinates
+        for n_components in (None, 5):
+            model = DenseProduct("gram", n_components).fit(rows)
+            assert len(model.eigenvalues_) == n_coordinates
 
     def test_a_disguise_in_single_precision_is_no_direction_of_its_own(self):
         # One that is rounded more than most.
