@@ -3,7 +3,8 @@
 ``.processor.to_q_lora.down``, ``.to_q.lora.down`` and ``.to_q.lora_A``; ``.lora_linear_layer.`` in
 text encoders. Scale: that of the metadata entry ``lora_adapter_metadata`` (a configuration of PEFT
 for each component), else alpha/r of an ``.alpha`` tensor, else 1
-(`diffusers/loaders/lora_base.py`, `diffusers/utils/state_dict_utils.py`).
+(`diffusers/loaders/lora_base.py`, `diffusers/utils/state_dict_utils.py`). Of LoHa and LoKr with
+that entry (`diffusers/loaders/peft.py`, ``save_lora_adapter``) keys and scale are those of PEFT.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from sklora._untrusted import Refusal, parse_json
 from sklora.io._build import (
+    PRODUCT_ROLES,
     alpha_over_rank,
     by_module,
     has_suffix,
@@ -20,7 +22,13 @@ from sklora.io._build import (
     make_plan,
 )
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
-from sklora.io.formats.peft import METADATA, check_patterns, check_update, scale_of_config
+from sklora.io.formats.peft import (
+    METADATA,
+    check_config,
+    check_lokr,
+    check_patterns,
+    scale_of_config,
+)
 
 _SUFFIXES = {
     "down.weight": "down",
@@ -45,6 +53,8 @@ _OTHERS = ("transformer.h.", "transformer.encoder.")
 def _matches(source: Source, options: ReadOptions) -> bool:
     if has_suffix(source, "_lora.down.weight", ".lora.down.weight", "_layer.down.weight"):
         return True
+    if METADATA in source.metadata and has_suffix(source, *PRODUCT_ROLES):
+        return True
     new = has_suffix(source, ".lora_A.weight")
     named = any(
         name.startswith(_COMPONENTS) and not name.startswith(_OTHERS) for name in source.tensors
@@ -53,10 +63,12 @@ def _matches(source: Source, options: ReadOptions) -> bool:
 
 
 def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
-    modules, rest = by_module(source.tensors, _SUFFIXES, strip=(".lora", ".lora_linear_layer"))
+    # Without a configuration they are LyCORIS's.
+    suffixes = _SUFFIXES | PRODUCT_ROLES if METADATA in source.metadata else _SUFFIXES
+    modules, rest = by_module(source.tensors, suffixes, strip=(".lora", ".lora_linear_layer"))
     settings = _settings(source.metadata)
     for config in settings.values():
-        check_update(config)
+        check_config(config)
         check_patterns(config, list(modules), len(settings))
 
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
@@ -66,7 +78,9 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
                 return Scale(scale_of_config(config, module, dimension))
         return alpha_over_rank(path, tensors, dimension)
 
-    return make_plan(source, options, "diffusers", modules, scale, left_out=left_out_of(rest))
+    plan = make_plan(source, options, "diffusers", modules, scale, left_out=left_out_of(rest))
+    check_lokr(source, plan)
+    return plan
 
 
 FORMAT = Format("diffusers", _matches, _plan)
@@ -83,4 +97,8 @@ def _settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     for key, value in flat.items():
         component, _, name = key.rpartition(".")
         settings.setdefault(component, {})[name] = value
-    return {name: config for name, config in settings.items() if "lora_alpha" in config}
+    return {
+        name: {"peft_type": "LORA", **config}
+        for name, config in settings.items()
+        if config.keys() & {"lora_alpha", "alpha"}
+    }

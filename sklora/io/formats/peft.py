@@ -91,9 +91,9 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     if config is None:
         rule = _rule_without_config(modules, options)
         plan = make_plan(source, options, "peft", modules, rule, left_out=left_out_of(rest))
-        _check_lokr(source, plan)
+        check_lokr(source, plan)
         return plan
-    _check_config(config)
+    check_config(config)
     targets = _targets(config)
     longest = max(map(len, targets), default=0)
     check_patterns(config, list(modules), max(len(targets), 1), longest)
@@ -101,13 +101,13 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
         if "alpha" in tensors:
             return alpha_over_rank(path, tensors, dimension)
-        return Scale(_scale(config, path.removeprefix(PREFIX), tensors, dimension))
+        return Scale(scale_of_config(config, path.removeprefix(PREFIX), dimension))
 
     label = base_model_label(config.get("base_model_name_or_path"))
     plan = make_plan(
         source, options, "peft", modules, scale, left_out=left_out_of(rest), base_model=label
     )
-    _check_lokr(source, plan)
+    check_lokr(source, plan)
     return _with_experts(plan, config, targets)
 
 
@@ -156,7 +156,7 @@ def _rule_without_config(modules: Modules, options: ReadOptions) -> ScaleRule:
     return scale
 
 
-def _check_lokr(source: Source, plan: AdapterPlan) -> None:
+def check_lokr(source: Source, plan: AdapterPlan) -> None:
     """Refuse LoKr of a Conv1d: PEFT's `make_kron` adds the axis to w1 in front, not at the end."""
     for module in plan.modules:
         full = module.tensors.get("lokr_w2")
@@ -168,7 +168,14 @@ def _check_lokr(source: Source, plan: AdapterPlan) -> None:
             )
 
 
-def _check_config(config: Mapping[str, Any]) -> None:
+def check_config(config: Mapping[str, Any]) -> None:
+    """Check that a configuration is of a method that is read, whose tensors are the whole update.
+
+    Raises
+    ------
+    Refusal
+        When it is of another, or the method changes the base model too.
+    """
     kind = config["peft_type"]
     if kind not in _TYPES:
         detail = _DETAILS.get(kind, "") if isinstance(kind, str) else ""
@@ -176,17 +183,6 @@ def _check_config(config: Mapping[str, Any]) -> None:
             f"peft_type {shown(kind)} is no low-rank update that sklora reads{detail}; it reads "
             f"{', '.join(_TYPES)}."
         )
-    check_update(config)
-
-
-def check_update(config: Mapping[str, Any]) -> None:
-    """Check that ``B A`` is the whole update.
-
-    Raises
-    ------
-    Refusal
-        When the method changes the base model too, or has another update.
-    """
     init = config.get("init_lora_weights")
     known = init.lower() if isinstance(init, str) else init
     if not any(known is plain or known == plain for plain in _PLAIN_INITS):
@@ -209,9 +205,22 @@ _DETAILS = {
 }
 
 
-def _scale(
-    config: Mapping[str, Any], module: str, tensors: Mapping[str, str], dimension: int | None
-) -> float:
+def scale_of_config(config: Mapping[str, Any], module: str, dimension: int | None) -> float:
+    """Give the scale of one module by the rule of its ``peft_type``.
+
+    Parameters
+    ----------
+    config : mapping
+        Of PEFT, with a ``peft_type``.
+    module : str
+        Without PEFT's prefix.
+    dimension : int or None
+        The rank that the tensors tell.
+
+    Returns
+    -------
+    float
+    """
     kind = config["peft_type"]
     key = "lora_alpha" if kind in ("LORA", "ADALORA") else "alpha"
     if kind == "ADALORA":
@@ -221,7 +230,7 @@ def _scale(
     if dimension is None:
         # LoKr of two full matrices: the tensors do not tell r.
         dimension = int(pattern_value(config, "rank_pattern", "r", module))
-    return scale_of_config(config, module, dimension, key)
+    return _alpha_by_rank(config, module, dimension, key)
 
 
 def _unpruned(config: Mapping[str, Any], module: str, rank: int) -> int:
@@ -236,24 +245,10 @@ def _unpruned(config: Mapping[str, Any], module: str, rank: int) -> int:
     return rank
 
 
-def scale_of_config(
+def _alpha_by_rank(
     config: Mapping[str, Any], module: str, rank: int | None, key: str = "lora_alpha"
 ) -> float:
-    """Give the scale of one module: alpha/r, or alpha/sqrt(r) with ``use_rslora``.
-
-    Parameters
-    ----------
-    config : mapping
-        Of PEFT's ``LoraConfig``.
-    module : str
-        Without PEFT's prefix.
-    rank : int or None
-    key : str, default="lora_alpha"
-
-    Returns
-    -------
-    float
-    """
+    """Give alpha/r of one module, or alpha/sqrt(r) with ``use_rslora``."""
     alpha = pattern_value(config, "alpha_pattern", key, module)
     return alpha / (math.sqrt(_rank(rank)) if config.get("use_rslora") else _rank(rank))
 
@@ -372,7 +367,7 @@ def _settings_of_experts(
     for parameter in parameters:
         name = f"{owner}.{parameter}"
         rank = int(pattern_value(config, "rank_pattern", "r", name))
-        settings.add((rank, scale_of_config(config, name, max(rank, 1))))
+        settings.add((rank, _alpha_by_rank(config, name, max(rank, 1))))
     if len(settings) > 1:
         raise Refusal(
             f"its patterns of ranks and alphas tell the parameters {shown(parameters)[1:-1]} of "
