@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 from sklora._untrusted import Refusal, shown
@@ -48,6 +49,8 @@ _FACTOR = re.compile(
     r"|lokr_[wt]\d(?:_[ab])?)(?:\.(?!alpha$|bias$)[^.]+){0,2}$"
     r"|lora(?:\d|_linear_layer)?\.(?:down|up)\.weight$|:(?:down|up)$"
 )
+# Numbers by which some trainers multiply an update.
+_SCALE = re.compile(r"\.(?:(?:lora_|network_)?alpha|(?:lora_)?scal(?:e|ar|ing))(?:\.default)?$")
 # By how a component of a tensor's name begins.
 _REFUSED = {
     **dict.fromkeys(("oft_diag", "oft_blocks", "oft_r", "oft_R"), _OFT),
@@ -58,6 +61,7 @@ _REFUSED = {
     "vera_lambda_": "VeRA's update needs the input width of each module, which no file tells",
     "fourierft_": "the update of FourierFT has full rank",
     "lambda_layer": "T-LoRA's update is a difference to its initial factors, which no file holds",
+    "bias_indices": "a sparse part belongs to the update, which is then not of low rank",
     "a1.weight": "GLoRA multiplies the weight, which is no low-rank update",
     "lora_a.weight": "torchtune's checkpoints are read after its export to PEFT",
 }
@@ -89,6 +93,7 @@ def plan_adapter(source: Source, options: ReadOptions) -> AdapterPlan:
                 left_out = [tensor for tensor, _ in plan.left_out]
                 _refuse_methods(left_out)
                 _refuse_factors(left_out, plan.format)
+                _refuse_scales(source, left_out, plan)
             return plan
     _refuse_methods(source.tensors)
     if not source.tensors:
@@ -117,4 +122,22 @@ def _refuse_factors(tensors: Iterable[str], format: str) -> None:
             raise Refusal(
                 f"tensor {shown(name)} is a factor of an update, but no adapter of the format "
                 f"{format} has it; the file mixes two formats: split it."
+            )
+
+
+def _refuse_scales(source: Source, tensors: Iterable[str], plan: AdapterPlan) -> None:
+    """Refuse numbers that may be scales of modules, where the format of the file has none."""
+    paths = {module.path for module in plan.modules}
+    # As in HCP-Diffusion: "x.alpha" beside "x.layer.lora_up.weight".
+    wrappers = Counter(path.rpartition(".")[0] for path in paths)
+    for name in tensors:
+        found = _SCALE.search(name)
+        if found is None or source.tensors[name].size != 1:
+            continue
+        owner = name[: found.start()]
+        if owner in paths or owner.rpartition(".")[0] in paths or wrappers[owner] == 1:
+            raise Refusal(
+                f"tensor {shown(name)} may be the scale of a module, but no adapter of the format "
+                f"{plan.format} has it there; multiply a factor by what it means, and take it out "
+                "of the file, or pass keys= and scale=."
             )

@@ -18,6 +18,7 @@ REFUSED = {
     "base_model.model.q.vera_lambda_b": "input width of each module",
     "base_model.model.q.fourierft_spectrum": "full rank",
     "lora_unet_x.lambda_layer": "T-LoRA's update is a difference",
+    "lora_unet_x.bias_indices": "a sparse part belongs to the update",
     "lora_unet_x.a1.weight": "GLoRA multiplies",
     "layers.0.attn.q_proj.lora_a.weight": "after its export to PEFT",
 }
@@ -75,6 +76,44 @@ def test_file_of_two_formats_is_refused(save, refusal, one, other):
     why = refusal(save(tensors))
     assert "mixes two formats: split it" in why
     assert any(repr(name) in why for name in MIXED[one] + MIXED[other])
+
+
+KOHYA = ("x.lora_down.weight", "x.lora_up.weight")
+DIFFUSERS = ("unet.x.lora_A.weight", "unet.x.lora_B.weight")
+HCP = ("unet.x.___.layer.lora_down.weight", "unet.x.___.layer.lora_up.weight")
+
+
+@pytest.mark.parametrize(
+    ("factors", "scale"),
+    [
+        (HCP, "unet.x.___.alpha"),
+        (HCP, "unet.x.___.scale"),
+        (KOHYA, "x.scale"),
+        (KOHYA, "x.lora_alpha"),
+        (KOHYA, "x.lora_down.alpha"),
+        (DIFFUSERS, "unet.x.scaling"),
+        (DIFFUSERS, "unet.x.lora_A.alpha"),
+        (DIFFUSERS, "unet.x.alpha.default"),
+    ],
+)
+def test_scale_in_another_place_is_refused(save, refusal, factors, scale):
+    """Without it the update would be read at another size."""
+    tensors = {name: torch.ones(3, 3) for name in factors}
+    why = refusal(save(tensors | {scale: torch.tensor(0.5)}))
+    assert why.startswith(f"tensor {scale!r} may be the scale")
+    assert "pass keys= and scale=" in why
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("visual.logit_scale", ()), ("unet.scale", ()), ("unet.x.norm.scale", (3,)), ("y.alpha", ())],
+)
+def test_other_numbers_are_left_out(save, scan, name, shape):
+    tensors = {
+        name: torch.ones(3, 3) for name in (*DIFFUSERS, *(x.replace("x", "z") for x in DIFFUSERS))
+    }
+    report = scan(save(tensors | {name: torch.ones(shape)}))
+    assert [tensor for tensor, _ in report.left_out] == [name]
 
 
 def test_packed_zoo_is_refused_by_name(rng, tmp_path, refusal):
