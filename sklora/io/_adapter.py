@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -198,6 +199,7 @@ def opened(found: Found, options: ReadOptions, stamp: Stamp | None = None) -> It
     try:
         if found.in_folder:
             check_inside(found.path, found.root)
+        _check_whole(found.path)
         before = _stamp_before(found.path)
         with open_tensor_file(found.path, allow_torch_zip=options.allow_torch_zip) as file:
             if stamp is not None and Stamp.of(found.path) != stamp:
@@ -213,6 +215,20 @@ def opened(found: Found, options: ReadOptions, stamp: Stamp | None = None) -> It
         raise AdapterError(found.path, str(error)) from None
     except OSError as error:
         raise AdapterError(found.path, f"it cannot be read: {error.strerror or error}.") from error
+
+
+# As transformers and llama.cpp name them.
+_PART = re.compile(r"-[0-9]{5}-of-([0-9]{5})\.[a-z]+$")
+
+
+def _check_whole(path: str) -> None:
+    """Refuse one part of an adapter: modules of the others would count as unchanged."""
+    found = _PART.search(path)
+    if found and int(found[1]) > 1:
+        raise Refusal(
+            f"by its name it is one of {int(found[1])} parts of an adapter; put all of them in one "
+            "file, or rename it if it is whole."
+        )
 
 
 def _stamp_before(path: str) -> Stamp | None:

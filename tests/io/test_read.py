@@ -348,6 +348,20 @@ def test_nothing_but_headers_is_read_until_it_is_needed(zoo, monkeypatch):
     assert sorted(names) == [f"{PREFIX}layers.10.q.lora_{role}.weight" for role in "AB"]
 
 
+@pytest.mark.parametrize("ending", ["-00001-of-00002.safetensors", "-00003-of-00012.gguf"])
+def test_a_part_of_an_adapter_is_refused(here, factors, ending):
+    """Else the modules of the other parts would count as unchanged."""
+    kohya(f"part{ending}", factors())
+    with pytest.raises(AdapterError, match=r"one of (2|12) parts of an adapter; put all"):
+        read_adapters(f"part{ending}")
+
+
+@pytest.mark.parametrize("name", ["a-00001-of-00001.safetensors", "run-1-of-3.safetensors"])
+def test_names_that_are_no_part_s(here, factors, name):
+    kohya(name, factors())
+    assert read_adapters(name).ids.tolist() == [name]
+
+
 def test_the_order_of_paths_is_kept_and_a_file_may_be_read_twice(zoo):
     order = [2, 0, 1, 0]
     X = read_adapters(Path("zoo", str(place)) for place in order)

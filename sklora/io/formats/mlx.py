@@ -1,8 +1,8 @@
 """mlx-lm: ``lora_a (in, r)`` and ``lora_b (r, out)``, beside ``adapter_config.json``.
 
-Scale: ``lora_parameters.scale`` as it stands, whatever alpha says, by default 20
-(`mlx_lm/tuner/lora.py`). The old ``adapters.npz`` has no configuration, so its scale is not known.
-DoRA keeps its magnitude in ``.m``.
+Scale: ``lora_parameters.scale`` as it stands, whatever alpha says (`mlx_lm/tuner/utils.py`,
+``linear_to_lora_layers``, which refuses configurations without one). The old ``adapters.npz`` has
+no configuration, so its scale is not known. DoRA keeps its magnitude in ``.m``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from sklora.io._build import (
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
 
 _SUFFIXES = {"lora_a": "a", "lora_b": "b", "m": "magnitude"}
-_DEFAULT_SCALE = 20.0
 
 
 def _matches(source: Source, options: ReadOptions) -> bool:
@@ -49,4 +48,8 @@ def _scale(config: Mapping[str, object] | None, options: ReadOptions) -> float:
         )
     if not isinstance(parameters, Mapping):
         raise Refusal(f"lora_parameters is {shown(parameters)}; it must be a mapping.")
-    return number(parameters, "scale") if "scale" in parameters else _DEFAULT_SCALE
+    if "scale" not in parameters:
+        return stated_scale(
+            options, "its lora_parameters have no scale, without which mlx-lm does not load it;"
+        )
+    return number(parameters, "scale")
