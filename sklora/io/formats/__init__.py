@@ -90,7 +90,7 @@ def plan_adapter(source: Source, options: ReadOptions) -> AdapterPlan:
         if format.matches(source, options):
             plan = format.plan(source, options)
             if format is not custom.FORMAT:
-                left_out = [tensor for tensor, _ in plan.left_out]
+                left_out = [name for name, _ in plan.left_out if source.tensors[name].size]
                 _refuse_methods(left_out)
                 _refuse_factors(left_out, plan.format)
                 _refuse_scales(source, left_out, plan)

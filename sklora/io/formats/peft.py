@@ -34,7 +34,15 @@ from sklora.io._build import (
 )
 from sklora.io._errors import counted
 from sklora.io._pattern import first_match, matching_work
-from sklora.io._plan import AdapterPlan, Format, ModulePlan, ReadOptions, Scale, Source
+from sklora.io._plan import (
+    AdapterPlan,
+    Format,
+    LeftOut,
+    ModulePlan,
+    ReadOptions,
+    Scale,
+    Source,
+)
 
 PREFIX = "base_model.model."
 # Where diffusers keeps a configuration of PEFT for each component.
@@ -87,10 +95,10 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
             rest.append(name)
         else:
             add_role(modules, found[0], found[1], name)
-    rest = _without_alphas(modules, rest)
+    left_out = left_out_of(_without_alphas(modules, rest)) + _pruned(source, modules)
     if config is None:
         rule = _rule_without_config(modules, options)
-        plan = make_plan(source, options, "peft", modules, rule, left_out=left_out_of(rest))
+        plan = make_plan(source, options, "peft", modules, rule, left_out=left_out)
         check_lokr(source, plan)
         return plan
     check_config(config)
@@ -104,9 +112,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
         return Scale(scale_of_config(config, path.removeprefix(PREFIX), dimension))
 
     label = base_model_label(config.get("base_model_name_or_path"))
-    plan = make_plan(
-        source, options, "peft", modules, scale, left_out=left_out_of(rest), base_model=label
-    )
+    plan = make_plan(source, options, "peft", modules, scale, left_out=left_out, base_model=label)
     check_lokr(source, plan)
     return _with_experts(plan, config, targets)
 
@@ -138,6 +144,17 @@ def _without_alphas(modules: Modules, rest: list[str]) -> list[str]:
         else:
             others.append(name)
     return others
+
+
+def _pruned(source: Source, modules: Modules) -> list[LeftOut]:
+    """Take out the modules of which AdaLoRA kept no rank, so that their update is zero."""
+    empty = [
+        path
+        for path, tensors in modules.items()
+        if "diagonal" in tensors and not any(source.tensors[name].size for name in tensors.values())
+    ]
+    reason = "AdaLoRA pruned its module, whose update is zero"
+    return [LeftOut(name, reason) for path in empty for name in modules.pop(path).values()]
 
 
 def _rule_without_config(modules: Modules, options: ReadOptions) -> ScaleRule:

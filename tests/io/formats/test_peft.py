@@ -142,6 +142,21 @@ def test_adalora_divides_by_the_rank_before_pruning(normal, save, assert_updates
     assert_updates(save(tensors, config), {PREFIX + "layers.0.q": update})
 
 
+def test_module_that_adalora_pruned_is_zero(normal, save, assert_updates, scan):
+    A, B, E = normal(3, 4), normal(5, 3), normal(3, 1)
+    pruned = named("k", lora_A=normal(0, 4), lora_B=normal(5, 0), lora_E=normal(0, 1))
+    config = {
+        "peft_type": "ADALORA",
+        "lora_alpha": 8,
+        "rank_pattern": {"q.lora_E": [True, False, True, True], "k.lora_E": [False] * 4},
+    }
+    path = save(named("q", lora_A=A, lora_B=B, lora_E=E) | pruned, config)
+    update = B.double() @ (A.double() * E.double()) * 8 / (4 + 1e-5)
+    assert_updates(path, {PREFIX + "q": update})
+    reason = "AdaLoRA pruned its module, whose update is zero"
+    assert dict(scan(path).left_out) == dict.fromkeys(pruned, reason)
+
+
 def test_adalora_of_a_large_model(normal, save, scan):
     modules = [f"model.layers.{n}.self_attn.{x}_proj" for n in range(60) for x in "qkvo"]
     tensors, pattern = {}, {}
