@@ -11,6 +11,8 @@ def _words(text: str) -> frozenset[str]:
 
 
 _PEFT = "base_model.model."
+# What torch.compile, FSDP and checkpointing put around a module.
+_WRAPPERS = _words("_orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module")
 
 # In place of these prefixes, whose names have underscores for dots, stand dotted ones. "unet" is
 # any denoiser here: `_component` tells which.
@@ -167,11 +169,17 @@ def canonical_name(path: str) -> str:
     """
     # llama.cpp's names, such as "blk.0.attn_q", stay too: its converter permutes the rows of
     # queries and keys in models of the llama type, so the update is another than PEFT's.
-    component, parts = _component(_unflattened(_without(path, _PEFT)))
+    bare = _without(_unwrapped(path), _PEFT)
+    component, parts = _component(_unwrapped(_unflattened(bare)))
     if component == "unet":
         parts = _from_ldm(parts)
     parts = _from_processors(component, parts)
     return ".".join(parts if component is None else [component, *parts])
+
+
+def _unwrapped(name: str) -> str:
+    """Drop the components of wrappers, but never all."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS) or name
 
 
 def _without(name: str, prefix: str) -> str:
