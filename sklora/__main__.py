@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import warnings
@@ -10,8 +9,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from io import StringIO
-
-import torch
 
 from sklora.cli._output import FAILED, CommandError, say
 from sklora.cli._parser import build_parser
@@ -38,28 +35,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Whoever closed a stream, for which Python has None, wants nothing of it.
     sys.stdout, sys.stderr = sys.stdout or StringIO(), sys.stderr or StringIO()
     try:
-        args = build_parser().parse_args(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
+        code = _run(argv)
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    except BrokenPipeError:
+        code = _BROKEN_PIPE
+    except OSError:  # of standard error, so that nobody can be told
+        code = FAILED
     try:
-        code = _run(args)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        _forget_streams()
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        code = _command(argv)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        _forget_streams()
-        return _BROKEN_PIPE
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-
-
-def _run(args: argparse.Namespace) -> int:
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _say_warning
-            # What was trained for too short a time is neither stored nor compared.
-            warnings.simplefilter("error", TrainingInterruptedWarning)
-            code: int = import_module(f"sklora.cli._{args.command}").run(args)
-            return code
     except TrainingInterruptedWarning:
         raise KeyboardInterrupt from None
     except CommandError as error:
@@ -67,9 +62,22 @@ def _run(args: argparse.Namespace) -> int:
         return error.code
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        say(f"error: {error}")
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch has but the last
+        say(f"error: {str(error) or type(error).__name__}")
         return FAILED
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    with warnings.catch_warnings():
+        warnings.showwarning = _say_warning
+        # What was trained for too short a time is neither stored nor compared.
+        warnings.simplefilter("error", TrainingInterruptedWarning)
+        code: int = import_module(f"sklora.cli._{args.command}").run(args)
+        return code
 
 
 def _say_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -1,5 +1,7 @@
 """The whole program: exit codes, usage, signals, and what a terminal gets to see."""
 
+import errno
+import io
 import signal
 import subprocess
 import sys
@@ -93,13 +95,41 @@ def test_broken_pipe_is_141(monkeypatch, capfd):
     assert main(["inspect", "a"]) == 141
 
 
-@pytest.mark.parametrize("error", [ValueError("bad\nnews"), OSError("bad\nnews")])
-def test_other_errors_are_one_and_one_line(run, monkeypatch, error):
+class Full(io.StringIO):
+    """What is written stays in its buffer, for which there is no room on the disk."""
+
+    def flush(self, text=""):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("inspect", "none"), ("inspect", "none", "--json"), ("--version",)]
+)
+def test_output_without_room_is_one_and_one_line(run, monkeypatch, arguments):
+    monkeypatch.setattr(sys, "stdout", Full())
+    code, _, err = run(*arguments)
+    assert (code, err) == (1, "sklora: error: [Errno 28] No space left on device\n")
+
+
+def test_messages_without_room_are_one(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", Full())
+    monkeypatch.setattr(Full, "write", Full.flush)
+    assert main(["predict", "none", "none"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        *((kind("bad\nnews"), "bad\\nnews") for kind in (ValueError, OSError, RuntimeError)),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_other_errors_are_one_and_one_line(run, monkeypatch, error, message):
     def failing(args):
         raise error
 
     monkeypatch.setattr(_inspect, "run", failing)
-    assert run("inspect", "a") == (1, "", "sklora: error: bad\\nnews\n")
+    assert run("inspect", "a") == (1, "", f"sklora: error: {message}\n")
 
 
 def test_bugs_have_a_traceback(run, monkeypatch):
