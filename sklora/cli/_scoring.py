@@ -164,7 +164,7 @@ def _evaluate(
         zoo.targets.y,
         scoring=metric(zoo)[1],
         cv=folds,
-        n_jobs=args.jobs,
+        n_jobs=min(args.jobs, len(folds)),  # joblib starts as many processes, idle ones too
         error_score="raise",
     )
     return Evaluation(architecture, done["test_score"], float(done["fit_time"].mean()))

@@ -45,6 +45,7 @@ def test_table_and_chart(compare, few_epochs, tmp_path):
     assert [line[0] for line in lines] == ["architecture", *ARCHITECTURES, "(constant)"]
     assert lines[0][1] == "R2"
     assert all(line[2].startswith("±") for line in lines[1:6])
+    assert lines[-1] == ["(constant)", "0.000"]
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
     assert err.endswith("chart.png holds the chart\n")
 
@@ -103,8 +104,11 @@ def test_json(compare, quick, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_options_reach_what_is_trained_and_its_scores_come_back(compare, monkeypatch):
-    models, validations = [], []
+@pytest.mark.parametrize(("jobs", "n_processes"), [("1", 1), ("9", 2)])
+def test_options_reach_what_is_trained_and_its_scores_come_back(
+    compare, monkeypatch, jobs, n_processes
+):
+    models, validations, seeds = [], [], []
 
     def make(name, task, **options):
         models.append((name, task, options))
@@ -116,19 +120,34 @@ def test_options_reach_what_is_trained_and_its_scores_come_back(compare, monkeyp
 
     monkeypatch.setattr(_scoring, "make_architecture", make)
     monkeypatch.setattr(_scoring, "cross_validate", validate)
-    options = ("--no-chart", "--seed", "3", "--jobs", "2", "--device", "cpu")
+    monkeypatch.setattr(
+        "sklora.cli._compare.make_folds",
+        lambda zoo, *options: seeds.append(options) or make_folds(zoo, *options),
+    )
+    options = ("--no-chart", "--seed", "3", "--jobs", jobs, "--device", "cpu")
     code, out, _ = compare(*options, "--json", target="loss")
     assert code == 0
     given = {"device": "cpu", "random_state": 3, "verbose": 1}
     assert models == [(name, "regression", given) for name in ARCHITECTURES]
-    assert validations == [{"scoring": "r2", "n_jobs": 2, "error_score": "raise"}] * 5
-    one = json.loads(out)["results"][2]
+    assert seeds == [(2, 3)]
+    assert validations == [{"scoring": "r2", "n_jobs": n_processes, "error_score": "raise"}] * 5
+    summary = json.loads(out)
+    assert (summary["task"], summary["metric"]) == ("regression", "R2")
+    assert (summary["grouped"], summary["constant"]) == (False, 0.0)
+    one = summary["results"][2]
     assert (one["architecture"], one["scores"]) == ("svd", [0.25, 0.75])
     assert (one["mean"], one["fit_seconds"]) == (0.5, 2.0)
     assert one["spread"] == pytest.approx(0.125**0.5)
 
 
-def test_many_labels_of_any_name(compare, quick, run, zoo, tmp_path, write_csv):
+def test_many_labels_of_any_name(compare, quick, run, zoo, tmp_path, write_csv, monkeypatch):
+    titles, save = [], Figure.savefig
+
+    def savefig(figure, *arguments, **options):
+        titles.append(figure.axes[0].get_title())
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
     names = [f"$label_{n}^$" for n in range(8)]
     rows = [(f"a{n:02}", *(n >> bit & 1 for bit in range(8))) for n in range(40)]
     labels = write_csv(tmp_path / "l.csv", ("path", *names), rows)
@@ -136,14 +155,16 @@ def test_many_labels_of_any_name(compare, quick, run, zoo, tmp_path, write_csv):
     options = ("--labels", labels, *targets, "-o", tmp_path / "chart.svg")
     assert run("compare", zoo, *options).code == 1
     assert (tmp_path / "chart.svg").read_text().startswith("<?xml")
+    assert titles[0].endswith(" and 5 more")
 
 
-def test_without_matplotlib(compare, quick, monkeypatch):
+def test_without_matplotlib(compare, quick, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
     code, out, err = compare()
     assert code == 1  # one of the five fails
     assert "pip install 'sklora[plot]'" in err
     assert out.count("\n") == 6
+    assert not (tmp_path / "chart.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -157,7 +178,7 @@ def test_without_matplotlib(compare, quick, monkeypatch):
 )
 def test_refused(compare, options, message):
     code, out, err = compare(*options)
-    assert (code, out) == (2, "")
+    assert (code, out, err.count("\n")) == (2, "", 1)  # before the adapters are read
     assert message in err
 
 
