@@ -35,6 +35,8 @@ _WEIGHT_DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# What `save_zoo` begins with, behind the length of the header.
+_START = f'{{"__metadata__":{{"format":"{_FORMAT}"'.encode()
 _DTYPES = {**_WEIGHT_DTYPES, "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -92,10 +94,15 @@ def save_zoo(loras: LoRACollection, path: str | os.PathLike[str]) -> None:
 
 def is_zoo(path: str) -> bool:
     """Tell whether a file says that `save_zoo` wrote it; False where there is no such file."""
-    try:
-        return os.path.isfile(path) and _read_header(path)[0].get("format") == _FORMAT
-    except (ValueError, OSError):
+    if not os.path.isfile(path):
         return False
+    try:
+        return _read_header(path)[0].get("format") == _FORMAT
+    except OSError:
+        return False
+    except ValueError:  # it may be damaged, which is for `open_zoo` to say
+        with open(path, "rb") as file:
+            return file.read(8 + len(_START)).endswith(_START)
 
 
 def open_zoo(path: str | os.PathLike[str]) -> Store:

@@ -129,7 +129,7 @@ def read_together(
     return LoRACollection(reader.store())
 
 
-def refuse(errors: Sequence[AdapterError]) -> None:
+def refuse(errors: Sequence[ValueError]) -> None:
     """End the command if any adapter cannot be read, and name all of them before.
 
     Raises

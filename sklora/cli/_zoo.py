@@ -18,7 +18,7 @@ from sklora.cli._labels import Labels, match, read_labels
 from sklora.cli._output import FAILED, CommandError, few, say
 from sklora.cli._reading import read_together, reading_options, refuse
 from sklora.cli._targets import Targets, make_targets
-from sklora.collection import LoRACollection
+from sklora.collection import LoRACollection, check_numbers
 from sklora.io import AdapterError
 from sklora.io._errors import counted
 from sklora.io._find import Found, find_each
@@ -149,9 +149,11 @@ def _in_memory(loras: LoRACollection) -> LoRACollection:
     flat = np.empty(loras.shape, loras.dtype)
     errors = []
     for row in track(range(len(loras)), "weights", "file"):
+        rows = slice(row, row + 1)
         try:
-            flat[row] = loras.read([row])[0]
-        except AdapterError as error:
+            flat[rows] = loras.read(rows, copy=False)
+            check_numbers(loras, rows, flat[rows])
+        except ValueError as error:
             errors.append(error)
     refuse(errors)
     return LoRACollection.from_array(flat, loras.layout, ranks=loras.ranks, ids=loras.ids)
