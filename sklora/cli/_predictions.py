@@ -72,13 +72,9 @@ def _write_rows(rows: Sequence[Sequence[Value]]) -> None:
     for row in rows:
         text = io.StringIO()
         # With "\n" at the end of lines, Python before 3.13 puts no quotes around a bare "\r".
-        csv.writer(text).writerow([_visible(cell) if to_terminal else cell for cell in row])
+        csv.writer(text).writerow([printable(str(cell)) if to_terminal else cell for cell in row])
         result(text.getvalue().removesuffix("\r\n"))
     sys.stdout.flush()
-
-
-def _visible(cell: Value) -> Value:
-    return printable(cell) if isinstance(cell, str) else cell
 
 
 def json_writer(card: ModelCard) -> Callable[[Sequence[Prediction]], None]:

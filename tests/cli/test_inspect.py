@@ -20,8 +20,9 @@ def test_table(run, zoo):
     assert lines[1] == [path, "peft", "2", "2", "1", "F64", "tiny/llama", "0", "0"]
     assert len({line.index("peft") for line in out.splitlines()[1:]}) == 1
     header, row, _ = out.splitlines()
-    for heading in ("modules", "rank"):  # numbers end where their headings do
-        assert row[header.index(heading) + len(heading) - 1] == "2"
+    for heading, number in (("modules", "2"), ("rank", "2"), ("side", "0"), ("left out", "0")):
+        end = header.index(heading) + len(heading)  # numbers end where their headings do
+        assert row[end - 2 : end] == f" {number}"
     assert row[header.index("base model") :].startswith("tiny/llama")
 
 

@@ -67,6 +67,12 @@ class TestCsv:
         [row] = csv.DictReader(io.StringIO(out, newline=""))
         assert row["path"] == path_in(tmp_path / f"a{end}b")
 
+    def test_spaces_around_a_name_stay(self, run, models, tmp_path, factors, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        write_adapter(" a", factors(), base_model="tiny/llama")
+        [row] = rows_of(run("predict", models["loss"], " a").out)
+        assert row["path"] == " a/adapter_model.safetensors"
+
     def test_controls_reach_no_terminal(self, run, models, tmp_path, factors, monkeypatch):
         write_adapter(tmp_path / "\x1b[2J", factors(), base_model="tiny/llama")
         assert "\x1b" in run("predict", models["loss"], tmp_path).out
@@ -84,16 +90,32 @@ class TestJson:
         assert small["path"] == path_in(zoo / "a00")
         assert (small["prediction"], large["prediction"]) == ("small", "large")
         assert sum(small["probability"].values()) == pytest.approx(1)
+        assert small["probability"]["small"] > 0.5 < large["probability"]["large"]
 
     def test_labels(self, run, models, zoo):
         [entry] = json.loads(run("predict", models["labels"], zoo / "a01", "--json").out)
         assert entry["prediction"] == {"big": 1, "tiny": 0}
         assert set(entry["probability"]) == {"big", "tiny"}
+        assert entry["probability"]["big"] > 0.5 > entry["probability"]["tiny"]
 
     def test_numbers(self, run, models, zoo):
         [entry] = json.loads(run("predict", models["loss"], zoo / "a01", "--json").out)
         assert set(entry) == {"path", "prediction"}
         assert entry["prediction"]["loss"] > 1.7
+
+
+@pytest.mark.parametrize("form", ["--csv", "--json"])
+def test_predictions_come_as_they_are_made(run, models, zoo, monkeypatch, form):
+    flushed = set()
+
+    class Stream(io.StringIO):
+        def flush(self):
+            flushed.add(self.tell())
+
+    monkeypatch.setattr("sklora.cli._predict._MOST_PER_BLOCK", 1)
+    monkeypatch.setattr(sys, "stdout", Stream())
+    assert run("predict", models["loss"], zoo / "a00", zoo / "a01", form).code == 0
+    assert len(flushed) == 3  # after each of the two, and the header or the closing bracket
 
 
 @pytest.mark.parametrize("name", ["style", "labels", "loss"])
