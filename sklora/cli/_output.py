@@ -42,8 +42,6 @@ class CommandError(Exception):
 
 def printable(text: str) -> str:
     """Escape what could move a terminal's cursor or hide: controls, line breaks, text direction."""
-    if text.isprintable():
-        return text
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 

@@ -59,11 +59,13 @@ def test_with_options(message, option):
 def test_table(capsys):
     table([("name", "n"), ("a\tb", "1"), ("c", "100")], "<>")
     assert capsys.readouterr().out == "name    n\na\\tb    1\nc     100\n"
+    table([("n", "name"), ("1", "a")], "><")
+    assert capsys.readouterr().out == "n  name\n1  a\n"  # without spaces at the ends of lines
 
 
 def test_columns_are_as_wide_as_they_look(capsys):
-    table([("name", "n"), ("漢字", "1"), ("e\u0301", "20")], "<>")
-    assert capsys.readouterr().out == "name   n\n漢字   1\ne\u0301     20\n"
+    table([("n", "m"), ("漢字", "1"), ("Ａ", "2"), ("e\u0301", "30")], "<>")
+    assert capsys.readouterr().out == "n      m\n漢字   1\nＡ     2\ne\u0301     30\n"
 
 
 def test_few():
