@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from sklora.cli._inspect import _cells
@@ -124,6 +125,13 @@ class TestOptions:
         code, out, _ = run("inspect", in_house, *form)
         assert code == 1
         assert "--keys" in out
+
+    def test_torch_zip(self, run, tmp_path):
+        tensors = {"q.lora_A.weight": torch.ones(2, 4), "q.lora_B.weight": torch.ones(6, 2)}
+        torch.save(tensors, tmp_path / "adapter_model.bin")
+        code, out, _ = run("inspect", tmp_path, "--scale", "1")
+        assert (code, "--allow-torch-zip" in out) == (1, True)
+        assert run("inspect", tmp_path, "--scale", "1", "--allow-torch-zip").code == 0
 
     def test_names(self, run, zoo):
         out = run("inspect", zoo / "a00", "--names", "raw", "--json").out

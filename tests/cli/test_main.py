@@ -95,6 +95,14 @@ def test_broken_pipe_is_141(monkeypatch, capfd):
     assert main(["inspect", "a"]) == 141
 
 
+@pytest.fixture
+def forgotten(monkeypatch):
+    """Holds True if Python cannot fail again on its way out, with a code of its own."""
+    forgotten = []
+    monkeypatch.setattr("sklora.__main__._forget_streams", lambda: forgotten.append(True))
+    return forgotten
+
+
 class Full(io.StringIO):
     """What is written stays in its buffer, for which there is no room on the disk."""
 
@@ -105,16 +113,18 @@ class Full(io.StringIO):
 @pytest.mark.parametrize(
     "arguments", [("inspect", "none"), ("inspect", "none", "--json"), ("--version",)]
 )
-def test_output_without_room_is_one_and_one_line(run, monkeypatch, arguments):
+def test_output_without_room_is_one_and_one_line(run, monkeypatch, forgotten, arguments):
     monkeypatch.setattr(sys, "stdout", Full())
     code, _, err = run(*arguments)
     assert (code, err) == (1, "sklora: error: [Errno 28] No space left on device\n")
+    assert forgotten == [True]
 
 
-def test_messages_without_room_are_one(monkeypatch, capsys):
+def test_messages_without_room_are_one(monkeypatch, capsys, forgotten):
     monkeypatch.setattr(sys, "stderr", Full())
     monkeypatch.setattr(Full, "write", Full.flush)
     assert main(["predict", "none", "none"]) == 1
+    assert forgotten == [True]
 
 
 @pytest.mark.parametrize(
