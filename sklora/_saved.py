@@ -174,7 +174,7 @@ def _layout(state: Mapping[str, Any]) -> LoRALayout:
     try:
         return LoRALayout(state["modules"], side=state["side"], base_model=base_model)
     except (KeyError, TypeError, ValueError) as error:
-        raise Refusal(f"{CARD} has no layout: {error}") from None
+        raise Refusal(f"{CARD} has no layout: {shown(str(error), 200)}") from None
 
 
 def _reading(state: Mapping[str, Any]) -> ReadOptions:
@@ -184,7 +184,9 @@ def _reading(state: Mapping[str, Any]) -> ReadOptions:
             raise TypeError("allow_torch_zip is neither true nor false.")
         return read_options(**options)
     except (KeyError, TypeError, ValueError) as error:
-        raise Refusal(f"{CARD} does not say how adapters are read: {error}") from None
+        raise Refusal(
+            f"{CARD} does not say how adapters are read: {shown(str(error), 200)}"
+        ) from None
 
 
 def layout_of(model: Pipeline) -> LoRALayout:

@@ -8,6 +8,10 @@ from collections import Counter
 from functools import partial
 from typing import Any
 
+# Enough for layouts of 100,000 modules, and for what skops says of a model of so many. The shortest
+# values, such as empty dictionaries, take 30 times their bytes of text.
+MAX_VALUES = 2**24
+
 
 class Refusal(ValueError):
     """Why something is refused, from code that does not know the file's name.
@@ -27,16 +31,21 @@ def shown(value: object, length: int = 80) -> str:
 
 
 def parse_json(
-    text: str | bytes, what: str, max_bytes: int = 2**20, *, unique: bool = False
+    text: str | bytes,
+    what: str,
+    max_bytes: int = 2**20,
+    *,
+    max_values: int = MAX_VALUES,
+    unique: bool = False,
 ) -> Any:
-    """Parse JSON from a file: size and depth are bounded.
+    """Parse JSON from a file: size, depth and the number of values are bounded.
 
     Parameters
     ----------
     text : str or bytes
     what : str
         What it is, for messages.
-    max_bytes : int
+    max_bytes, max_values : int
     unique : bool, default=False
         Whether to refuse an entry that is named twice. Else the last counts, as for `json.loads`.
 
@@ -47,10 +56,15 @@ def parse_json(
     Raises
     ------
     Refusal
-        When it is too large, nested too deeply, no JSON, or names an entry twice that it must not.
+        When it is too large, nested too deeply, no JSON, holds more values than that, or
+        names an entry twice that it must not.
     """
     if len(text) > max_bytes:
         raise Refusal(f"{what} has {len(text)} characters; at most {max_bytes} are read.")
+    if len(text) > max_values:
+        n_values = sum(_count(text, mark) for mark in ",:[{")
+        if n_values > max_values:
+            raise Refusal(f"{what} holds some {n_values} values; at most {max_values} are read.")
     try:
         return json.loads(
             text, object_pairs_hook=partial(without_repeats, what=what) if unique else None
@@ -61,6 +75,10 @@ def parse_json(
         raise Refusal(f"{what} is nested too deeply.") from None
     except ValueError as error:
         raise Refusal(f"{what} is no JSON: {error}.") from None
+
+
+def _count(text: str | bytes, mark: str) -> int:
+    return text.count(mark) if isinstance(text, str) else text.count(mark.encode())
 
 
 def without_repeats(pairs: list[tuple[str, Any]], what: str, more: str = "") -> dict[str, Any]:

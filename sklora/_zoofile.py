@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
@@ -28,6 +29,9 @@ _MAX_ID_BYTES = 2**30
 # An array of so many bytes may have any ids, a larger one so many bytes for each letter of all.
 _ANY_ID_BYTES = 2**26
 _ID_BYTES_PER_LETTER = 64
+# A list in which is no other list or dictionary, outside of texts; possessive, so never slow.
+_FLAT_LIST = re.compile(rb'[^\[\]{}"]*+\[(?:[^\[\]{}"]++|"(?:[^"\\]++|\\.)*+")*+\]\s*+', re.DOTALL)
+_MAX_REASON = 500
 # By the names that safetensors gives them, in its byte order.
 _WEIGHT_DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -148,7 +152,9 @@ def open_zoo(path: str | os.PathLike[str]) -> Store:
 
 
 def _refuse(path: str, reason: Exception) -> NoReturn:
-    text = str(reason).rstrip(".")
+    text = str(reason)
+    # Names in the layout may be of any length.
+    text = text.rstrip(".") if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]}..."
     raise ValueError(
         f"{path} is damaged, or no zoo that LoRACollection.save has written: {text}. Copy or save "
         "the zoo again; to read the files of adapters, use sklora.io.read_adapters."
@@ -206,7 +212,13 @@ def _ids_as_json(ids: NDArray[Any]) -> bytes:
 
 
 def _ids_from_json(text: bytes, n_adapters: int) -> NDArray[Any] | None:
-    values = parse_json(text, "its list of ids", len(text))
+    # Of lists in lists, 3 bytes each would take 64.
+    n_brackets = text.count(b"[") + text.count(b"{")
+    if n_brackets > 1 and not _FLAT_LIST.fullmatch(text):
+        raise ValueError(
+            f"ids are no list of {n_adapters}, or neither all integers nor all strings."
+        )
+    values = parse_json(text, "its list of ids", len(text), max_values=len(text))
     if not isinstance(values, list) or len(values) != n_adapters:
         raise ValueError(f"ids are no list of {n_adapters}.")
     return _checked_ids(values)

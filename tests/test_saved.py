@@ -235,6 +235,13 @@ class TestHostile:
         write_zip(good, {**members, CARD: json.dumps(card)})
         assert "'last' is named twice" in self.refusal(good)
 
+    def test_long_name_is_not_repeated_whole(self, good):
+        members = members_of(good)
+        card = json.loads(members[CARD])
+        card["layout"]["modules"] = [["q" * 10**5, 1, 1, 0]]
+        write_zip(good, {**members, CARD: json.dumps(card)})
+        assert len(self.refusal(good)) < 1000
+
     def test_large_card(self, good, monkeypatch):
         monkeypatch.setattr("sklora._saved._MAX_CARD", 100)
         assert "more than 100" in self.refusal(good)

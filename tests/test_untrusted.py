@@ -14,6 +14,13 @@ def test_parse_json_is_bounded():
         parse_json("1" * 11, "it", 10)
 
 
+@pytest.mark.parametrize("text", ["[" + "{}," * 9 + "1]", b"[" + b"[]," * 9 + b"1]"])
+def test_parse_json_counts_values(text):
+    assert len(parse_json(text, "it", max_values=20)) == 10
+    with pytest.raises(Refusal, match="it holds some 19 values; at most 18"):
+        parse_json(text, "it", max_values=18)
+
+
 def test_parse_json_refuses_a_number_of_too_many_digits():
     with pytest.raises(Refusal, match="no JSON"):
         parse_json("1" * 10_000, "it")

@@ -421,6 +421,8 @@ class TestHostileFiles:
             ("[0, 1, 2, 3, 4, 5]   ", "no list of 7"),
             ('{"a": [1, 2, 3, 4]}  ', "no list of 7"),
             ('"abcdefg"            ', "no list of 7"),
+            ("[{},[],2,3,4,5,6]    ", "no list of 7, or neither"),
+            ('[{"":[]},2,3,4,5,6,1]', "no list of 7, or neither"),
             ("[0, 1, 2, 3, 4, 5, 1.", "Expecting"),
             ("[0,1,2,3, 4, 5,  6.5]", "neither all integers nor all strings"),
             ('[0,1,2,3,4,5,   "6" ]', "neither all integers nor all strings"),
@@ -432,6 +434,32 @@ class TestHostileFiles:
         zoo.write_bytes(zoo.read_bytes().replace(b"[0, 1, 2, 3, 4, 5, 6]", ids.encode()))
         with pytest.raises(ValueError, match=message):
             LoRACollection.open(zoo)
+
+    def test_ids_with_brackets_and_quotes(self, zoo):
+        ids = ['a["', "{b}", "[]", '\\"{', "", ",", "é]"]
+        adapters(ids=ids).save(zoo)
+        assert LoRACollection.open(zoo).ids.tolist() == ids
+
+    @pytest.mark.timeout(30)
+    @pytest.mark.parametrize("value", ["{}", "[]", '{"":0}'])
+    def test_ids_that_are_no_ids_are_not_parsed(self, value):
+        """They would take 20 to 30 times their bytes."""
+        text = f"[{','.join([value] * 10**6)}]".encode()
+        tracemalloc.start()
+        try:
+            with pytest.raises(ValueError, match="no list of 7"):
+                _zoofile._ids_from_json(text, 7)
+            assert tracemalloc.get_traced_memory()[1] < len(text)
+        finally:
+            tracemalloc.stop()
+
+    @pytest.mark.parametrize("sizes", [(8, 6, 0), (8, 6)])
+    def test_long_names_are_not_repeated_whole(self, zoo, sizes):
+        module = ["q" * 10**5, *sizes]
+        edited(zoo, with_layout(modules=[module]))
+        with pytest.raises(ValueError, match="qqq") as error:
+            LoRACollection.open(zoo)
+        assert len(str(error.value)) < 1000
 
     def test_id_that_is_far_longer_than_the_others(self, zoo, monkeypatch):
         """Three megabytes of empty texts and one long one would take a gigabyte."""
