@@ -16,6 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 
 import sklora
 from sklora.collection import LoRALayout
+from sklora.io._errors import printable
 
 if TYPE_CHECKING:
     from skops.card import Card
@@ -209,7 +210,7 @@ def _about(layout: LoRALayout) -> str:
 
 def _modules(layout: LoRALayout) -> dict[str, list[Any]]:
     names, *numbers = map(list, zip(*layout.modules, strict=True))
-    columns = [[name.translate(_MARKUP) for name in names], *numbers]
+    columns = [[printable(name).translate(_MARKUP) for name in names], *numbers]
     return dict(zip(("module", "n", "m", "rank"), columns, strict=True))
 
 

@@ -138,6 +138,16 @@ class TestModelCard:
         assert "# Safe" not in text.splitlines()
         assert text.count(r"'tiny\n\n# Safe'") == 2
 
+    def test_names_of_modules_hide_nothing(self, tmp_path):
+        names = ["a\n# Safe", "\x1b[2J", "\u202egpj.exe"]
+        layout = LoRALayout([(name, 3, 2, 1) for name in names])
+        X = LoRACollection.from_array(np.random.default_rng(0).normal(size=(30, 15)), layout)
+        model = GLNetClassifier(max_epochs=1, device="cpu")
+        search = GridSearchCV(model, {}, cv=2).fit(X, targets("binary", 30))
+        text = model_card(search, tmp_path / "scores.png").render()
+        assert text.replace("\n", "").isprintable()
+        assert all(name in text for name in (r"a\n# Safe", r"\x1b&#91;2J", r"\u202egpj.exe"))
+
     def test_names_are_no_markup(self, tmp_path):
         factors = np.ones((30, 3, 1)) * np.arange(30)[:, None, None]
         X = LoRACollection.from_factors(
