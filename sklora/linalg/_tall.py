@@ -121,7 +121,7 @@ def times_small(A: Tensor, Q: Tensor, *, out: Tensor) -> None:
         As `A` in memory.
     """
     (n_factors, n, r), s = A.shape, Q.shape[2]
-    together = max(1, _NARROW // max(r, s, 1))
+    together = max(1, _NARROW // max(r, s))
     n_blocks = n // together
     whole = n_blocks * together
     blocks = torch.einsum("ij,brs->birjs", torch.eye(together, dtype=Q.dtype, device=Q.device), Q)

@@ -43,7 +43,7 @@ def apply_gauge(U: Tensor, V: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     """
     U, V = check_factors(U, V)
     rank = U.shape[-1]
-    if R.ndim < 2 or R.shape[-2:] != (rank, rank):
+    if R.shape[-2:] != (rank, rank):
         raise ValueError(
             f"a gauge of factors of rank {rank} has shape (..., {rank}, {rank}), "
             f"got {tuple(R.shape)}."

@@ -111,6 +111,8 @@ def test_rejects_a_rank_above_the_template_and_other_shapes(make_factors):
         procrustes(U, V, U[:, :2], V[:, :2])
     with pytest.raises(ValueError, match=r"\(6, 5\) cannot be aligned to a template of shape \(4"):
         procrustes(U, V, U[:4], V)
+    with pytest.raises(ValueError, match=r"cannot be aligned to a template of shape \(6, 4\)"):
+        procrustes(U, V, U, V[:4])
 
 
 @given(seed=st.integers(0, 2**32 - 1), r=st.integers(1, 5), extra=st.integers(0, 2))

@@ -49,6 +49,8 @@ def test_gauge_rejects_wrong_shapes_and_singular_matrices(make_factors):
     U, V = make_factors(5, 6, 5, 3)
     with pytest.raises(ValueError, match=r"rank 3 has shape \(..., 3, 3\), got \(2, 2\)"):
         apply_gauge(U, V, torch.eye(2))
+    with pytest.raises(ValueError, match=r"got \(3,\)"):
+        apply_gauge(U, V, torch.ones(3))
     with pytest.raises(torch.linalg.LinAlgError):
         apply_gauge(U, V, torch.zeros(3, 3))
 
@@ -158,6 +160,25 @@ def test_factors_of_two_dtypes_come_out_in_one(make_factors, factor_type):
     expected = torch.promote_types(torch.float32, factor_type)
     for moved in (balance(U, V.to(factor_type)), apply_gauge(U, V.to(factor_type), torch.eye(3))):
         assert {factor.dtype for factor in moved} == {expected}
+
+
+def test_gauges_act_in_float64_on_factors_of_float32():
+    step = 2.0**-30  # nothing beside 1 in float32
+    R = torch.tensor([[1.0, 1.0], [1.0, 1.0 + step]], dtype=torch.float64)
+    U, V = apply_gauge(torch.tensor([[-1.0, 1.0]]), torch.tensor([[1.0, 1.0]]), R)
+    assert U.tolist() == [[0.0, step]]
+    assert V.tolist() == [[1.0, 0.0]]
+
+
+def test_where_the_rounding_of_factors_begins(dtype):
+    """At ``r eps ||U||_F ||V||_F``, which is 2.8 times the precision here."""
+    eps = torch.finfo(dtype).eps
+    for value, kept in ((2 * eps, 0.0), (4 * eps, 4 * eps)):
+        U, V = torch.diag(torch.tensor([1.0, value], dtype=dtype)), torch.eye(2, dtype=dtype)
+        for factor in balance(U, V):
+            torch.testing.assert_close(
+                factor.square(), torch.diag(torch.tensor([1.0, kept]).to(dtype))
+            )
 
 
 @pytest.mark.parametrize("act", [balance, lambda U, V: apply_gauge(U, V, torch.eye(3))])

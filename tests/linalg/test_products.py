@@ -264,3 +264,23 @@ def test_as_many_modules_in_another_order_are_not_the_same(make_factors, middle)
     first, second = (make_factors(24, 6, 5, 2, batch=(4, *some)) for some in ((2, 3), middle))
     with pytest.raises(ValueError, match="same middle dimensions"):
         pairwise_inner_products(*first, *second)
+
+
+def test_entries_that_are_computed_and_held_at_once(make_factors, monkeypatch):
+    """Strips of a stack with itself begin at the diagonal: five eighths of all pairs."""
+    sizes, bmm = [], torch.bmm
+
+    def watched(A, B):
+        sizes.append(A.shape[0] * A.shape[1] * B.shape[2])
+        return bmm(A, B)
+
+    monkeypatch.setattr(torch, "bmm", watched)
+    U, V = make_factors(25, 6, 5, 2, batch=(8,))
+    all_entries = 2 * (2 * 8) ** 2  # of the products of left and of right factors
+    pairwise_inner_products(U, V, U, V)
+    assert sum(sizes) == all_entries * 5 / 8
+    sizes.clear()
+    monkeypatch.setattr(products, "_PAIR_ENTRIES", 100)
+    pairwise_inner_products(U, V, U.clone(), V)
+    assert sum(sizes) == all_entries
+    assert max(sizes) <= 100

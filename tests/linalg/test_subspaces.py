@@ -120,12 +120,23 @@ def test_float64_keeps_directions_whose_squares_it_would_lose(make_factors, make
             torch.testing.assert_close(products, torch.eye(2).double(), rtol=0, atol=1e-3)
 
 
+def test_what_cancels_in_an_update_of_float32_is_right():
+    step = 2.0**-20  # float32 has no more than a few digits of it beside 1
+    U, V = torch.ones(1, 2, 2), torch.tensor([[[1.0, -1.0], [1.0, step - 1.0]]])
+    left, right, _ = compress_updates(U, V)
+    update = torch.tensor([[0.0, step], [0.0, step]], dtype=torch.float64)
+    for matrix, expected in ((left, update @ update.mT), (right, update.mT @ update)):
+        torch.testing.assert_close(matrix.mT @ matrix, expected, rtol=1e-6, atol=1e-6 * step**2)
+
+
 def test_a_side_with_fewer_rows_than_k_gives_all_it_has(make_stack):
     U, V = make_stack(7, 20, 8, 3, 2)
     P, Q = leading_subspaces(U, V, 5)
     assert P.shape == (8, 5)
     assert Q.shape == (3, 3)
     np.testing.assert_allclose(Q.mT @ Q, np.eye(3), atol=1e-12)
+    for found, expected in zip(leading_subspaces(V, U, 5), (Q, P), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_directions_without_signal_are_zero_whatever_the_gauge(
@@ -166,6 +177,16 @@ def test_the_noise_parts_directions_from_zeros(make_factors, noise, scale):
     assert (basis[..., 2] == 0).all()
     products = (right[..., :2].mT @ basis[..., :2]).abs()
     torch.testing.assert_close(products, torch.eye(2).double().expand(2, 2, 2), rtol=0, atol=1e-2)
+
+
+def test_the_least_noise_of_a_batch_decides_how_all_are_decomposed(make_factors):
+    left, right = (torch.linalg.qr(A).Q for A in make_factors(17, 4, 4, 4, batch=(2,)))
+    rows = (left * torch.tensor([1.0, 1e-10, 0.0, 0.0])) @ right.mT
+    basis = leading_directions(rows, 3, noise=torch.tensor([1e-13, 1e-4]))
+    np.testing.assert_array_equal(
+        (basis != 0).any(dim=-2), [[True, True, False], [True, False, False]]
+    )
+    assert abs(right[0, :, 1] @ basis[0, :, 1]) > 0.99
 
 
 def test_zero_padding_and_rank_above_the_shape(make_stack):
