@@ -50,6 +50,7 @@ class TestFromArray:
     def test_other_numbers(self, dtype):
         X = LoRACollection.from_array((ROWS % 2).astype(dtype), LAYOUT)
         assert X.dtype == (np.float64 if dtype is np.int64 else np.float32)
+        assert np.asarray(X).dtype == X.dtype
         np.testing.assert_array_equal(np.asarray(X), ROWS % 2)
 
     @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ class TestArrayLike:
                 values[0] = values[1]
 
     def test_a_full_array_is_not_copied(self):
-        assert np.asarray(LORAS) is ROWS
+        assert np.asarray(LORAS) is np.asarray(LORAS[:]) is np.asarray(LORAS[0:5, ...]) is ROWS
         assert np.asarray(LORAS[:1]) is not ROWS
         copied = np.array(LORAS)
         assert not np.shares_memory(copied, ROWS)
@@ -119,7 +120,8 @@ class TestArrayLike:
             np.asarray(LORAS[:2], copy=False)
 
     def test_another_dtype(self):
-        assert np.asarray(LORAS, dtype=np.float32).dtype == np.float32
+        for X in (LORAS, LORAS[1:]):
+            assert X.__array__(np.float32).dtype == np.float32
 
     @pytest.mark.parametrize("available", [100, None])
     def test_what_does_not_fit_in_memory_is_refused_with_its_size(self, monkeypatch, available):
@@ -257,6 +259,12 @@ class TestViews:
         with pytest.raises(IndexError):
             LORAS[key]
 
+    @pytest.mark.parametrize("rows", [[[0]], [0.5], "a"])
+    def test_rows_that_are_none(self, rows):
+        for X in (LORAS, LORAS[1:]):
+            with pytest.raises(IndexError, match="adapters are picked by an integer"):
+                X.read(rows)
+
     def test_keys_of_too_many_dimensions(self):
         with pytest.raises(IndexError, match="2 dimensions, but 3"):
             LORAS[0, 0, 0]
@@ -289,6 +297,7 @@ class TestAdapters:
     def test_adapters_of_views(self):
         view = LORAS[[3, 1]]
         assert [adapter.id for adapter in view] == ["d", "b"]
+        assert view[-2].id == "d"
         np.testing.assert_array_equal(view[-1]["v"][0].ravel(), ROWS[1, 10:12])
 
     def test_plain_rows(self):
@@ -321,6 +330,8 @@ class TestWithLayout:
         X = random_loras(rng, rank=2, dtype=np.float32)
         wide = X.with_layout(X.layout.with_ranks([5, 2, 3]))
         assert wide.read().dtype == np.float32
+        np.testing.assert_array_equal(np.asarray(wide), wide.read())
+        assert wide.nbytes == wide.read().nbytes
         narrow = wide.with_layout(X.layout)
         np.testing.assert_array_equal(narrow.read(), X.read())
         stored = LoRACollection.from_array(wide.read(), wide.layout)

@@ -190,8 +190,8 @@ def parallel_blocks(X: LoRACollection, bytes_per_adapter: float, n_parallel: int
     list of slice
         They cover X in order; no more than its adapters.
     """
-    blocks, n_least = list(X.iter_batches(n_parallel * bytes_per_adapter)), min(n_parallel, len(X))
-    return blocks if len(blocks) >= n_least else list(gen_even_slices(len(X), n_least))
+    blocks = list(X.iter_batches(n_parallel * bytes_per_adapter))
+    return blocks if len(blocks) >= n_parallel else list(gen_even_slices(len(X), n_parallel))
 
 
 def _lies_in_memory(X: LoRACollection) -> bool:

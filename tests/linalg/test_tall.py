@@ -97,6 +97,17 @@ def test_triangles_of_factors_that_broadcast(make_factors):
             torch.testing.assert_close(R.mT @ R, (A.double().mT @ A.double()).expand(2, 3, 3, 3))
 
 
+@pytest.mark.parametrize(("gap", "n_by_qr"), [(1.0, 0), (2e-4, 0), (1e-4, 1), (0.0, 1)])
+def test_condition_alone_decides_what_is_decomposed_by_qr(monkeypatch, gap, n_by_qr):
+    """From ``2 / gap^2 = 1e8`` on, and not for padding."""
+    U = torch.tensor([[1.0, 1.0, 0.0], [0.0, gap, 0.0], [0.0, 0.0, 0.0]])
+    sizes, by_qr = [], _tall._qr_triangle
+    monkeypatch.setattr(_tall, "_qr_triangle", lambda A: sizes.append(len(A)) or by_qr(A))
+    R, _ = triangles(U, torch.eye(3))
+    assert sum(sizes) == n_by_qr
+    torch.testing.assert_close(R.abs(), U.double(), rtol=1e-6, atol=1e-15)  # U is a triangle
+
+
 @pytest.mark.parametrize("size", [1e-18, 1e-20, 5e-21, 1e-22])
 def test_cross_product_that_is_about_the_least_that_a_dtype_can_hold(make_factors, size):
     """Its entries have lost digits well before all of them together are as small."""

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import sklearn
 import skops.io
+import torch
 from sklearn.base import clone
 from sklearn.decomposition import KernelPCA
 from sklearn.kernel_ridge import KernelRidge
@@ -205,6 +206,28 @@ def test_blocks_fit_in_the_working_memory(random_loras, rng, monkeypatch, tmp_pa
             sizes.clear()
         np.testing.assert_allclose(_pairs.inner_products(X[::-1], device="cpu"), found[::-1, ::-1])
         assert not sizes  # what is in memory is not copied whole
+
+
+def test_rows_that_follow_each_other_are_not_copied(X):
+    for loras in (X, X[2:5]):
+        for factor in _pairs._reader(loras, torch.device("cpu"))(1):
+            assert np.shares_memory(factor.numpy(), np.asarray(X))
+
+
+def test_a_collection_with_itself_is_less_work(X, monkeypatch):
+    """Of nine adapters, three strips of three that begin at the diagonal."""
+    bmm, n_pairs = torch.bmm, []
+
+    def watched(A, B):
+        n_pairs.append(A.shape[1] * B.shape[2])
+        return bmm(A, B)
+
+    monkeypatch.setattr(torch, "bmm", watched)
+    _pairs.inner_products(X, X, device="cpu")
+    both = sum(n_pairs)
+    n_pairs.clear()
+    _pairs.inner_products(X, device="cpu")
+    assert sum(n_pairs) == both * 2 / 3
 
 
 def test_plans_count_what_is_read_and_sent(tmp_path, monkeypatch):

@@ -167,6 +167,15 @@ def test_other_ranks_at_transform(X, random_loras, rng, updates, method, rank):
     np.testing.assert_allclose(updates(projected, 2), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_refit_forgets_the_modules_of_the_last(X, random_loras, rng, method):
+    projection = GLEquivariantProjection(3, method, random_state=0).fit(X)
+    before = projection.left_, projection.right_
+    projection.fit(random_loras(rng, 9, ((7, 5),), 2))
+    assert projection.left_.keys() == projection.right_.keys() == {"m0"}
+    assert all(set(matrices) == set(X.layout.names) for matrices in before)
+
+
 def test_hosvd_of_numbers_that_cannot_be_decomposed(X):
     huge = LoRACollection.from_array(np.asarray(X) * 1e300, X.layout, ids=X.ids)
     message = "adapters 'adapter-0' to 'adapter-8' are finite, but .* overflows"
@@ -243,10 +252,15 @@ def test_hosvd_keeps_as_many_modules_in_memory_as_fit(random_loras, rng, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("n_adapters", "kept"), [(100, 8 * (40**2 + 10**2)), (3, 8 * (6 * 40 + 6 * 10))]
+    ("n_adapters", "rank", "kept"),
+    [
+        (100, 2, 8 * (40**2 + 10**2)),
+        (3, 2, 8 * (6 * 40 + 6 * 10)),
+        (2, 15, 8 * (20 * 40 + 10**2)),  # the rank of an update is no more than its columns
+    ],
 )
-def test_modules_are_kept_in_groups_that_fit_in_the_working_memory(n_adapters, kept):
-    layout = LoRALayout([(f"m{i}", 40, 10, 2) for i in range(5)])
+def test_modules_are_kept_in_groups_that_fit_in_the_working_memory(n_adapters, rank, kept):
+    layout = LoRALayout([(f"m{i}", 40, 10, rank) for i in range(5)])
     X = LoRACollection.from_array(np.ones((n_adapters, layout.width)), layout)
     for n_modules, starts in ((2.5, [0, 2, 4]), (0.5, [0, 1, 2, 3, 4])):
         with sklearn.config_context(working_memory=n_modules * kept / 2**20):
