@@ -118,29 +118,26 @@ def child(send=None):
 def wait(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-if sys.argv[1] == "os.fork":
-    pid = os.fork()
-    if not pid:
-        signal.alarm(120)  # a child that waits forever is killed
-        os._exit(0 if child() else 1)
-    sys.exit(wait(pid))
+pid = os.fork()
+if not pid:
+    signal.alarm(120)  # a child that waits forever is killed
+    os._exit(0 if child() else 1)
+assert wait(pid) == 0, "os.fork"
 process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(not child()))
 process.start()
 process.join(120)
 if process.exitcode is None:
     process.kill()
-sys.exit(process.exitcode if process.exitcode is not None else 3)
+assert process.exitcode == 0, "multiprocessing"
 """
 
 
 @linux
-@pytest.mark.parametrize("how", ["os.fork", "multiprocessing"])
-def test_a_fork_after_work_in_threads_computes_the_same(how):
+def test_a_fork_after_work_in_threads_computes_the_same():
     environment = {name: v for name, v in os.environ.items() if name != "OMP_NUM_THREADS"}
     environment["CUDA_VISIBLE_DEVICES"] = ""  # CUDA does not survive a fork
-    command = [sys.executable, "-W", "error", "-c", FORKS, how]
-    done = subprocess.run(command, env=environment, timeout=300, check=False)
-    assert done.returncode == 0
+    command = [sys.executable, "-W", "error", "-c", FORKS]
+    subprocess.run(command, env=environment, timeout=300, check=True)
 
 
 class Interrupt(Callback):
@@ -234,26 +231,25 @@ def test_a_search_can_be_made_to_end_at_an_interrupted_fit(X):
 
 
 def test_a_real_ctrl_c_ends_training_with_a_warning():
-    script = """
-import os, signal, warnings
-import numpy as np
-from skorch.callbacks import Callback
-from sklora import MLPNetClassifier
-from sklora.estimators import TrainingInterruptedWarning
+    class Press(Callback):
+        def on_batch_end(self, net, **kwargs):
+            if len(net.history) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
 
-class Press(Callback):
-    def on_batch_end(self, net, **kwargs):
-        if len(net.history) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-X, y = np.random.default_rng(0).normal(size=(40, 6)), np.arange(40) % 2
-with warnings.catch_warnings(record=True, action="always") as seen:
-    model = MLPNetClassifier(max_epochs=10**6, callbacks=[Press()], early_stopping=False).fit(X, y)
-assert [warning.category for warning in seen] == [TrainingInterruptedWarning], seen
-assert seen[0].filename == "<string>", seen[0].filename  # it points at the call of fit
-assert model.n_iter_ == 2 and len(model.predict(X)) == 40
-"""
-    subprocess.run([sys.executable, "-c", script], timeout=300, check=True)
+    X, y = np.random.default_rng(0).normal(size=(40, 6)), np.arange(40) % 2
+    model = MLPNetClassifier(max_epochs=10**6, callbacks=[Press()], early_stopping=False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.warns(TrainingInterruptedWarning) as seen:
+            model.fit(X, y)
+    except KeyboardInterrupt:  # which would end all tests
+        pytest.fail("Ctrl-C was not caught")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [warning.category for warning in seen] == [TrainingInterruptedWarning]
+    assert seen[0].filename == __file__  # it points at the call of fit
+    assert model.n_iter_ == 2
+    assert len(model.predict(X)) == 40
 
 
 @pytest.mark.parametrize("command", ["fit", "compare"])
@@ -280,7 +276,7 @@ def test_an_interrupted_command_stores_nothing(command, tmp_path, X, monkeypatch
 
 
 # What writes a file or a folder under a name, small and well, or large and not to the end. Forks do
-# it, so that all is imported but once.
+# it, so that all is imported and trained but once.
 SAVE = """
 import os, resource, signal, sys
 import numpy as np
@@ -290,15 +286,18 @@ from sklora._saved import ModelCard, save_model
 from sklora.io import write_adapter
 from sklora.io._plan import ReadOptions
 
-def save(kind, path, how):
-    n = 8 if how == "well" else 500
+def make(n):
     rng = np.random.default_rng(0)
     factors = {"q": (rng.normal(size=(n, 8)), rng.normal(size=(n, 8)))}
     X = LoRACollection.from_factors([factors] * 4)
     model = make_architecture("svd", device="cpu")
     model.set_params(model__max_epochs=1, model__hidden_dim=n)
-    if kind == "model":
-        model.fit(X, np.arange(4) % 2)
+    return factors, X, model.fit(X, np.arange(4) % 2)
+
+SMALL, LARGE = make(8), make(500)
+
+def save(how, kind, path):
+    factors, X, model = SMALL if how == "well" else LARGE
     card = ModelCard(
         "classification", ("y",), ("0", "1"), "svd", X.layout, (), ReadOptions(), 4, None
     )
@@ -318,11 +317,10 @@ def save(kind, path, how):
         os._exit(7)
     os._exit(0)
 
-kind, path = sys.argv[1:]
-for how in sys.stdin:
+for line in sys.stdin:
     child = os.fork()
     if child == 0:
-        save(kind, path, how.strip())
+        save(*line.strip().split(" ", 2))
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -336,30 +334,37 @@ def contents(path):
     }
 
 
-@linux
-@pytest.mark.parametrize("kind", ["zoo", "adapter", "model"])
-def test_what_is_not_complete_gets_no_name(kind, tmp_path):
-    command = [sys.executable, "-c", SAVE, kind, str(tmp_path / "saved")]
+@pytest.fixture(scope="module")
+def save():
+    """Give a function that has a child of another process save, and gives how the child ended."""
+    command = [sys.executable, "-c", SAVE]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
 
-        def save(how):
-            process.stdin.write(f"{how}\n")
+        def order(how, kind, path):
+            process.stdin.write(f"{how} {kind} {path}\n")
             process.stdin.flush()
             return int(process.stdout.readline())
 
-        for before in ({}, None):
-            if before is None:
-                assert save("well") == 0
-                before = contents(tmp_path)
-                assert before
-            assert save("full") == 7
-            assert list(tmp_path.rglob("*.tmp")) == []
-            assert save("killed") == -signal.SIGKILL
-            assert contents(tmp_path) == before
-            for left in tmp_path.rglob("*.tmp"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield order
+
+
+@linux
+@pytest.mark.parametrize("kind", ["zoo", "adapter", "model"])
+def test_what_is_not_complete_gets_no_name(kind, tmp_path, save):
+    path = tmp_path / "saved"
+    for before in ({}, None):
+        if before is None:
+            assert save("well", kind, path) == 0
+            before = contents(tmp_path)
+            assert before
+        assert save("full", kind, path) == 7
+        assert list(tmp_path.rglob("*.tmp")) == []
+        assert save("killed", kind, path) == -signal.SIGKILL
+        assert contents(tmp_path) == before
+        for left in tmp_path.rglob("*.tmp"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def test_what_a_killed_process_leaves_is_no_adapter(tmp_path, X):
@@ -393,7 +398,7 @@ def test_scoring_files_one_by_one_keeps_no_memory(tmp_path, X):
 
     tracemalloc.start()
     try:
-        score(100)
+        score(40)  # every file is read twice, and by each model in turn
         open_files, held = len(os.listdir("/proc/self/fd")), tracemalloc.get_traced_memory()[0]
         score(100)
         growth = tracemalloc.get_traced_memory()[0] - held
