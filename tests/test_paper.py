@@ -111,15 +111,21 @@ def test_every_script_has_expectations():
     assert set(EXPECTED) == set(SCRIPTS)
 
 
+@pytest.fixture
+def briefly(paper, monkeypatch):
+    """Try one candidate of every architecture, from one seed."""
+    monkeypatch.setitem(paper.protocol.QUICK, "seeds", (0,))
+    for key, one in paper.protocol.ARCHITECTURES.items():
+        few = one._replace(candidates=one.candidates[:1])
+        monkeypatch.setitem(paper.protocol.ARCHITECTURES, key, few)
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SCRIPTS]
 )
-def test_a_script_runs_and_reports_every_score(paper, name, tmp_path, capsys, monkeypatch):
+def test_a_script_runs_and_reports_every_score(paper, name, tmp_path, capsys, request):
     if name in LONG:
-        monkeypatch.setitem(paper.protocol.QUICK, "seeds", (0,))
-        for key, one in paper.protocol.ARCHITECTURES.items():
-            few = one._replace(candidates=one.candidates[:1])
-            monkeypatch.setitem(paper.protocol.ARCHITECTURES, key, few)
+        request.getfixturevalue("briefly")
     output, chart = tmp_path / "results.json", tmp_path / "chart.svg"
     more = ["--plot", str(chart)] if name == "figure4" else []
     report = getattr(paper, name).main(["--quick", "--output", str(output), *more])
@@ -154,7 +160,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(paper, tmp_
         paper.protocol.Run(paper.protocol.parser("test").parse_args(command))
 
 
-def test_a_chart_that_cannot_be_drawn_costs_no_numbers(paper, tmp_path):
+def test_a_chart_that_cannot_be_drawn_costs_no_numbers(paper, briefly, tmp_path):
     output, chart = tmp_path / "results.json", tmp_path / "missing" / "chart.svg"
     with pytest.raises(FileNotFoundError, match=r"chart\.svg"):
         paper.figure4.main(["--quick", "--output", str(output), "--plot", str(chart)])
