@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 _FORMAT = "sklora zoo"
 _VERSION = "1"
 _TENSORS = ("weights", "ranks", "ids")
+# As in the safetensors library, which takes some 60 bytes and a microsecond for each short text.
+_MAX_HEADER = 100_000_000
+# A zoo's header has 44 quotes outside of its layout, that of an adapter 10 for each tensor.
+_MAX_QUOTES = 1_000_000
 _MAX_ID_BYTES = 2**30
 # An array of so many bytes may have any ids, a larger one so many bytes for each letter of all.
 _ANY_ID_BYTES = 2**26
@@ -302,12 +306,16 @@ def _read_header(path: str) -> tuple[Mapping[str, str], dict[str, _Tensor], int]
             "written."
         )
     try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            text = file.read(min(size, _MAX_HEADER))
+        n_quotes = text.count(b'"') - text.count(b'\\"')
+        if n_quotes > _MAX_QUOTES:
+            raise ValueError(f"its header has {n_quotes} quotes, of at most {_MAX_QUOTES}")
         # The library checks sizes, dtypes, and that the tensors fill the file without a gap.
         with safe_open(path, framework="numpy"):
             pass
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = parse_json(file.read(size), "its header", size, unique=True)
+        header = parse_json(text, "its header", size, unique=True)
         metadata = header.pop("__metadata__", None) or {}
         tensors = {
             name: _Tensor(entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][0])

@@ -353,6 +353,17 @@ class TestHostileFiles:
         with pytest.raises(ValueError, match="no zoo"):
             LoRACollection.open(path)
 
+    def test_headers_of_very_many_texts_are_not_parsed(self, zoo, monkeypatch):
+        def with_texts(header):
+            header["__metadata__"] |= {f"{number}\\": "" for number in range(40)}
+
+        edited(zoo, with_texts)
+        monkeypatch.setattr(_zoofile, "_MAX_QUOTES", 100)
+        monkeypatch.setattr(_zoofile, "safe_open", None)
+        monkeypatch.setattr(_zoofile, "parse_json", None)
+        with pytest.raises(ValueError, match="its header has 164 quotes, of at most 100"):
+            LoRACollection.open(zoo)
+
     def test_another_version(self, zoo):
         edited(zoo, with_metadata(version="2"))
         with pytest.raises(ValueError, match=r"version '2', .* reads version 1; upgrade sklora"):
