@@ -209,8 +209,8 @@ def _kind(path: str, root: str) -> str | None:
         is_link, mode = os.path.islink(path), os.stat(path).st_mode
         if stat.S_ISDIR(mode) and not is_link:
             return "unknown"  # it cannot be listed, which is said where it is opened
-        if not stat.S_ISREG(mode):
-            return None
+        if not stat.S_ISREG(mode):  # a linked folder, or what is refused where it is opened
+            return None if stat.S_ISDIR(mode) else by_name
         if is_link and not _is_inside(path, root):
             return by_name
         file, size = open_regular(path)

@@ -110,10 +110,31 @@ def test_files_that_hold_no_tensors_are_passed_by(tree):
         Path("zoo", name).write_bytes(content)
     with zipfile.ZipFile("zoo/report.docx", "w") as archive:
         archive.writestr("word/document.xml", "<w/>")
-    os.mkfifo("zoo/fifo.safetensors")
+    os.mkfifo("zoo/fifo")
+    os.symlink(os.devnull, "zoo/null")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("zoo/socket")
         assert found("zoo") == found("zoo/*") == ["zoo/a.safetensors"]
+
+
+def test_what_is_no_regular_file_is_refused_where_its_name_promises_tensors(tree):
+    tree("zoo/a.safetensors", "elsewhere/b.safetensors")
+    for name in ("zoo/fifo.safetensors", "zoo/fifo"):
+        os.mkfifo(name)
+    os.symlink("fifo", "zoo/link.pt")
+    os.symlink(os.devnull, "zoo/null.npz")
+    os.symlink(Path("elsewhere").absolute(), "zoo/folder.gguf")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("zoo/socket.gguf")
+        reports = {report.path: report.error for report in scan_adapters("zoo")}
+    assert reports.pop("zoo/a.safetensors") is None
+    assert reports == {
+        "zoo/fifo.safetensors": "it is a device, pipe or socket; name a file.",
+        "zoo/link.pt": "it is a device, pipe or socket; name a file.",
+        "zoo/null.npz": f"null.npz is a link to {os.devnull!r}, outside of 'zoo'; pass a folder "
+        "that holds both, or a copy.",
+        "zoo/socket.gguf": "it cannot be opened: No such device or address.",
+    }
 
 
 @pytest.mark.parametrize(
