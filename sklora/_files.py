@@ -14,6 +14,41 @@ from typing import BinaryIO
 _FULL = (ENOSPC, EDQUOT, EFBIG)
 
 
+def check_place(path: str | os.PathLike[str], named: str) -> None:
+    """Check that a file can be written, before the work that makes it.
+
+    Parameters
+    ----------
+    path : str or path-like
+    named : str
+        What messages call it.
+
+    Raises
+    ------
+    ValueError
+        When it is a folder.
+    OSError
+        When it is a device or pipe, there is no folder for it or no permission, or its name is too
+        long.
+    """
+    path = os.fspath(path)
+    folder = os.path.dirname(os.path.realpath(path))
+    if os.path.isdir(path) or not os.path.basename(path):
+        raise ValueError(f"{named} is a folder; name a file in it.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise FileExistsError(f"{named} is no regular file, and would be replaced; name another.")
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{named}: there is no folder {folder!r}; make it first.")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{named}: there is no permission to write to {folder!r}.")
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass  # as it should be
+    except OSError as error:
+        raise OSError(f"{named}: {error.strerror}; name another.") from None
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a file for writing that gets its name when it is complete.

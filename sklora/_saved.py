@@ -16,7 +16,7 @@ from sklearn.pipeline import Pipeline
 
 import sklora
 from sklora._base import warn_of_version
-from sklora._files import replacing
+from sklora._files import check_place, replacing
 from sklora._schema import check_schema
 from sklora._stores import check_memory
 from sklora._untrusted import Refusal, parse_json, shown
@@ -228,9 +228,12 @@ def save_model(path: str | os.PathLike[str], model: Pipeline, card: ModelCard) -
     ModuleNotFoundError
         When skops is missing.
     ValueError
-        When the card is too large.
+        When the card is too large, or `path` is a folder.
+    OSError
+        When the file cannot be written.
     """
     check_skops()
+    check_place(path, f"path={os.fspath(path)!r}")
     import skops.io
 
     text = card.to_json()

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from safetensors import SafetensorError, safe_open
 
-from sklora._files import replacing
+from sklora._files import check_place, replacing
 from sklora._layout import LoRALayout
 from sklora._stores import ArrayStore, MemmapStore, Store, store_of_array
 from sklora._untrusted import parse_json, shown
@@ -79,8 +79,7 @@ def save_zoo(loras: LoRACollection, path: str | os.PathLike[str]) -> None:
     metadata.
     """
     path = os.path.realpath(path)
-    if os.path.isdir(path):
-        raise ValueError(f"path={path!r} is a folder; name a file in it.")
+    check_place(path, f"path={path!r}")
     _checked_base_model(loras.layout.base_model)
     ids = _ids_as_json(loras.ids)
     dtype = _stored_dtype(loras._store)

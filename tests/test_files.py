@@ -5,7 +5,34 @@ import os
 
 import pytest
 
-from sklora._files import replacing
+from sklora._files import check_place, replacing
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        (".", ValueError, "p is a folder; name a file in it"),
+        ("new/", ValueError, "p is a folder"),
+        ("no/file", FileNotFoundError, "p: there is no folder '.*/no'; make it first"),
+        ("dangling", FileNotFoundError, "p: there is no folder '.*/none'; make it first"),
+        ("pipe", FileExistsError, "p is no regular file, and would be replaced; name another"),
+        ("n" * 300, OSError, "p: File name too long; name another"),
+    ],
+)
+def test_places_that_no_file_can_be_written_to(tmp_path, monkeypatch, path, error, message):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    os.symlink("none/file", "dangling")
+    with pytest.raises(error, match=message):
+        check_place(path, "p")
+
+
+def test_places_of_files_that_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("file", tmp_path / "file", "./file"):
+        check_place(path, "p")
+    (tmp_path / "file").write_bytes(b"")
+    check_place("file", "p")
 
 
 def test_pipe_is_not_replaced(tmp_path):

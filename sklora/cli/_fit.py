@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from sklearn.pipeline import Pipeline
 
+from sklora._files import check_place
 from sklora._saved import ModelCard, check_skops, layout_of, save_model
 from sklora.architectures import ARCHITECTURES, set_both
 from sklora.cli._output import OK, CommandError, few, say
@@ -89,21 +89,10 @@ def check_output(path: str) -> None:
     """
     if not path:
         raise CommandError("the name of the output is empty; name a file.")
-    folder = os.path.dirname(os.path.realpath(path))
-    if os.path.isdir(path) or not os.path.basename(path):
-        raise CommandError(f"{path} is a folder; name a file in it.")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise CommandError(f"{path} is no regular file, and would be replaced; name another.")
-    if not os.path.isdir(folder):
-        raise CommandError(f"{path}: there is no folder {folder}.")
-    if not os.access(folder, os.W_OK):
-        raise CommandError(f"{path}: there is no permission to write to {folder}.")
     try:
-        os.lstat(path)
-    except FileNotFoundError:
-        pass  # as it should be
-    except OSError as error:
-        raise CommandError(f"{path}: {error.strerror}; name another.") from None
+        check_place(path, path)
+    except (ValueError, OSError) as error:
+        raise CommandError(str(error)) from None
 
 
 def _check_columns(zoo: LabelledZoo) -> None:

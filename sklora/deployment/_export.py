@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 import sklora
-from sklora._files import replacing
+from sklora._files import check_place, replacing
 from sklora._untrusted import shown
 from sklora.collection import LoRACollection, LoRALayout, check_loras
 from sklora.estimators import GLNetClassifier, GLNetRegressor
@@ -207,7 +207,8 @@ def export_onnx(estimator: GLNetEstimator, path: str | os.PathLike[str]) -> None
     TypeError, sklearn.exceptions.NotFittedError
         As for :func:`export_program`.
     ValueError
-        As for :func:`export_program`, and when `estimator` was fitted with ``spectrum=True``.
+        As for :func:`export_program`, when `estimator` was fitted with ``spectrum=True``, and when
+        `path` is a folder.
     OSError
         When the file cannot be written.
 
@@ -238,6 +239,7 @@ def export_onnx(estimator: GLNetEstimator, path: str | os.PathLike[str]) -> None
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(_NO_ONNX.format(error.name)) from None
+    check_place(path, f"path={os.fspath(path)!r}")
     program = export_program(estimator)
     if estimator.architecture_.get("spectrum"):
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 
-from sklora._files import replacing
+from sklora._files import check_place, replacing
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -117,6 +117,7 @@ def ending_of(path: str | os.PathLike[str]) -> str:
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure into a file, which appears under its name when it is complete."""
+    check_place(path, f"path={os.fspath(path)!r}")
     with replacing(os.path.realpath(path)) as file:
         figure.savefig(file.name, format=ending_of(path) or "png", dpi=150)
 

@@ -355,13 +355,15 @@ class TestRefused:
         monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
         code, out, err = fit(zoo)
         assert (code, out) == (2, "")
-        assert f"there is no permission to write to {tmp_path}." in err
+        assert f"there is no permission to write to '{tmp_path}'." in err
 
     def test_output_that_is_a_link_into_no_folder(self, fit, zoo, tmp_path):
         os.symlink(tmp_path / "none" / "m.skops", tmp_path / "model.skops")
         code, _, err = fit(zoo)
         assert code == 2
-        assert f"{tmp_path}/model.skops: there is no folder {tmp_path}/none." in err
+        assert (
+            f"{tmp_path}/model.skops: there is no folder '{tmp_path}/none'; make it first." in err
+        )
 
     def test_output_without_a_name(self, run, zoo):
         """As an unset variable of a shell gives it."""

@@ -353,6 +353,13 @@ class TestOnnx:
         assert path.read_bytes() == b"before"
         assert os.listdir(tmp_path) == ["model.onnx"]
 
+    def test_places_that_no_file_can_be_written_to(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("sklora.deployment._export.export_program", None)  # before the work
+        with pytest.raises(ValueError, match=rf"path='{tmp_path}' is a folder; name a file in it"):
+            export_onnx(GLNetRegressor(), tmp_path)
+        with pytest.raises(FileNotFoundError, match=r"no/m.onnx': there is no folder .*; make it"):
+            export_onnx(GLNetRegressor(), tmp_path / "no" / "m.onnx")
+
     @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
     def test_missing_package(self, monkeypatch, missing):
         monkeypatch.setitem(sys.modules, missing, None)
