@@ -128,12 +128,19 @@ def fetch_zoo(
     Raises
     ------
     OSError
-        When the zoo is not there and `train_if_missing` is False.
+        When the zoo is not there and `train_if_missing` is False, or a folder is in the place of
+        one of its files.
     """
     keyed = {"recipes_version": RECIPES_VERSION, **settings}
     text = json.dumps(keyed, sort_keys=True, indent=1, default=int)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     folder = Path(get_data_home(data_home)) / f"{name}-{digest}"
+    for path in folder.glob("*"):
+        if path.is_dir():
+            raise OSError(
+                f"{str(path)!r} is a folder where a file of the zoo {name!r} belongs; remove it, "
+                "or name another data_home."
+            )
     if not all(_is_intact(folder / file) for file in WHOLE):
         if not train_if_missing:
             raise OSError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -179,6 +180,11 @@ def train(
         When it is interrupted later. The weights are those of the best epoch where there are
         validation rows, else those of the last complete one.
     """
+    if sys.flags.optimize > 1:
+        raise RuntimeError(
+            "skorch, which trains networks, needs the docstrings that python -OO and "
+            "PYTHONOPTIMIZE=2 leave out; train with python -O or without. Prediction works."
+        )
     # Prediction needs no skorch, and importing it takes a tenth of sklora's time.
     from sklora.estimators._skorch import KeepBest, compose
 

@@ -92,6 +92,15 @@ class TestFetchZoo:
             [*names, *(f"{name}.sha256" for name in names), "settings.json", _zoos.LOCK]
         )
 
+    @pytest.mark.parametrize("name", [_zoos.WEIGHTS, _zoos.LABELS, f"{_zoos.BASE}.sha256"])
+    def test_a_folder_in_the_place_of_a_file(self, tmp_path, name):
+        self.fetch(tmp_path, Parabola())
+        (path,) = tmp_path.glob(f"*/{name}")
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(OSError, match=f"{name}' is a folder where .*; remove it, or name ano"):
+            self.fetch(tmp_path, None)
+
     def test_what_a_killed_run_left_goes(self, tmp_path):
         with pytest.raises(Interrupted):
             self.fetch(tmp_path, Parabola(fails_at=1))

@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
@@ -428,3 +430,9 @@ class TestSteps:
         )
         assert same_state(first, again)
         assert not same_state(first, second)
+
+
+def test_docstrings_that_skorch_needs():
+    script = "import sklora; sklora.MLPNetRegressor(device='cpu').fit([[1.0]] * 4, range(4))"
+    ran = subprocess.run([sys.executable, "-OO", "-c", script], capture_output=True, text=True)
+    assert ran.stderr.splitlines()[-1].startswith("RuntimeError: skorch, which trains networks, ")

@@ -265,8 +265,13 @@ class _Machine:
                 self._stack.append({})
             case (
                 "torch._utils _rebuild_tensor_v2",
-                (Storage() as storage, int(offset), tuple(shape), tuple(strides), *_),
+                (Storage() as storage, int(offset), tuple(shape), tuple(strides), *more),
             ) if _are_sizes(shape) and _are_sizes(strides):
+                if any(more[2:]):  # behind requires_grad and hooks, which hold no numbers
+                    raise Refusal(
+                        "its pickle has a tensor whose numbers PyTorch negates as it loads them; "
+                        "save a clone of it."
+                    )
                 self._stack.append(Tensor(storage, offset, shape, strides))
             case "torch._utils _rebuild_parameter", (Tensor() as data, *_):
                 self._stack.append(data)

@@ -317,6 +317,15 @@ class TestHostile:
         with pytest.raises(Refusal, match="is compressed, as PyTorch never does"):
             opened(TorchZipFile, file.getvalue())
 
+    @pytest.mark.parametrize(
+        "tensor",
+        [torch._neg_view(torch.ones(2, 3)), torch.ones(2, 3, dtype=torch.complex64).conj().imag],
+        ids=["view", "imag"],
+    )
+    def test_numbers_that_are_negated_when_they_are_loaded(self, tensor, opened):
+        with pytest.raises(Refusal, match="PyTorch negates as it loads them; save a clone of it"):
+            opened(TorchZipFile, saved({"up": tensor}))
+
     def test_dtype_that_needs_more_names(self, opened):
         raw = saved({"x": torch.ones(2).to(torch.float8_e5m2)})
         with pytest.raises(Refusal, match=r"names 'torch.*_rebuild_tensor_v3'"):
