@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from io import StringIO
+from typing import NoReturn
 
 from sklora.cli._output import FAILED, CommandError, say
 from sklora.cli._parser import build_parser
 from sklora.estimators import TrainingInterruptedWarning
 
 # What a shell reports of a command that a signal ended: 128 and its number.
-_INTERRUPTED, _BROKEN_PIPE = 130, 141
+_INTERRUPTED, _BROKEN_PIPE, _TERMINATED = 130, 141, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,11 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Whoever closed a stream, for which Python has None, wants nothing of it.
     sys.stdout, sys.stderr = sys.stdout or StringIO(), sys.stderr or StringIO()
     try:
-        code = _run(argv)
+        with _ending_workers():
+            code = _run(argv)
     except KeyboardInterrupt:
         code = _INTERRUPTED
     except BrokenPipeError:
         code = _BROKEN_PIPE
+    except _Terminated:
+        code = _TERMINATED
     except OSError:  # of standard error, so that nobody can be told
         code = FAILED
     try:
@@ -48,6 +54,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError:
         _forget_streams()
     return code
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception."""
+
+
+@contextmanager
+def _ending_workers() -> Iterator[None]:
+    """Have SIGTERM end the command by an exception, at which joblib ends its workers, too."""
+
+    def end(*_: object) -> NoReturn:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -180,7 +179,7 @@ def train(
         When it is interrupted later. The weights are those of the best epoch where there are
         validation rows, else those of the last complete one.
     """
-    if sys.flags.optimize > 1:
+    if train.__doc__ is None:
         raise RuntimeError(
             "skorch, which trains networks, needs the docstrings that python -OO and "
             "PYTHONOPTIMIZE=2 leave out; train with python -O or without. Prediction works."

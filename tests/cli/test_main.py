@@ -2,9 +2,11 @@
 
 import errno
 import io
+import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -84,6 +86,24 @@ def test_interrupt_is_130(run, monkeypatch):
 
     monkeypatch.setattr(_inspect, "run", interrupted)
     assert run("inspect", "a") == (130, "", "")
+
+
+def test_termination_is_143_and_passes_by_what_catches_errors(run, monkeypatch):
+    def terminated(args):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception as error:  # as in a fold that fails
+            pytest.fail(repr(error))
+
+    monkeypatch.setattr(_inspect, "run", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run("inspect", "a") == (143, "", "")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_other_threads_have_no_signals():
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(main, ["--version"]).result() == 0
 
 
 def test_broken_pipe_is_141(monkeypatch, capfd):
