@@ -109,6 +109,7 @@ _MARKS = (
     (".modules_to_save.", "a module that was saved whole"),
     (".original_module.", "the original of a module that was saved whole"),
     (".base_layer.", "a weight of the base model"),
+    (".lora_velora_embed.", "what VeLoRA computes gradients with, which is no part of the update"),
     (".diff.", "a dense difference, which is no low-rank update"),
     (".diff_b.", "a dense difference, which is no low-rank update"),
     ("_norm", "a parameter of a normalisation layer"),

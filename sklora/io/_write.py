@@ -21,7 +21,7 @@ from sklora.io._find import CONFIG, find_files, read_config
 from sklora.io._plan import ModulePlan, ReadOptions
 from sklora.io._read import first_of
 from sklora.io._tensors import check_tensor
-from sklora.io.formats.peft import PREFIX
+from sklora.io.formats.peft import ATTENTION_OUT, PREFIX
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -102,6 +102,7 @@ def write_adapter(
     base_model = base_model or config.get("base_model_name_or_path") or default_base
     base_model_label(base_model)  # refuses what could not be read again
     ranks = {paths[name]: U.shape[1] for name, (U, _) in factors.items()}
+    _check_attention(ranks)
     config = {**config, "base_model_name_or_path": base_model, **_scale_of_one(ranks)}
     _write(path, tensors, config)
 
@@ -130,6 +131,17 @@ def _check_paths(paths: Mapping[str, str]) -> None:
     for name, path in paths.items():
         if known.setdefault(path, name) != name:
             raise ValueError(f"{known[path]!r} and {name!r} are one module to PEFT; leave one out.")
+
+
+def _check_attention(ranks: Mapping[str, int]) -> None:
+    """Check that both projections of a MultiheadAttention are there, in one rank."""
+    for path, rank in ranks.items():
+        owner = path.removesuffix(ATTENTION_OUT)
+        if path != owner and ranks.get(owner) != rank:
+            raise ValueError(
+                f"module {path!r} has rank {rank}, and {owner!r} {ranks.get(owner, 'no update')}; "
+                "PEFT adapts both in one rank: pad factors with zeros."
+            )
 
 
 def _plain(factors: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, NDArray[Any]]:

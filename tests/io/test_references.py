@@ -149,6 +149,27 @@ def test_loha(peft, tmp_path, effective):
     assert_read(read_adapters(tmp_path, names="raw")[0], expected)
 
 
+def test_attention_of_torch(peft, tmp_path):
+    """PEFT applies the update of the output projection twice, so it is not merged here."""
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["mha"], alpha_pattern={"mha": 5})
+    base = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2)})
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    randomise(p for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path / "old")
+    layer = model.base_model.model["mha"]
+    expected = {"mha": layer, "mha.base_layer.out_proj": layer.base_layer.out_proj}
+    expected = {
+        name: part.get_delta_weight("default").detach().double().numpy()
+        for name, part in expected.items()
+    }
+    adapter = read_adapters(tmp_path / "old")[0]
+    assert_read(adapter, expected)
+    write_adapter(tmp_path / "new", adapter)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "new").base_model.model["mha"]
+    again = loaded.base_layer.out_proj.get_delta_weight("default").detach().numpy()
+    np.testing.assert_allclose(again, expected["mha.base_layer.out_proj"], atol=1e-6)
+
+
 def test_adalora(peft, tmp_path):
     config = peft.AdaLoraConfig(init_r=4, total_step=9, lora_alpha=5, target_modules=LINEAR)
     expected = adapted(peft, config, tmp_path)

@@ -150,6 +150,14 @@ def test_side_features_need_a_place(factors):
     assert_same(read_adapters("a")[0], dict(X[0]))
 
 
+@pytest.mark.parametrize(("ranks", "said"), [({"mha": 1}, "'mha' 1;"), ({}, "'mha' no update;")])
+def test_attention_of_torch_has_one_rank(factors, ranks, said):
+    ranks = {"mha.base_layer.out_proj": 2} | ranks
+    adapter = {name: (np.ones((3, rank)), np.ones((3, rank))) for name, rank in ranks.items()}
+    with pytest.raises(ValueError, match=f"out_proj' has rank 2, and {said} PEFT adapts both"):
+        write_adapter("a", adapter)
+
+
 class TestOverwriting:
     def test_replaces_what_there_is_of_an_adapter(self, factors):
         write_adapter("a", factors(rank=[1, 2, 3, 2, 1, 6]), base_model="gpt2")

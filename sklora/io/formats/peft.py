@@ -63,6 +63,8 @@ _TYPES = ("LORA", "ADALORA", "LOHA", "LOKR")
 # These leave the base model as it is, so that B A is the whole update.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "true", "false")
 _CONV1D = 3
+# Where the output projection of a MultiheadAttention is, whose settings are those of the whole.
+ATTENTION_OUT = ".base_layer.out_proj"
 _OTHER_BASES = ("use_qalora", "kasa_config", "use_bdlora")
 
 
@@ -109,7 +111,8 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
         if "alpha" in tensors:
             return alpha_over_rank(path, tensors, dimension)
-        return Scale(scale_of_config(config, path.removeprefix(PREFIX), dimension))
+        module = path.removeprefix(PREFIX).removesuffix(ATTENTION_OUT)
+        return Scale(scale_of_config(config, module, dimension))
 
     label = base_model_label(config.get("base_model_name_or_path"))
     plan = make_plan(source, options, "peft", modules, scale, left_out=left_out, base_model=label)

@@ -243,6 +243,7 @@ def test_what_is_no_update_is_left_out_with_a_reason(pair, normal, save, scan):
         "embeddings.LayerNorm.weight": "normalisation",
         "model.norm.weight": "normalisation",
         "model.embed_tokens.weight": "embedding",
+        "q.lora_velora_embed": "VeLoRA",
         "soft_router.weight": "no part of a low-rank update",
     }
     tensors = {PREFIX + name: normal(2) for name in others}
