@@ -242,7 +242,7 @@ def _used(file: TensorFile) -> Mapping[str, str]:
     """Give the metadata that formats look at: that of safetensors is seldom any of it."""
     if file.container != "safetensors":
         return file.metadata
-    return {name: file.metadata[name] for name in (SETTINGS,) if name in file.metadata}
+    return {name: file.metadata[name] for name in (SETTINGS, "alpha") if name in file.metadata}
 
 
 class _Text:

@@ -311,6 +311,32 @@ def alpha_over_rank(path: str, tensors: Mapping[str, str], dimension: int | None
     return Scale(1.0 / max(dimension, 1), tensors["alpha"])
 
 
+def alpha_rule(source: Source, options: ReadOptions) -> ScaleRule:
+    """Scale by alpha/r, unless an alpha in the metadata is all that a file tells.
+
+    It may be meant, as in files of MiniMax-H3, where diffusers heeds it, or not, as in others.
+    """
+    said = source.metadata.get("alpha")
+    alpha = None if said is None or has_suffix(source, ".alpha") else _parsed(said)
+    if alpha is None:
+        return alpha_over_rank
+
+    def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
+        if alpha == dimension:
+            return Scale(1.0)
+        why = f"its metadata name the alpha {shown(said)}, which loaders heed for some models only;"
+        return Scale(stated_scale(options, why))
+
+    return scale
+
+
+def _parsed(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def stated_scale(options: ReadOptions, why: str) -> float:
     """Give the scale that the caller stated, for files that do not tell it themselves."""
     if options.scale is None:

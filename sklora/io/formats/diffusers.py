@@ -15,7 +15,7 @@ from typing import Any
 from sklora._untrusted import Refusal, parse_json
 from sklora.io._build import (
     PRODUCT_ROLES,
-    alpha_over_rank,
+    alpha_rule,
     by_module,
     has_suffix,
     left_out_of,
@@ -71,12 +71,14 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
         check_config(config)
         check_patterns(config, list(modules), len(settings))
 
+    otherwise = alpha_rule(source, options)
+
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
         for component, config in settings.items():
             if path.startswith(f"{component}.") or (len(settings) == 1 and not component):
                 module = path.removeprefix(f"{component}.")
                 return Scale(scale_of_config(config, module, dimension))
-        return alpha_over_rank(path, tensors, dimension)
+        return otherwise(path, tensors, dimension)
 
     plan = make_plan(source, options, "diffusers", modules, scale, left_out=left_out_of(rest))
     check_lokr(source, plan)

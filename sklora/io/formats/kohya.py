@@ -8,7 +8,7 @@ loaders scale them, by the rank of the tensors.
 
 from __future__ import annotations
 
-from sklora.io._build import alpha_over_rank, has_suffix, plan_by_suffix
+from sklora.io._build import alpha_rule, has_suffix, plan_by_suffix
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Source
 
 SUFFIXES = {
@@ -24,7 +24,7 @@ def _matches(source: Source, options: ReadOptions) -> bool:
 
 
 def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
-    return plan_by_suffix(source, options, "kohya", SUFFIXES, alpha_over_rank)
+    return plan_by_suffix(source, options, "kohya", SUFFIXES, alpha_rule(source, options))
 
 
 FORMAT = Format("kohya", _matches, _plan)

@@ -1,8 +1,10 @@
 """mlx-lm: ``lora_a (in, r)`` and ``lora_b (r, out)``, beside ``adapter_config.json``.
 
 Scale: ``lora_parameters.scale`` as it stands, whatever alpha says (`mlx_lm/tuner/utils.py`,
-``linear_to_lora_layers``, which refuses configurations without one). The old ``adapters.npz`` has
-no configuration, so its scale is not known. DoRA keeps its magnitude in ``.m``.
+``linear_to_lora_layers``, which refuses configurations without one). Until 0.14.0 alpha/rank
+multiplied it (`mlx_lm/tuner/lora.py`): so it does where the trainer's settings lack ``use_dora``,
+which came with 0.13; those of 0.13 and 0.14.0 look like later ones. The old ``adapters.npz`` has no
+configuration, so its scale is not known. DoRA keeps its magnitude in ``.m``.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from sklora.io._build import (
 )
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
 
+# What mlx-lm's trainer has always stored of its settings, and what it stores since 0.13 or later.
+_ALWAYS = ("iters", "lora_layers", "val_batches")
+_SINCE = ("use_dora", "fine_tune_type", "num_layers")
 _SUFFIXES = {"lora_a": "a", "lora_b": "b", "m": "magnitude"}
 
 
@@ -52,4 +57,11 @@ def _scale(config: Mapping[str, object] | None, options: ReadOptions) -> float:
         return stated_scale(
             options, "its lora_parameters have no scale, without which mlx-lm does not load it;"
         )
-    return number(parameters, "scale")
+    scale = number(parameters, "scale")
+    old = config is not None and config.keys() >= set(_ALWAYS) and not config.keys() & set(_SINCE)
+    if not old or not parameters.keys() >= {"alpha", "rank"}:
+        return scale
+    rank = number(parameters, "rank")
+    if rank < 1:
+        raise Refusal(f"rank is {shown(rank)} in its lora_parameters; a rank is at least 1.")
+    return scale * number(parameters, "alpha") / rank

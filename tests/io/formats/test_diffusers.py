@@ -60,6 +60,27 @@ def test_text_encoders(pair, save, assert_updates, component, down, up):
     assert_updates(path, {f"{layer}.q_proj": product(A, B)}, names="canonical")
 
 
+@pytest.mark.parametrize("keys", [("lora_A", "lora_B"), ("lora_down", "lora_up")])
+@pytest.mark.parametrize(
+    ("alpha", "rank", "scale"), [("6", 3, None), ("3", 3, 1), ("x", 3, 1), ("nan", 3, None)]
+)
+def test_alpha_of_the_metadata_alone_asks_for_the_scale(
+    normal, save, refusal, scan, keys, alpha, rank, scale
+):
+    """Diffusers heeds it in files of MiniMax-H3, and in no others."""
+    module = "diffusion_model.blocks.0.attn.out_proj"
+    A, B = normal(rank, 4), normal(5, rank)
+    tensors = {f"{module}.{key}.weight": x for key, x in zip(keys, (A, B), strict=True)}
+    path = save(tensors, metadata={"alpha": alpha})
+    if scale is None:
+        assert f"its metadata name the alpha '{alpha}'" in refusal(path)
+        assert scan(path, scale=2).scales == (2,)
+    else:
+        assert scan(path).scales == (scale,)
+    path = save(tensors | {f"{module}.alpha": torch.tensor(1.5)}, metadata={"alpha": alpha})
+    assert scan(path).scales == (0.5,)
+
+
 def test_convolution(normal, save, assert_updates):
     A, B = normal(3, 4, 3, 3), normal(5, 3, 1, 1)
     conv = "unet.down_blocks.0.resnets.0.conv1"

@@ -65,6 +65,31 @@ def test_parameters_that_make_no_sense_are_refused(pair, save, refusal, paramete
     assert message in refusal(save(tensors(*pair), {"lora_parameters": parameters}))
 
 
+# The defaults of mlx-lm 0.8 to 0.12.
+OLD = {"iters": 1000, "val_batches": 25, "lora_layers": 16}
+PARAMETERS = {"rank": 8, "alpha": 16, "scale": 10.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        (OLD, 20),
+        (OLD | {"lora_parameters": {"rank": 8, "scale": 10.0}}, 10),
+        (OLD | {"use_dora": False}, 10),  # of 0.13 to 0.18
+        ({"iters": 1000, "val_batches": 25, "num_layers": 16, "fine_tune_type": "lora"}, 10),
+        ({"lora_layers": 16}, 10),  # which nobody trained with
+    ],
+)
+def test_before_013_alpha_over_rank_multiplies_the_scale(pair, save, scan, config, scale):
+    assert scan(save(tensors(*pair), {"lora_parameters": PARAMETERS} | config)).scales == (scale,)
+
+
+@pytest.mark.parametrize("changed", [{"rank": 0}, {"rank": "8"}, {"alpha": None}])
+def test_old_parameters_that_make_no_sense_are_refused(pair, save, refusal, changed):
+    config = OLD | {"lora_parameters": PARAMETERS | changed}
+    assert f"{next(iter(changed))} is " in refusal(save(tensors(*pair), config))
+
+
 def test_magnitude_of_dora(pair, normal, save):
     magnitude = normal(5)
     X = read_adapters(save(tensors(*pair) | {f"{MODULE}.m": magnitude}, CONFIG))
