@@ -46,6 +46,11 @@ _VOCABULARY = _words(
     txt_mlp img_mod txt_mod img_in txt_in time_in vector_in guidance_in in_layer out_layer
     modulation lin linear linear1 linear2 final_layer adaLN_modulation query_norm key_norm
 
+    to_qkv_mlp_proj to_qkv to_added_qkv linear_in linear_out time_guidance_embed
+    double_stream_modulation_img double_stream_modulation_txt single_stream_modulation
+    joint_transformer_blocks time_step_proj distilled_guidance_layer in_proj linear_3
+    condition_embedder time_embedder time_proj image_embedder conv_inverted conv_depth conv_point
+
     blocks self_attn cross_attn output_proj ffn head adaln_modulation adaln_modulation_self_attn
     adaln_modulation_cross_attn adaln_modulation_mlp layer1 layer2 llm_adapter
     txtfusion layerwise_blocks refiner_blocks
@@ -58,7 +63,8 @@ _VOCABULARY = _words(
 )
 _MOST_WORDS = max(word.count("_") for word in _VOCABULARY) + 1
 
-_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_COMPONENTS = ("unet", "transformer", *_TEXT_ENCODERS)
 
 # How the names begin that are a component's beyond doubt; # is a number. Whole names where there is
 # but one part: "proj_out", say, is of FLUX, but of Whisper too.
@@ -173,6 +179,8 @@ def canonical_name(path: str) -> str:
     component, parts = _component(_unwrapped(_unflattened(bare)))
     if component == "unet":
         parts = _from_ldm(parts)
+    elif component in _TEXT_ENCODERS and _is_bare_clip(parts):
+        parts = ["text_model", *parts]
     parts = _from_processors(component, parts)
     return ".".join(parts if component is None else [component, *parts])
 
@@ -262,6 +270,16 @@ def _beginning(parts: Sequence[str]) -> str:
     return ".".join("#" if _is_number(part) else part for part in parts[:2])
 
 
+def _is_bare_clip(parts: Sequence[str]) -> bool:
+    """Tell the layers of CLIP's text model, which stand alone in transformers from version 5 on."""
+    match parts:
+        case ["encoder", "layers", n, "self_attn" | "mlp", _, *_]:
+            return _is_number(n)
+        case ["embeddings", "token_embedding" | "position_embedding"]:
+            return True
+    return False
+
+
 def _from_ldm(parts: list[str]) -> list[str]:
     """Rename a module of the UNet from its authors' names to those of diffusers."""
     if (whole := _LDM_WHOLE.get(tuple(parts))) is not None:
@@ -295,6 +313,6 @@ def _from_processors(component: str | None, parts: list[str]) -> list[str]:
             return [blocks, n, *_XLABS.get((blocks, last), ["processor", last])]
         case _, [*owner, "processor", last] if last in _PROCESSOR:
             return [*owner, *_PROCESSOR[last]]
-        case "text_encoder" | "text_encoder_2" | "text_encoder_3", [*owner, "self_attn", last]:
+        case _, [*owner, "self_attn", last] if component in _TEXT_ENCODERS:
             return [*owner, "self_attn", *_TEXT_SELF_ATTENTION.get(last, [last])]
     return parts

@@ -382,6 +382,38 @@ def test_other_names_are_left(path):
     assert canonical_name(path) == path
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.self_attn.q_proj"),
+        ("encoder.layers.3.mlp.fc1", "text_model.encoder.layers.3.mlp.fc1"),
+        ("embeddings.token_embedding", "text_model.embeddings.token_embedding"),
+        ("encoder.block.0.layer.0.SelfAttention.q", "encoder.block.0.layer.0.SelfAttention.q"),
+        ("encoder.layers.0.self_attention.dense", "encoder.layers.0.self_attention.dense"),
+    ],
+)
+@pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2"])
+def test_clip_of_transformers_5_has_the_names_of_older_ones(component, path, name):
+    assert canonical_name(f"{component}.{path}") == f"{component}.{name}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "transformer_blocks.0.ff_context.linear_in",
+        "single_transformer_blocks.3.attn.to_qkv_mlp_proj",
+        "double_stream_modulation_img.linear",
+        "joint_transformer_blocks.1.ff.linear_1",
+        "distilled_guidance_layer.layers.0.linear_1",
+        "condition_embedder.time_embedder.linear_1",
+        "img_emb.proj.1",
+    ],
+)
+def test_words_of_newer_transformers(path):
+    flattened = path.replace(".", "_")
+    assert canonical_name(f"lora_transformer_{flattened}") == f"transformer.{path}"
+
+
 def test_unknown_words_stay_joined():
     assert canonical_name("lora_unet_blocks_0_my_new_part") == "transformer.blocks.0.my_new_part"
     assert canonical_name("lycoris_some_module_0_to_q") == "some_module.0.to_q"
