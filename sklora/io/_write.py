@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +22,9 @@ from sklora.io._plan import ModulePlan, ReadOptions
 from sklora.io._read import first_of
 from sklora.io._tensors import check_tensor
 from sklora.io.formats.peft import ATTENTION_OUT, PREFIX
+from sklora.io.names import canonical_name
+
+T = TypeVar("T")
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -183,7 +186,7 @@ def _like(
     found = find_files(path)
     if len(found) != 1:
         raise AdapterError(path, f"there are {len(found)} adapters in it; name one file.")
-    with opened(found[0], ReadOptions(names="canonical")) as adapter:
+    with opened(found[0], ReadOptions(names="raw")) as adapter:
         plan = adapter.plan
         config = read_config(found[0])
         methods = sorted({module.method for module in plan.modules})
@@ -193,19 +196,19 @@ def _like(
                 f"it is no plain LoRA of PEFT, but {' and '.join(methods)} of {plan.format}; pass "
                 "another like=, or none.",
             )
-        known = {module.name: module for module in plan.modules}
+        known = _canonical({module.path: module for module in plan.modules})
         known |= {module.path.removeprefix(PREFIX): module for module in plan.modules}
         known |= {module.path: module for module in plan.modules}
         tensors, paths = _kept(adapter, side), {}
         for name, (U, V) in factors.items():
             if name not in known:
+                theirs = first_of([canonical_name(module.path) for module in plan.modules])
                 raise ValueError(
-                    f"module {name!r} is not in {path!r}, which has "
-                    f"{first_of([module.name for module in plan.modules])}; leave it out, or pass "
-                    "another like=."
+                    f"module {name!r} is not in {path!r}, which has {theirs}; leave it out, or "
+                    "pass another like=."
                 )
             paths[name] = known[name].path.removeprefix(PREFIX)
-            tensors |= _shaped(adapter, known[name], U, V)
+            tensors |= _shaped(adapter, known[name]._replace(name=name), U, V)
     return tensors, paths, dict(config)
 
 
@@ -222,6 +225,7 @@ def _kept(adapter: OpenAdapter, side: Mapping[str, NDArray[Any]]) -> dict[str, N
             bias = tensors[name]
             tensors[name] = (bias * np.asarray(scales[path], bias.dtype)).astype(bias.dtype)
     places = {name: (tensor, size) for name, tensor, size in adapter.plan.side}
+    places |= _canonical(places)
     for name, vector in side.items():
         tensor, size = places.get(name, ("", 0))
         if len(vector) != size:
@@ -231,6 +235,15 @@ def _kept(adapter: OpenAdapter, side: Mapping[str, NDArray[Any]]) -> dict[str, N
             )
         tensors[tensor] = vector.reshape(tensors[tensor].shape)
     return tensors
+
+
+def _canonical(known: Mapping[str, T]) -> dict[str, T]:
+    """Give what is known of modules, or of their side features, by canonical names of one each."""
+    names: dict[str, list[str]] = {}
+    for name in known:
+        path = name.removesuffix(":magnitude_out").removesuffix(":magnitude_in")
+        names.setdefault(canonical_name(path) + name[len(path) :], []).append(name)
+    return {name: known[one] for name, [one, *others] in names.items() if not others}
 
 
 def _shaped(

@@ -273,6 +273,16 @@ class TestLike:
         ]
         assert config["target_modules"] == ["conv", "emb", "q"]
 
+    def test_modules_of_one_canonical_name_are_told_apart_by_raw_names(self):
+        factors = {name: (np.ones((3, 1)), np.ones((2, 1))) for name in ("q", "_orig_mod.q", "k")}
+        write_adapter("like", factors)
+        X = read_adapters("like", names="raw")
+        write_adapter("a", X[0], like="like")
+        assert_same(read_adapters("a", names="raw")[0], dict(X[0]))
+        write_adapter("a", {"k": factors["k"]}, like="like")
+        with pytest.raises(ValueError, match="one module to PEFT"):
+            write_adapter("a", factors | {PREFIX + "q": factors["q"]}, like="like")
+
     def test_takes_raw_names_too_and_a_subset(self, like):
         X = read_adapters("like", names="raw")
         assert PREFIX + "q" in X.layout.names
