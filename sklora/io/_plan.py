@@ -136,13 +136,11 @@ class Format(NamedTuple):
 
     Attributes
     ----------
-    name : str
     matches : callable
         ``matches(source, options)``: whether the file is of this format, from its header.
     plan : callable
         ``plan(source, options)`` gives the `AdapterPlan`, or raises `Refusal`.
     """
 
-    name: str
     matches: Callable[[Source, ReadOptions], bool]
     plan: Callable[[Source, ReadOptions], AdapterPlan]

@@ -45,4 +45,4 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     )
 
 
-FORMAT = Format("cloneofsimo", _matches, _plan)
+FORMAT = Format(_matches, _plan)

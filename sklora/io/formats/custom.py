@@ -47,4 +47,4 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     )
 
 
-FORMAT = Format("custom", _matches, _plan)
+FORMAT = Format(_matches, _plan)

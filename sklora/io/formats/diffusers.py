@@ -85,7 +85,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     return plan
 
 
-FORMAT = Format("diffusers", _matches, _plan)
+FORMAT = Format(_matches, _plan)
 
 
 def _settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -37,5 +37,5 @@ def _plan_bfl(source: Source, options: ReadOptions) -> AdapterPlan:
     return plan_by_suffix(source, options, "bfl", suffixes, lambda *_: Scale(value))
 
 
-XLABS = Format("xlabs", _matches_xlabs, _plan_xlabs)
-BFL = Format("bfl", _matches_bfl, _plan_bfl)
+XLABS = Format(_matches_xlabs, _plan_xlabs)
+BFL = Format(_matches_bfl, _plan_bfl)

@@ -46,4 +46,4 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     )
 
 
-FORMAT = Format("gguf", _matches, _plan)
+FORMAT = Format(_matches, _plan)

@@ -27,4 +27,4 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     return plan_by_suffix(source, options, "kohya", SUFFIXES, alpha_rule(source, options))
 
 
-FORMAT = Format("kohya", _matches, _plan)
+FORMAT = Format(_matches, _plan)

@@ -24,4 +24,4 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     return plan_by_suffix(source, options, "lycoris", SUFFIXES, alpha_over_rank)
 
 
-FORMAT = Format("lycoris", _matches, _plan)
+FORMAT = Format(_matches, _plan)

@@ -40,7 +40,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     )
 
 
-FORMAT = Format("mlx", _matches, _plan)
+FORMAT = Format(_matches, _plan)
 
 
 def _scale(config: Mapping[str, object] | None, options: ReadOptions) -> float:

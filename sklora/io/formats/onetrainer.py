@@ -20,4 +20,4 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     return plan_by_suffix(source, options, "onetrainer", SUFFIXES, alpha_over_rank)
 
 
-FORMAT = Format("onetrainer", _matches, _plan)
+FORMAT = Format(_matches, _plan)

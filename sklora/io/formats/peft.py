@@ -120,9 +120,9 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     return _with_experts(plan, config, targets)
 
 
-FORMAT = Format("peft", _matches, _plan)
+FORMAT = Format(_matches, _plan)
 # Names without the prefix, or of other methods: if no other format knows them.
-BARE = Format("peft", _matches_loosely, _plan)
+BARE = Format(_matches_loosely, _plan)
 
 
 def _role_of(name: str) -> tuple[str, str] | None:
