@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sklora._base import as_tensor
-from sklora._pages import Rows
 from sklora._stores import ArrayStore, as_slice, check_memory
 from sklora.collection import LoRACollection
 from sklora.linalg import squared_norm
@@ -241,12 +240,11 @@ def _reader(X: LoRACollection, device: torch.device) -> ReadModule:
     if device.type != "cpu":
         return list(read_block(X, device).factors).__getitem__
     store = X._store
-    picked: Rows = slice(None)
     if isinstance(store, ArrayStore):
         layout, flat = store.layout, store.array
         picked = slice(None) if X._index is None else as_slice(X._index)
     else:
-        layout, flat = X.layout, X.read()
+        layout, flat, picked = X.layout, X.read(copy=False), slice(None)
 
     def read(position: int) -> tuple[Tensor, Tensor]:
         U, V = (
