@@ -15,7 +15,6 @@ from torch import Tensor
 from sklora._base import as_tensor
 from sklora._stores import ArrayStore, as_slice, check_memory
 from sklora.collection import LoRACollection
-from sklora.linalg import squared_norm
 from sklora.linalg.products import add_inner_products
 from sklora.transform._blocks import (
     Task,
@@ -121,30 +120,12 @@ def _set_products(
     target.copy_(block)
 
 
-def squared_norms(
-    X: LoRACollection, *, device: str | torch.device, n_jobs: int | None = None
-) -> NDArray[np.float64]:
-    """Squared Frobenius norms of the updates of every adapter, all modules together.
-
-    Parameters
-    ----------
-    X : LoRACollection
-    device : str or torch.device
-    n_jobs : int or None, default=None
-
-    Returns
-    -------
-    ndarray of shape (len(X),), of float64
-    """
-    return sum_over_modules(squared_norm, X, device=device, n_jobs=n_jobs)
-
-
 def sum_over_modules(
     function: Callable[[Tensor, Tensor], Tensor],
     X: LoRACollection,
     *,
     device: str | torch.device,
-    n_jobs: int | None = None,
+    n_jobs: int | None,
 ) -> NDArray[np.float64]:
     """Add up what a function gives of ``U`` and ``V`` of one module, over the modules.
 
@@ -154,7 +135,7 @@ def sum_over_modules(
         Of stacks of factors in float64; gives a number for each adapter. It can be pickled.
     X : LoRACollection
     device : str or torch.device
-    n_jobs : int or None, default=None
+    n_jobs : int or None
         Blocks at once, by joblib.
 
     Returns

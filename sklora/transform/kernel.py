@@ -11,9 +11,10 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from sklora.collection import LoRACollection, LoRALayout
+from sklora.linalg import squared_norm
 from sklora.transform._base import BlockwiseFeaturizer
 from sklora.transform._blocks import check_results
-from sklora.transform._pairs import KeepsTraining, as_dtype_of, inner_products, squared_norms
+from sklora.transform._pairs import KeepsTraining, as_dtype_of, inner_products, sum_over_modules
 
 
 class UpdateKernel(KeepsTraining, BlockwiseFeaturizer):
@@ -112,15 +113,14 @@ class UpdateKernel(KeepsTraining, BlockwiseFeaturizer):
 
     def _fit(self, X: LoRACollection) -> None:
         self._training = X
-        self._norms = squared_norms(X, device=self.device, n_jobs=self.n_jobs)
+        self._norms = self._squared_norms(X)
         check_results(X, self._norms[:, None])
         scale = 1 / (float(self._norms.mean()) or 1.0)
         self.gamma_ = scale if self.gamma is None else float(self.gamma)
 
     def _transform(self, X: LoRACollection) -> NDArray[Any]:
         products = self._products(X, self._training)
-        norms = squared_norms(X, device=self.device, n_jobs=self.n_jobs)
-        return as_dtype_of(X, self._kernel(products, norms, self._norms))
+        return as_dtype_of(X, self._kernel(products, self._squared_norms(X), self._norms))
 
     def _transform_training(self, X: LoRACollection) -> NDArray[Any]:
         products = self._products(X)
@@ -132,6 +132,9 @@ class UpdateKernel(KeepsTraining, BlockwiseFeaturizer):
         return inner_products(
             *collections, device=self.device, n_jobs=self.n_jobs, verbose=self.verbose
         )
+
+    def _squared_norms(self, X: LoRACollection) -> NDArray[np.float64]:
+        return sum_over_modules(squared_norm, X, device=self.device, n_jobs=self.n_jobs)
 
     def _column_names(self) -> list[str]:
         return [f"updatekernel{position}" for position in range(len(self._training))]

@@ -1,5 +1,6 @@
 import pickle
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.svm import SVC
 
 from sklora import TRUSTED_TYPES, LoRACollection, LoRALayout
+from sklora.linalg import squared_norm
 from sklora.testing import apply_gauge, assert_gauge_invariant
 from sklora.transform import DenseProduct, UpdateKernel, _pairs, pairwise_update_kernel
 
@@ -200,7 +202,8 @@ def test_blocks_fit_in_the_working_memory(random_loras, rng, monkeypatch, tmp_pa
         found = _pairs.inner_products(opened, device="cpu")
         assert 0 < max(sizes) < 2**18
         sizes.clear()
-        for compute in (_pairs.inner_products, _pairs.squared_norms):
+        norms = partial(_pairs.sum_over_modules, squared_norm)
+        for compute in (_pairs.inner_products, norms):
             compute(opened, device="cpu", n_jobs=2)
             assert 0 < max(sizes) < 2**17
             sizes.clear()
