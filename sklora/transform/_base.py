@@ -43,14 +43,18 @@ class Featurizer(DocumentedMixin, VersionedState, TransformerMixin, BaseEstimato
 
     # Whether `_transform` works through `map_blocks`, which finds invalid numbers by their results.
     _checks_results: ClassVar[bool] = True
+    # Whether modules of one shape may be worked on together.
+    _stacks: ClassVar[bool] = False
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "device": [str, torch.device],
+        "n_jobs": [None, Integral],
         "verbose": ["verbose"],
         "layout": [None, LoRALayout],
     }
 
     device: str | torch.device
+    n_jobs: int | None
     verbose: int
     layout: LoRALayout | None
     layout_: LoRALayout
@@ -189,20 +193,6 @@ class Featurizer(DocumentedMixin, VersionedState, TransformerMixin, BaseEstimato
     ) -> T:
         return transform(self._learn(X, numbers=not self._checks_results))
 
-
-class BlockwiseFeaturizer(Featurizer):
-    """A featurizer that works block by block, several at a time."""
-
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **Featurizer._parameter_constraints,
-        "n_jobs": [None, Integral],
-    }
-
-    # Whether modules of one shape may be worked on together.
-    _stacks: ClassVar[bool] = False
-
-    n_jobs: int | None
-
     def _map(self, function: BlockFunction, X: LoRACollection, n_columns: int) -> NDArray[Any]:
         return map_blocks(
             function,
@@ -216,7 +206,7 @@ class BlockwiseFeaturizer(Featurizer):
         )
 
 
-class WeightsToFeatures(BlockwiseFeaturizer):
+class WeightsToFeatures(Featurizer):
     """Every module gives some columns; side features follow as the last.
 
     A subclass says what the columns of a module are in ``_feature_counts``, ``_feature_names`` and
@@ -319,7 +309,7 @@ class _CollectionsStay:
         return super().transform(X)  # type: ignore[misc]
 
 
-class WeightsToWeights(_CollectionsStay, BlockwiseFeaturizer):
+class WeightsToWeights(_CollectionsStay, Featurizer):
     """Factors become other factors of the same modules; ids and side features stay.
 
     A subclass says what the result looks like in ``_output_layout`` and ``_output_ranks``, and

@@ -12,12 +12,12 @@ from sklearn.utils._param_validation import Interval, StrOptions
 
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.linalg import squared_norm
-from sklora.transform._base import BlockwiseFeaturizer
+from sklora.transform._base import Featurizer
 from sklora.transform._blocks import check_results
 from sklora.transform._pairs import KeepsTraining, as_dtype_of, inner_products, sum_over_modules
 
 
-class UpdateKernel(KeepsTraining, BlockwiseFeaturizer):
+class UpdateKernel(KeepsTraining, Featurizer):
     r"""Kernel between the updates of adapters and those of the training adapters.
 
     With :math:`\Delta W_a` all updates :math:`U V^\top` of adapter :math:`a` as one vector, the
@@ -89,7 +89,7 @@ class UpdateKernel(KeepsTraining, BlockwiseFeaturizer):
 
     _checks_results = False
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **BlockwiseFeaturizer._parameter_constraints,
+        **Featurizer._parameter_constraints,
         "kernel": [StrOptions({"linear", "cosine", "rbf"})],
         "gamma": [None, Interval(Real, 0, None, closed="left")],
     }
