@@ -67,14 +67,16 @@ def _images(patches: Tensor) -> Tensor:
     return grid.transpose(-3, -2).reshape(*patches.shape[:-2], SIDE * SIDE)
 
 
-def _norm(x: Tensor) -> Tensor:
+def norm(x: Tensor) -> Tensor:
+    """Layer norm without weights."""
     return F.layer_norm(x, x.shape[-1:])
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    split = (-1, TOKENS, HEADS, q.shape[-1] // HEADS)
+def attention(q: Tensor, k: Tensor, v: Tensor, n_heads: int, *, is_causal: bool = False) -> Tensor:
+    """Attention of ``(..., length, dim)`` along the length."""
+    split = (-1, q.shape[-2], n_heads, q.shape[-1] // n_heads)
     q_heads, k_heads, v_heads = (t.reshape(split).transpose(1, 2) for t in (q, k, v))
-    found = F.scaled_dot_product_attention(q_heads, k_heads, v_heads)
+    found = F.scaled_dot_product_attention(q_heads, k_heads, v_heads, is_causal=is_causal)
     return found.transpose(1, 2).reshape(q.shape)
 
 
@@ -112,11 +114,11 @@ def denoise(base: Weights, noisy: Tensor, time: Tensor, factors: Factors | None 
     x = F.linear(_patches(noisy), base["embed"]) + base["position"] + clock.unsqueeze(-2)
     for b in range(sum(name.endswith("attn.to_q") for name in base)):
         block = f"blocks.{b}."
-        h = _norm(x)
+        h = norm(x)
         q, k, v = (linear(f"{block}attn.to_{name}", h) for name in "qkv")
-        x = x + linear(f"{block}attn.to_out", _attention(q, k, v))
-        x = x + linear(f"{block}mlp.down", F.gelu(linear(f"{block}mlp.up", _norm(x))))
-    return _images(F.linear(_norm(x), base["head"]))
+        x = x + linear(f"{block}attn.to_out", attention(q, k, v, HEADS))
+        x = x + linear(f"{block}mlp.down", F.gelu(linear(f"{block}mlp.up", norm(x))))
+    return _images(F.linear(norm(x), base["head"]))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sklora.datasets import _adam as adam
-from sklora.datasets._denoiser import Factors, Weights
+from sklora.datasets._denoiser import Factors, Weights, attention, norm
 
 HEADS = 2
 ADAPTED = ("self_attn.k_proj", "self_attn.v_proj")
@@ -41,18 +41,6 @@ def init_base(
         name: torch.randn(shape, generator=generator) / math.sqrt(shape[1])
         for name, shape in shapes.items()
     }
-
-
-def _norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:])
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of ``(n_adapters, n_texts, length, dim)``."""
-    split = (-1, q.shape[-2], HEADS, q.shape[-1] // HEADS)
-    q_heads, k_heads, v_heads = (t.reshape(split).transpose(1, 2) for t in (q, k, v))
-    found = F.scaled_dot_product_attention(q_heads, k_heads, v_heads, is_causal=True)
-    return found.transpose(1, 2).reshape(q.shape)
 
 
 def logits(
@@ -89,12 +77,13 @@ def logits(
     x = F.embedding(symbols, base["embed"]) + base["position"][: symbols.shape[-1]]
     for layer in range(sum(name.endswith("up_proj") for name in base)):
         block = f"layers.{layer}."
-        h = _norm(x)
+        h = norm(x)
         q, k, v = (linear(f"{block}self_attn.{name}_proj", h) for name in "qkv")
-        x = x + F.linear(_attention(q, k, v), base[f"{block}self_attn.o_proj"])
-        wide = F.gelu(F.linear(_norm(x), base[f"{block}mlp.up_proj"]))
+        found = attention(q, k, v, HEADS, is_causal=True)
+        x = x + F.linear(found, base[f"{block}self_attn.o_proj"])
+        wide = F.gelu(F.linear(norm(x), base[f"{block}mlp.up_proj"]))
         x = x + F.linear(wide, base[f"{block}mlp.down_proj"])
-    return F.linear(_norm(x), base["lm_head"])
+    return F.linear(norm(x), base["lm_head"])
 
 
 def dropout(rates: Tensor, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
