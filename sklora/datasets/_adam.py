@@ -82,8 +82,8 @@ def descend(
     *,
     learning_rate: Tensor,
     n_steps: Tensor,
-    weight_decay: Tensor | None = None,
-    rates: Sequence[float] | None = None,
+    weight_decay: Tensor | None,
+    rates: Sequence[float],
 ) -> None:
     """Train parameters in place.
 
@@ -100,12 +100,11 @@ def descend(
         An adapter stands still once it has made its own number of steps.
     weight_decay : Tensor of shape (n_adapters,) or None
         Decoupled from the gradients (Loshchilov and Hutter, 2019). None is no decay.
-    rates : sequence of float or None
-        Times the learning rate, for each of the parameters. None is 1.
+    rates : sequence of float
+        Times the learning rate, for each of the parameters.
     """
     first = [torch.zeros_like(t) for t in parameters]
     second = [torch.zeros_like(t) for t in parameters]
-    rates = [1.0] * len(parameters) if rates is None else rates
     for step in range(int(n_steps.max())):
         found = gradients(step)
         rate = (learning_rate * (step < n_steps)).view(-1, 1, 1)

@@ -159,6 +159,7 @@ class TestDescend:
             **{
                 "learning_rate": torch.tensor(self.RATES).double(),
                 "n_steps": torch.tensor(self.STEPS),
+                "rates": [1.0] * len(start),
                 **options,
             },
         )
