@@ -16,6 +16,7 @@ from sklora._progress import progress
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.datasets import _denoiser as denoiser
 from sklora.datasets._zoos import Arrays
+from sklora.transform._blocks import factor_views
 
 __all__ = ["evaluate_digits_loras"]
 
@@ -52,13 +53,8 @@ def to_tensors(base: Mapping[str, NDArray[Any]], dtype: torch.dtype = torch.floa
 
 def unpack(flat: NDArray[Any], layout: LoRALayout, dtype: torch.dtype) -> denoiser.Factors:
     """Cut flat rows ``(n_adapters, width)`` into the factors of every module."""
-    rows = torch.tensor(flat, dtype=dtype)
-    return {
-        name: (rows[:, at_U].view(-1, n, rank), rows[:, at_V].view(-1, m, rank))
-        for (name, n, m, rank), (at_U, at_V) in zip(
-            layout.modules, layout.factor_slices, strict=True
-        )
-    }
+    views = factor_views(torch.tensor(flat, dtype=dtype), layout)
+    return dict(zip(layout.names, views, strict=True))
 
 
 @torch.no_grad()
