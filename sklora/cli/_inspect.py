@@ -6,12 +6,9 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from sklora._progress import track
 from sklora.cli._output import FAILED, OK, result, table, with_options
 from sklora.cli._reading import reading_options
-from sklora.io import AdapterReport
-from sklora.io._find import find_each
-from sklora.io._scan import scan_file
+from sklora.io import AdapterReport, scan_adapters
 
 _HEADINGS = (
     "path",
@@ -29,11 +26,7 @@ _ALIGN = "<<>><<<>>"
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; 1 if there is anything wrong with any file."""
-    options = reading_options(args)
-    reports = [
-        scan_file(finding, options)
-        for finding in track(list(find_each(args.paths)), "headers", "file")
-    ]
+    reports = scan_adapters(args.paths, **vars(reading_options(args)), verbose=1)
     if args.json:
         entries = [report.to_dict() for report in reports]
         for entry in entries:

@@ -165,11 +165,10 @@ def scan_adapters(
     """
     options = read_options(names, keys, scale, lokr, allow_torch_zip)
     files = list(find_each(paths))
-    return [scan_file(found, options) for found in track(files, "headers", "file", verbose)]
+    return [_scanned(found, options) for found in track(files, "headers", "file", verbose)]
 
 
-def scan_file(found: Found | AdapterError, options: ReadOptions) -> AdapterReport:
-    """Report on what `sklora.io._find.find_each` gives: a file, or what is wrong with a path."""
+def _scanned(found: Found | AdapterError, options: ReadOptions) -> AdapterReport:
     try:
         if isinstance(found, AdapterError):
             raise found
