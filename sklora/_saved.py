@@ -16,7 +16,7 @@ from sklearn.pipeline import Pipeline
 
 import sklora
 from sklora._base import warn_of_version
-from sklora._files import check_place, replacing
+from sklora._files import replacing
 from sklora._schema import check_schema
 from sklora._stores import check_memory
 from sklora._untrusted import Refusal, parse_json, shown
@@ -214,7 +214,8 @@ def save_model(path: str | os.PathLike[str], model: Pipeline, card: ModelCard) -
     """Write a fitted pipeline and its card.
 
     The file appears under its name when it is complete. It is a skops file with one more member,
-    so ``skops.io.load(path, trusted=sklora.TRUSTED_TYPES)`` gives the pipeline.
+    so ``skops.io.load(path, trusted=sklora.TRUSTED_TYPES)`` gives the pipeline. Whether it can be
+    written is for `check_skops` and `check_place` to say, before the fit.
 
     Parameters
     ----------
@@ -225,15 +226,11 @@ def save_model(path: str | os.PathLike[str], model: Pipeline, card: ModelCard) -
 
     Raises
     ------
-    ModuleNotFoundError
-        When skops is missing.
     ValueError
-        When the card is too large, or `path` is a folder.
+        When the card is too large.
     OSError
         When the file cannot be written.
     """
-    check_skops()
-    check_place(path, f"path={os.fspath(path)!r}")
     import skops.io
 
     text = card.to_json()
