@@ -180,15 +180,9 @@ def new_model(architecture: str, zoo: LabelledZoo, args: argparse.Namespace) -> 
 
 def show_scores(evaluations: Iterable[Evaluation], zoo: LabelledZoo) -> None:
     """Write a table of scores, the last of which is that of the best constant answer."""
-    rows = score_rows(evaluations, metric(zoo)[0])
-    table([*rows, ("(constant)", f"{baseline(zoo):.3f}", "", "")], "<>>>")
-
-
-def score_rows(evaluations: Iterable[Evaluation], metric: str) -> list[tuple[str, ...]]:
-    """Give the rows of a table of scores."""
-    rows: list[tuple[str, ...]] = [("architecture", metric, "spread", "fit time")]
-    rows += [
+    rows = [
         (one.architecture, f"{one.mean:.3f}", f"±{one.spread:.3f}", f"{one.fit_seconds:.1f} s")
         for one in evaluations
     ]
-    return rows
+    headings = ("architecture", metric(zoo)[0], "spread", "fit time")
+    table([headings, *rows, ("(constant)", f"{baseline(zoo):.3f}", "", "")], "<>>>")

@@ -9,7 +9,7 @@ from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklora import ARCHITECTURES
 from sklora.cli import _scoring
 from sklora.cli._output import CommandError
-from sklora.cli._scoring import Evaluation, baseline, make_folds, metric, score_rows
+from sklora.cli._scoring import Evaluation, baseline, make_folds, metric, show_scores
 from sklora.cli._targets import Targets
 from sklora.cli._zoo import LabelledZoo
 from sklora.io._plan import ReadOptions
@@ -208,11 +208,12 @@ def test_labels_count_one_by_one():
     assert (name, scorer(always, np.zeros((4, 1)), y)) == ("accuracy", 0.875)
 
 
-def test_rows_of_scores():
-    one = Evaluation("svd", np.array([1.0, 3.0]), 1.26)
-    assert score_rows([one], "R2") == [
-        ("architecture", "R2", "spread", "fit time"),
-        ("svd", "2.000", "±1.414", "1.3 s"),
+def test_table_of_scores(capsys):
+    show_scores([Evaluation("svd", np.array([1.0, 3.0]), 1.26)], zoo_of([0.5, 1], "regression"))
+    assert capsys.readouterr().out.splitlines() == [
+        "architecture     R2  spread  fit time",
+        "svd           2.000  ±1.414     1.3 s",
+        "(constant)    0.000",
     ]
 
 
