@@ -292,8 +292,8 @@ class ArchitectureComparisonDisplay:
         if not n_tasks or not all(self.scores.values()):
             raise ValueError("there are no scores to plot; pass at least one architecture's.")
         if n_tasks == 1 or ax is not None:
-            one = _is_one(ax)
-            found = [axes_of(self, ax, (6.5, self._height()))] if one else list(np.ravel(ax))
+            is_one = ax is None or hasattr(ax, "plot")
+            found = [axes_of(self, ax, (6.5, self._height()))] if is_one else list(np.ravel(ax))
             if len(found) != n_tasks:
                 raise ValueError(
                     f"there are {n_tasks} tasks, {', '.join(map(repr, self.scores))}, but "
@@ -364,10 +364,6 @@ class ArchitectureComparisonDisplay:
             label.set(family="monospace", size="small")
         numbers.tick_params(length=0)
         numbers.spines["right"].set_visible(False)
-
-
-def _is_one(ax: Any) -> bool:
-    return ax is None or hasattr(ax, "plot")
 
 
 def _in_two_lines(name: str) -> str:

@@ -45,7 +45,7 @@ def check_matplotlib(caller: str) -> None:
         ) from error
 
 
-def axes_of(display: object, ax: Axes | None, size: tuple[float, float] | None = None) -> Axes:
+def axes_of(display: object, ax: Axes | None, size: tuple[float, float]) -> Axes:
     """Give the axes to plot on: a new figure of `size` inches if there are none.
 
     Parameters
@@ -53,7 +53,7 @@ def axes_of(display: object, ax: Axes | None, size: tuple[float, float] | None =
     display : object
         Whose `plot` this is for.
     ax : matplotlib Axes or None
-    size : (float, float) or None, default=None
+    size : (float, float)
 
     Returns
     -------

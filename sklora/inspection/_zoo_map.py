@@ -293,11 +293,11 @@ def _is_numeric(labels: NDArray[Any]) -> bool:
 
 def _categories(labels: NDArray[Any]) -> NDArray[Any]:
     """Labels as texts; the rarer of too many are one."""
-    texts = labels.astype(str).astype(object)
-    names, counts = np.unique(texts.astype(str), return_counts=True)
+    texts = labels.astype(str)
+    names, counts = np.unique(texts, return_counts=True)
     if len(names) > len(PALETTE):
         common = names[np.argsort(-counts, kind="stable")[: len(PALETTE) - 1]]
-        texts[~np.isin(texts.astype(str), common)] = _OTHERS
+        texts = np.where(np.isin(texts, common), texts, _OTHERS)
     return texts
 
 
