@@ -104,12 +104,13 @@ def is_zoo(path: str) -> bool:
     if not os.path.isfile(path):
         return False
     try:
-        return _read_header(path)[0].get("format") == _FORMAT
-    except OSError:
-        return False
-    except ValueError:  # it may be damaged, which is for `open_zoo` to say
         with open(path, "rb") as file:
-            return file.read(8 + len(_START)).endswith(_START)
+            if file.read(8 + len(_START)).endswith(_START):
+                return True  # it may be damaged, which is for `open_zoo` to say
+        # What another program wrote again may say it elsewhere.
+        return _read_header(path)[0].get("format") == _FORMAT
+    except (OSError, ValueError):
+        return False
 
 
 def open_zoo(path: str | os.PathLike[str]) -> Store:
