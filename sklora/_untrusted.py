@@ -1,4 +1,4 @@
-"""What may be said of, and made of, text from a file that nobody vouches for."""
+"""What messages say, and what may be made of text from a file that nobody vouches for."""
 
 from __future__ import annotations
 
@@ -28,6 +28,16 @@ def shown(value: object, length: int = 80) -> str:
         # Abbreviates what is long or nested deeply before it is written out.
         text = reprlib.repr(value).encode("ascii", "backslashreplace").decode()
     return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def printable(name: str) -> str:
+    """Give the name of a file as it may stand in a message: it may attack a terminal or log."""
+    return name if name.isprintable() else ascii(name)
+
+
+def counted(number: int, noun: str) -> str:
+    """Give a number with its noun: 1 tensor, 2 tensors."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def parse_json(

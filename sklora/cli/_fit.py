@@ -10,6 +10,7 @@ from sklearn.pipeline import Pipeline
 
 from sklora._files import check_place
 from sklora._saved import ModelCard, check_skops, layout_of, save_model
+from sklora._untrusted import counted
 from sklora.architectures import ARCHITECTURES, set_both
 from sklora.cli._output import OK, CommandError, few, say
 from sklora.cli._predictions import columns_of
@@ -24,7 +25,6 @@ from sklora.cli._scoring import (
     show_scores,
 )
 from sklora.cli._zoo import LabelledZoo, labelled_zoo, optional_parts
-from sklora.io._errors import counted
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from sklora._untrusted import counted
 from sklora.cli._output import CommandError, few
-from sklora.io._errors import counted
 
 # What spreadsheets write in place of commas.
 _OTHER_MARKS = frozenset(";\t|")

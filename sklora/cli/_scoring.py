@@ -14,10 +14,10 @@ from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold, cross_va
 from sklearn.pipeline import Pipeline
 
 from sklora._progress import track
+from sklora._untrusted import counted
 from sklora.architectures import make_architecture
 from sklora.cli._output import FAILED, CommandError, say, table
 from sklora.cli._zoo import LabelledZoo
-from sklora.io._errors import counted
 
 Folds = list[tuple[NDArray[np.intp], NDArray[np.intp]]]
 

@@ -13,6 +13,7 @@ import numpy as np
 from sklora._modules import side_slices
 from sklora._progress import track
 from sklora._stores import available_memory
+from sklora._untrusted import counted
 from sklora._zoofile import is_zoo
 from sklora.cli._labels import Labels, match, read_labels
 from sklora.cli._output import FAILED, CommandError, few, say
@@ -20,7 +21,6 @@ from sklora.cli._reading import read_together, reading_options, refuse
 from sklora.cli._targets import Targets, make_targets
 from sklora.collection import LoRACollection, check_numbers
 from sklora.io import AdapterError
-from sklora.io._errors import counted
 from sklora.io._find import Found, find_each
 from sklora.io._plan import ReadOptions
 

@@ -15,8 +15,8 @@ from sklearn.pipeline import FeatureUnion, Pipeline
 from sklearn.utils.validation import check_is_fitted
 
 import sklora
+from sklora._untrusted import printable
 from sklora.collection import LoRALayout
-from sklora.io._errors import printable
 
 if TYPE_CHECKING:
     from skops.card import Card

@@ -1,19 +1,11 @@
-"""The one error that a bad adapter file gives, and how messages count."""
+"""The one error that a bad adapter file gives."""
 
 from __future__ import annotations
 
 import os
 from typing import Self
 
-
-def printable(name: str) -> str:
-    """Give the name of a file as it may stand in a message: it may attack a terminal or log."""
-    return name if name.isprintable() else ascii(name)
-
-
-def counted(number: int, noun: str) -> str:
-    """Give a number with its noun: 1 tensor, 2 tensors."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+from sklora._untrusted import printable
 
 
 class AdapterError(ValueError):

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
-from sklora._untrusted import Refusal, parse_json
-from sklora.io._errors import AdapterError, printable
+from sklora._untrusted import Refusal, parse_json, printable
+from sklora.io._errors import AdapterError
 from sklora.io.containers import HEAD_BYTES, MODEL, holds_pickle, open_regular, sniff
 from sklora.io.containers._zip import ZipArchive
 

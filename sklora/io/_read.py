@@ -13,11 +13,11 @@ import numpy as np
 
 from sklora._base import check_option
 from sklora._progress import track
-from sklora._untrusted import shown
+from sklora._untrusted import counted, printable, shown
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.io._adapter import OpenAdapter, opened
 from sklora.io._build import is_finite
-from sklora.io._errors import AdapterError, counted, printable
+from sklora.io._errors import AdapterError
 from sklora.io._find import Found, Paths, find_each
 from sklora.io._plan import ReadOptions
 from sklora.io._store import AdapterFile, AdapterStore, located

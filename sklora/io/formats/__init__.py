@@ -6,8 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from sklora._untrusted import Refusal, shown
-from sklora.io._errors import counted
+from sklora._untrusted import Refusal, counted, shown
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Source
 from sklora.io.formats import (
     cloneofsimo,

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
-from sklora._untrusted import Refusal, shown
+from sklora._untrusted import Refusal, counted, shown
 from sklora.io._build import (
     PRODUCT_ROLES,
     Modules,
@@ -32,7 +32,6 @@ from sklora.io._build import (
     number,
     stated_scale,
 )
-from sklora.io._errors import counted
 from sklora.io._pattern import first_match, matching_work
 from sklora.io._plan import (
     AdapterPlan,
