@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import sklora
-from sklora._untrusted import shown
+from sklora._untrusted import counted, shown
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +130,7 @@ def _fitted_on(layout: Any) -> str:
     if layout.has_plain_rows:
         return f", fitted on rows of {layout.width} columns,"
     base_model = "" if layout.base_model is None else f"base model {layout.base_model!r}, "
-    return f", fitted on {base_model}{layout.n_modules} modules,"
+    return f", fitted on {base_model}{counted(layout.n_modules, 'module')},"
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

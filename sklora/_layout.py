@@ -20,6 +20,7 @@ from sklora._modules import (
     side_names,
     side_slices,
 )
+from sklora._untrusted import counted
 
 Factors = tuple[NDArray[Any], NDArray[Any]]
 
@@ -464,8 +465,8 @@ class LoRALayout:
     def _check_width(self, flat: NDArray[Any]) -> None:
         if flat.ndim != 2 or flat.shape[1] != self.width:
             raise ValueError(
-                f"the layout's {self.n_modules} modules need rows of {self.width} columns, "
-                f"got an array of shape {flat.shape}."
+                f"the layout, of {counted(self.n_modules, 'module')}, has rows of width "
+                f"{self.width}, got an array of shape {flat.shape}."
             )
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from sklora._untrusted import counted
+
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
@@ -130,8 +132,8 @@ def raise_first_difference(expected: LoRALayout, found: LoRALayout) -> None:
         extra = longer.modules[min(expected.n_modules, found.n_modules)]
         raise ValueError(
             f"module {extra.name!r} of shape ({extra.n}, {extra.m}) is "
-            f"{'missing' if longer is expected else 'not expected'}: there are {found.n_modules} "
-            f"modules, and {expected.n_modules} are expected. {_REMEDY}"
+            f"{'missing' if longer is expected else 'not expected'}: the adapters have "
+            f"{counted(found.n_modules, 'module')}, not {expected.n_modules}. {_REMEDY}"
         )
     if expected.side != found.side:
         raise ValueError(

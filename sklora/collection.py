@@ -16,6 +16,7 @@ from sklora._layout import LoRALayout
 from sklora._loras import LoRACollection
 from sklora._modules import LoRAModule, ModuleGroup, check_room
 from sklora._stores import Store, check_order
+from sklora._untrusted import counted
 
 __all__ = [
     "LoRACollection",
@@ -140,9 +141,10 @@ def _check_array(estimator: Any, X: Any, *, reset: bool) -> LoRACollection:
         layout = LoRALayout.rows(array.shape[1])
     if array.shape[1] != layout.width:
         raise ValueError(
-            f"X has {array.shape[1]} columns, but the {layout.n_modules} modules of the layout, "
-            f"the first of which is {layout.modules[0]}, take {layout.width}; pass the layout of "
-            "X, or layout=None if each row is one plain update."
+            f"X has {array.shape[1]} columns, but the layout, of "
+            f"{counted(layout.n_modules, 'module')}, the first of which is {layout.modules[0]}, "
+            f"takes {layout.width}; pass the layout of X, or layout=None if each row is one plain "
+            "update."
         )
     check_order(X, layout)
     return LoRACollection.from_array(array, layout)

@@ -211,7 +211,7 @@ class TestRefused:
         assert Estimator(LAYOUT).fit(named).feature_names_in_[0] == "first"
 
     def test_arrays_of_another_width(self):
-        message = r"X has 13 columns, but the 2 modules of the layout, .*name='q'.*, take 14"
+        message = r"X has 13 columns, but the layout, of 2 modules, .*name='q'.*, takes 14"
         with pytest.raises(ValueError, match=message):
             Estimator(LAYOUT).fit(ROWS[:, 1:])
         with pytest.raises(ValueError, match="X has 13 features, but Estimator is expecting 14"):

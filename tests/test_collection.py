@@ -56,7 +56,7 @@ class TestFromArray:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"X": ROWS[:, 1:]}, r"2 modules need rows of 15 columns, got .* \(5, 14\)"),
+            ({"X": ROWS[:, 1:]}, r"2 modules, has rows of width 15, got .* \(5, 14\)"),
             ({"X": ROWS[0]}, r"got an array of shape \(15,\)"),
             ({"X": ROWS.astype(complex)}, "real numbers"),
             ({"X": ROWS.astype(object)}, "real numbers"),
@@ -64,7 +64,7 @@ class TestFromArray:
             ({"ranks": [[1, 1]]}, r"ranks must be integers of shape \(5, 2\).* got shape \(1, 2\)"),
             ({"ranks": np.ones((5, 2))}, "dtype float64"),
             ({"ranks": np.ones((5, 2), bool)}, "dtype bool"),
-            ({"X": ROWS[:, 1:], "ranks": np.ones((5, 2), int)}, "2 modules need rows of 15"),
+            ({"X": ROWS[:, 1:], "ranks": np.ones((5, 2), int)}, "2 modules, has rows of width 15"),
             (
                 {"ranks": [[1, 1]] * 4 + [[1, 2]]},
                 r"adapter 4 is said to have rank 2 in module 'v', .* U \(2, 1\) and V \(2, 1\)",

@@ -225,9 +225,9 @@ class TestPacking:
 
     @pytest.mark.parametrize("shape", [(3, 21), (22,), (3, 22, 1)])
     def test_unpack_refuses_another_width(self, shape):
-        with pytest.raises(ValueError, match=r"3 modules need rows of 22 columns.*shape \("):
+        with pytest.raises(ValueError, match=r"3 modules, has rows of width 22, .*shape \("):
             LAYOUT.unpack(np.zeros(shape))
-        with pytest.raises(ValueError, match=r"3 modules need rows of 22 columns.*shape \("):
+        with pytest.raises(ValueError, match=r"3 modules, has rows of width 22, .*shape \("):
             LAYOUT.infer_ranks(np.zeros(shape))
 
     def test_pack_refuses_to_cut_off(self):
@@ -333,10 +333,10 @@ class TestSameModules:
     @pytest.mark.parametrize(
         ("modules", "message"),
         [
-            ([("q", 3, 2, 1)], r"module 'v' of shape \(4, 2\) is missing: .* 1 modules, and 2"),
+            ([("q", 3, 2, 1)], r"module 'v' of shape \(4, 2\) is missing: .* 1 module, not 2"),
             (
                 [("q", 3, 2, 1), ("v", 4, 2, 1), ("k", 1, 1, 1), ("o", 1, 1, 1)],
-                r"module 'k' of shape \(1, 1\) is not expected: .* 4 modules, and 2",
+                r"module 'k' of shape \(1, 1\) is not expected: .* 4 modules, not 2",
             ),
             (
                 [("q", 3, 2, 1), ("k", 4, 2, 1)],

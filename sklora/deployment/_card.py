@@ -15,7 +15,7 @@ from sklearn.pipeline import FeatureUnion, Pipeline
 from sklearn.utils.validation import check_is_fitted
 
 import sklora
-from sklora._untrusted import printable
+from sklora._untrusted import counted, printable
 from sklora.collection import LoRALayout
 
 if TYPE_CHECKING:
@@ -200,10 +200,10 @@ def _scores(display: Any) -> dict[str, list[Any]]:
 
 
 def _about(layout: LoRALayout) -> str:
-    side = f", and {layout.n_side} columns of side features" if layout.n_side else ""
+    side = f", and {counted(layout.n_side, 'column')} of side features" if layout.n_side else ""
     base_model = "not named" if layout.base_model is None else _quoted(layout.base_model)
     return (
-        f"Base model: {base_model}. {layout.n_modules} modules{side}. Every "
+        f"Base model: {base_model}. {counted(layout.n_modules, 'module')}{side}. Every "
         "update is `U V^T`, `U (n, rank)` and `V (m, rank)`; ranks are the largest of training."
     )
 

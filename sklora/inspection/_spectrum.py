@@ -11,6 +11,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
 from sklora._base import check_option
+from sklora._untrusted import counted
 from sklora.collection import LoRAAdapter, LoRACollection
 from sklora.inspection._plotting import (
     BLACK,
@@ -127,8 +128,8 @@ class SpectrumDisplay:
             )
         if self.values.shape[1] != len(names):
             raise ValueError(
-                f"values of shape {self.values.shape} are of {self.values.shape[1]} modules, but "
-                f"there are {len(names)} names."
+                f"values of shape {self.values.shape} are of "
+                f"{counted(self.values.shape[1], 'module')}, with {counted(len(names), 'name')}."
             )
         # Neither zeros nor what a module has no room for are anything on a logarithmic scale.
         positive = np.where(self.values > 0, self.values, np.nan)

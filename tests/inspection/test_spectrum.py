@@ -197,7 +197,7 @@ class TestPlot:
         assert not plt.get_fignums()
         with pytest.raises(ValueError, match="every update is zero"):
             SpectrumDisplay(values=np.zeros((1, 1, 1)), module_names=["q"]).plot()
-        with pytest.raises(ValueError, match="1 modules, but there are 2 names"):
+        with pytest.raises(ValueError, match="of 1 module, with 2 names"):
             SpectrumDisplay(values=np.ones((1, 1, 1)), module_names=["q", "v"]).plot()
         with pytest.raises(ValueError, match=r"values of shape \(1, 2\) are not of"):
             SpectrumDisplay(values=np.ones((1, 2)), module_names=["q", "v"]).plot()
