@@ -18,8 +18,8 @@ from timing import print_ratios, seconds
 from torch import nn
 
 from sklora import LoRACollection, LoRALayout
-from sklora.estimators._data import TrainingData
-from sklora.estimators._training import TrainingSettings, train
+from sklora.estimators._data import TrainingData, TrainingSettings
+from sklora.estimators._training import train
 from sklora.estimators.glnet import cut_factors
 from sklora.nets import GLNet, MLPNet
 

@@ -22,17 +22,17 @@ from sklora._repr import DocumentedMixin
 from sklora._stores import check_memory
 from sklora.collection import LoRALayout, check_loras
 from sklora.estimators._data import (
+    OPTIMIZERS,
+    LossKind,
     TrainingData,
+    TrainingSettings,
     iter_blocks,
     split_validation,
     training_batch_size,
 )
 from sklora.estimators._training import (
-    OPTIMIZERS,
     History,
-    LossKind,
     OptimizerState,
-    TrainingSettings,
     moments_of,
     plain_torch,
     seeded,

@@ -1,4 +1,4 @@
-"""What networks are trained on: adapters with targets, how they are split, and read in batches."""
+"""What networks are trained on, and how: adapters with targets, split and in batches; settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,30 @@ from sklora.collection import LoRACollection
 _MIN_VALIDATION_ROWS = 10
 # The rest is for the network, its optimizer, and other processes.
 _SHARE_OF_GPU = 0.25
+
+LossKind = Literal["cross_entropy", "binary_cross_entropy", "squared_error"]
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adamw": (torch.optim.AdamW, {}),
+    "adam": (torch.optim.Adam, {}),
+    "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+}
+
+
+class TrainingSettings(NamedTuple):
+    """What an estimator's constructor says about training, by the same names.
+
+    `decay` is whether the learning rate falls along half a cosine over `max_epochs`.
+    """
+
+    lr: float
+    weight_decay: float
+    optimizer: str
+    max_epochs: int
+    batch_size: int
+    patience: int
+    callbacks: Sequence[Any]
+    verbose: int
+    decay: bool = True
 
 
 class TrainingData(NamedTuple):

@@ -19,14 +19,7 @@ from torch import Tensor, nn
 
 from sklora._base import empty
 from sklora._progress import Advance, write
-from sklora.estimators._data import LoRADataset
-from sklora.estimators._training import (
-    OPTIMIZERS,
-    LossKind,
-    TrainingSettings,
-    WeightedForward,
-    WeightedLoss,
-)
+from sklora.estimators._data import OPTIMIZERS, LoRADataset, LossKind, TrainingSettings
 
 
 class _MultilabelNet(ClassifierMixin, NeuralNet):
@@ -120,6 +113,57 @@ class KeepBest(Callback):
         is_best = self.is_complete(last) and last.get("valid_loss", -math.inf) < self._bound
         if not is_best:
             net.module_.load_state_dict(self.best.weights)
+
+
+class WeightedForward(nn.Module):
+    """Hands the loss weights through, so that they reach the loss beside the outputs.
+
+    Parameters
+    ----------
+    net : torch.nn.Module
+        The network that is trained.
+    forward : callable
+        From flat rows ``(B, width)``, and further columns, to outputs ``(B, K)``, by way of `net`.
+    """
+
+    def __init__(self, net: nn.Module, forward: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.net = net
+        self.forward_rows = forward
+
+    def forward(self, rows: Tensor, weight: Tensor, **columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Give outputs and weights."""
+        return self.forward_rows(rows, **columns), weight
+
+
+class WeightedLoss(nn.Module):
+    r"""Mean of weighted losses, :math:`\frac{1}{BK} \sum_{bk} w_{bk} \ell(f_{bk}, y_{bk})`.
+
+    The divisor is the size of the batch, not the sum of its weights, so that the gradient is an
+    unbiased estimate of that of the whole training set.
+
+    Parameters
+    ----------
+    kind : {"cross_entropy", "binary_cross_entropy", "squared_error"}
+        The loss of one output; outputs are logits for the first two.
+    """
+
+    def __init__(self, kind: LossKind) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, prediction: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        """Give the loss of one batch, a scalar."""
+        outputs, weight = prediction
+        if self.kind == "cross_entropy":
+            losses = nn.functional.cross_entropy(outputs, target, reduction="none")[:, None]
+        elif self.kind == "binary_cross_entropy":
+            losses = nn.functional.binary_cross_entropy_with_logits(
+                outputs, target, reduction="none"
+            )
+        else:
+            losses = (outputs - target).square()
+        return (weight * losses).mean()
 
 
 def compose(

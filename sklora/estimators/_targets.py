@@ -15,7 +15,7 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 
 from sklora._base import atomic_fit
 from sklora.estimators._base import BaseNetEstimator
-from sklora.estimators._training import LossKind
+from sklora.estimators._data import LossKind
 
 ClassWeight = dict[Any, float] | list[dict[Any, float]] | str | None
 CLASS_WEIGHT_CONSTRAINT = {"class_weight": [dict, list, StrOptions({"balanced"}), None]}

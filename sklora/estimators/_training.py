@@ -1,4 +1,4 @@
-"""How every network is trained: loss, a skorch net, and what becomes of its weights."""
+"""How every network is trained, by a skorch net, and what becomes of its weights."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,22 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sklora._progress import progress
-from sklora.estimators._data import TrainingData, make_datasets
+from sklora.estimators._data import LossKind, TrainingData, TrainingSettings, make_datasets
 from sklora.nets import GLNet, MLPNet
 from sklora.nets.feedforward import ROUNDINGS
 
 _logger = logging.getLogger("sklora.estimators")
 
-LossKind = Literal["cross_entropy", "binary_cross_entropy", "squared_error"]
 History = list[dict[str, Any]]
 OptimizerState = dict[str, NDArray[Any]]
 WeightedBlock = tuple[Tensor, NDArray[np.floating[Any]]]
-
-OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "adamw": (torch.optim.AdamW, {}),
-    "adam": (torch.optim.Adam, {}),
-    "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
-}
 
 
 class TrainingInterruptedWarning(UserWarning):
@@ -59,74 +52,6 @@ class TrainingInterruptedWarning(UserWarning):
     >>> seen[0].category.__name__
     'TrainingInterruptedWarning'
     """
-
-
-class WeightedForward(nn.Module):
-    """Hands the loss weights through, so that they reach the loss beside the outputs.
-
-    Parameters
-    ----------
-    net : torch.nn.Module
-        The network that is trained.
-    forward : callable
-        From flat rows ``(B, width)``, and further columns, to outputs ``(B, K)``, by way of `net`.
-    """
-
-    def __init__(self, net: nn.Module, forward: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.net = net
-        self.forward_rows = forward
-
-    def forward(self, rows: Tensor, weight: Tensor, **columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Give outputs and weights."""
-        return self.forward_rows(rows, **columns), weight
-
-
-class WeightedLoss(nn.Module):
-    r"""Mean of weighted losses, :math:`\frac{1}{BK} \sum_{bk} w_{bk} \ell(f_{bk}, y_{bk})`.
-
-    The divisor is the size of the batch, not the sum of its weights, so that the gradient is an
-    unbiased estimate of that of the whole training set.
-
-    Parameters
-    ----------
-    kind : {"cross_entropy", "binary_cross_entropy", "squared_error"}
-        The loss of one output; outputs are logits for the first two.
-    """
-
-    def __init__(self, kind: LossKind) -> None:
-        super().__init__()
-        self.kind = kind
-
-    def forward(self, prediction: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
-        """Give the loss of one batch, a scalar."""
-        outputs, weight = prediction
-        if self.kind == "cross_entropy":
-            losses = nn.functional.cross_entropy(outputs, target, reduction="none")[:, None]
-        elif self.kind == "binary_cross_entropy":
-            losses = nn.functional.binary_cross_entropy_with_logits(
-                outputs, target, reduction="none"
-            )
-        else:
-            losses = (outputs - target).square()
-        return (weight * losses).mean()
-
-
-class TrainingSettings(NamedTuple):
-    """What an estimator's constructor says about training, by the same names.
-
-    `decay` is whether the learning rate falls along half a cosine over `max_epochs`.
-    """
-
-    lr: float
-    weight_decay: float
-    optimizer: str
-    max_epochs: int
-    batch_size: int
-    patience: int
-    callbacks: Sequence[Any]
-    verbose: int
-    decay: bool = True
 
 
 def train(

@@ -17,16 +17,9 @@ from skorch.callbacks import Callback
 from torch import nn
 
 from sklora.estimators import MLPNetClassifier, MLPNetRegressor, _training
-from sklora.estimators._data import TrainingData
-from sklora.estimators._skorch import KeepBest
-from sklora.estimators._training import (
-    OPTIMIZERS,
-    TrainingSettings,
-    WeightedLoss,
-    moments_of,
-    seeded,
-    train,
-)
+from sklora.estimators._data import OPTIMIZERS, TrainingData, TrainingSettings
+from sklora.estimators._skorch import KeepBest, WeightedLoss
+from sklora.estimators._training import moments_of, seeded, train
 
 CPU = torch.device("cpu")
 LOSSES = ["cross_entropy", "binary_cross_entropy", "squared_error"]
