@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor
 
@@ -17,7 +16,6 @@ from sklora._base import as_tensor
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.linalg import dense_product
 from sklora.linalg._factors import column_signs
-from sklora.linalg._random import gaussian_projections
 from sklora.linalg._tall import project
 from sklora.transform._base import WeightsToFeatures
 from sklora.transform._blocks import check_results
@@ -27,6 +25,7 @@ from sklora.transform._pairs import (
     inner_products,
     sum_over_modules,
 )
+from sklora.transform.projection import draw_sides
 
 _SKETCH_COMPONENTS = 32
 
@@ -171,7 +170,8 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
         if self.method == "gram":
             self._fit_gram(X)
         elif self.method == "sketch":
-            self._fit_sketch(X)
+            n_components = self.n_components or _SKETCH_COMPONENTS
+            self.left_, self.right_ = draw_sides(X, n_components, self.random_state)
 
     def _fit_gram(self, X: LoRACollection) -> None:
         products = inner_products(X, device=self.device, n_jobs=self.n_jobs, verbose=self.verbose)
@@ -188,16 +188,6 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
         self._training = X
         self.eigenvalues_ = values[kept].clamp(min=0).numpy()
         self.eigenvectors_ = (vectors * column_signs(vectors))[:, kept].numpy()
-
-    def _fit_sketch(self, X: LoRACollection) -> None:
-        rng = check_random_state(self.random_state)
-        n_components = self.n_components or _SKETCH_COMPONENTS
-        shapes = [(module.n, module.m) for module in X.layout.modules]
-        drawn = gaussian_projections(shapes, n_components, rng, X.dtype)
-        self.left_: dict[str, NDArray[Any]] = {}
-        self.right_: dict[str, NDArray[Any]] = {}
-        for name, (S1, S2) in zip(X.layout.names, drawn, strict=True):
-            self.left_[name], self.right_[name] = S1, S2
 
     def _transform(self, X: LoRACollection) -> NDArray[Any]:
         if self.method != "gram":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from sklora.linalg._random import gaussian_projections
 from sklora.linalg._tall import project
 from sklora.transform._base import WeightsToWeights
 from sklora.transform._blocks import at_work, overflow_of, plan_blocks, read_block
+
+Sides: TypeAlias = dict[str, NDArray[Any]]
 
 
 class GLEquivariantProjection(WeightsToWeights):
@@ -122,19 +124,11 @@ class GLEquivariantProjection(WeightsToWeights):
         self.layout = layout
 
     def _fit(self, X: LoRACollection) -> None:
-        self.left_: dict[str, NDArray[Any]] = {}
-        self.right_: dict[str, NDArray[Any]] = {}
         if self.method == "random":
-            self._fit_random(X)
+            self.left_, self.right_ = draw_sides(X, self.n_components, self.random_state)
         else:
+            self.left_, self.right_ = {}, {}
             self._fit_hosvd(X)
-
-    def _fit_random(self, X: LoRACollection) -> None:
-        shapes = [(module.n, module.m) for module in X.layout.modules]
-        rng = check_random_state(self.random_state)
-        drawn = gaussian_projections(shapes, self.n_components, rng, X.dtype)
-        for name, (P, Q) in zip(X.layout.names, drawn, strict=True):
-            self.left_[name], self.right_[name] = P, Q
 
     @property
     def _fit_checks(self) -> bool:
@@ -211,6 +205,17 @@ class GLEquivariantProjection(WeightsToWeights):
         name = self.layout_.names[positions[0]]
         for matrices, [A], [moved] in zip((self.left_, self.right_), factors, out, strict=True):
             moved.copy_(project(as_tensor(matrices[name]).to(A), A))
+
+
+def draw_sides(
+    X: LoRACollection, n_components: int, random_state: int | np.random.RandomState | None
+) -> tuple[Sides, Sides]:
+    """Draw Gaussian matrices for the left and the right side of every module, by name."""
+    shapes = [(module.n, module.m) for module in X.layout.modules]
+    rng = check_random_state(random_state)
+    left, right = zip(*gaussian_projections(shapes, n_components, rng, X.dtype), strict=True)
+    names = X.layout.names
+    return dict(zip(names, left, strict=True)), dict(zip(names, right, strict=True))
 
 
 def _module_groups(X: LoRACollection) -> list[slice]:
