@@ -28,9 +28,8 @@ def train_network(
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
     for _ in range(n_steps):
-        gradients = torch.autograd.grad(loss(), parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+        optimizer.zero_grad()
+        loss().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         progress()
