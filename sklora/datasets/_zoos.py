@@ -203,16 +203,14 @@ def _alone(folder: Path) -> Iterator[None]:
 
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(blocking=False)
+        held = lock.acquire(blocking=False)
     except Timeout:
         warnings.warn(
             f"Another process trains the zoo in {str(folder)!r}, which is waited for.", stacklevel=5
         )
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def _fill(folder: Path, recipe: Recipe, n_jobs: int | None, verbose: int) -> None:
