@@ -6,8 +6,9 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any
 
 from sklora._saved import ModelCard
@@ -79,7 +80,7 @@ def _write_rows(rows: Sequence[Sequence[Value]]) -> None:
 
 def json_writer(card: ModelCard) -> Callable[[Sequence[Prediction]], None]:
     """Give a function that writes the next elements of an array; `end_json` closes it."""
-    separators = _separators()
+    separators = chain(["[\n"], repeat(",\n"))
 
     def write(predictions: Sequence[Prediction]) -> None:
         for one in predictions:
@@ -92,12 +93,6 @@ def json_writer(card: ModelCard) -> Callable[[Sequence[Prediction]], None]:
 def end_json(n_predictions: int) -> None:
     """Close the array."""
     result("\n]" if n_predictions else "[]")
-
-
-def _separators() -> Iterator[str]:
-    yield "[\n"
-    while True:
-        yield ",\n"
 
 
 def _entry(one: Prediction, card: ModelCard) -> dict[str, Any]:

@@ -181,16 +181,8 @@ def _scanned(found: Found | AdapterError, options: ReadOptions) -> AdapterReport
 def _report(path: str, adapter: OpenAdapter) -> AdapterReport:
     plan = adapter.plan
     modules = [
-        _module(
-            module.name,
-            module.path,
-            module.method,
-            module.n,
-            module.m,
-            module.rank,
-            adapter.scale(module.scale),
-        )
-        for module in plan.modules
+        _module(one.name, one.path, one.method, one.n, one.m, one.rank, adapter.scale(one.scale))
+        for one in plan.modules
     ]
     return AdapterReport(
         path,
