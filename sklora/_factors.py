@@ -127,14 +127,15 @@ def flat_from_factors(
         for position, name in enumerate(layout.names):
             if name in adapter:
                 ranks[row, position] = adapter[name][0].shape[1]
-                _place(flat[row : row + 1], layout, position, adapter[name])
+                place_factors(flat[row : row + 1], layout, position, adapter[name])
         flat[row, layout.side_slice] = _side_row(row, vectors, layout)
         _check_overflow(row, flat[row], layout)
     ranks.flags.writeable = False
     return flat, layout, ranks
 
 
-def _place(row: NDArray[Any], layout: LoRALayout, position: int, factors: Factors) -> None:
+def place_factors(row: NDArray[Any], layout: LoRALayout, position: int, factors: Factors) -> None:
+    """Write the factors of one module into a flat row ``(1, width)``, whose padding is zero."""
     with np.errstate(over="ignore"):
         if layout.has_plain_rows:
             factors = factors[0].astype(row.dtype) * factors[1], factors[1]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sklora._factors import place_factors
 from sklora._layout import Factors, LoRALayout
 from sklora._modules import side_slices
 from sklora._pages import Rows
@@ -75,10 +76,7 @@ class AdapterStore:
     def _read_row(self, file: AdapterFile, ranks: NDArray[np.intp], row: NDArray[Any]) -> None:
         with opened(file.found, self._options, file.stamp) as adapter:
             for position, U, V in self._factors(adapter, ranks):
-                for place, factor in zip(
-                    self.layout._factors_at(row, position), (U, V), strict=True
-                ):
-                    place[0, :, : factor.shape[1]] = factor
+                place_factors(row, self.layout, position, (U, V))
             self._read_side(adapter, row[0, self.layout.side_slice])
 
     def _factors(
