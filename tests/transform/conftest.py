@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.base import clone
 
 from sklora.transform import (
     DenseProduct,
@@ -29,29 +30,19 @@ WEIGHTS = ("o-align", "random", "hosvd")
 FEATURES = ("spectrum", "dense", "gram", "sketch", "linear", "cosine", "rbf")
 
 
-def _clones(names):
-    return [pytest.param(name, id=name) for name in names]
-
-
-@pytest.fixture(params=_clones(FEATURIZERS))
+@pytest.fixture(params=FEATURIZERS)
 def featurizer(request):
-    return _fresh(request.param)
+    return clone(FEATURIZERS[request.param])
 
 
-@pytest.fixture(params=_clones(WEIGHTS))
+@pytest.fixture(params=WEIGHTS)
 def to_weights(request):
-    return _fresh(request.param)
+    return clone(FEATURIZERS[request.param])
 
 
-@pytest.fixture(params=_clones(FEATURES))
+@pytest.fixture(params=FEATURES)
 def to_features(request):
-    return _fresh(request.param)
-
-
-def _fresh(name):
-    from sklearn.base import clone
-
-    return clone(FEATURIZERS[name])
+    return clone(FEATURIZERS[request.param])
 
 
 @pytest.fixture
