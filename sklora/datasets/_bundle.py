@@ -22,7 +22,7 @@ from sklora._files import replacing
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.datasets._adam import Parameters
 from sklora.datasets._digits import digits_recipe, make_bunch
-from sklora.datasets._zoos import Zoo, train_zoo
+from sklora.datasets._zoos import Zoo, of_full_rank, train_zoo
 
 __all__ = ["load_digits_loras"]
 
@@ -74,9 +74,8 @@ def load_digits_loras(
     blocks = [block for pair in layout.factor_slices for block in pair]
     for block, scale in zip(blocks, scales.T, strict=True):
         flat[:, block] *= scale[:, None]
-    ranks = np.tile(layout.ranks, (len(flat), 1))
     labels = {"presence": presence, "class_losses": losses}
-    zoo = make_bunch(Zoo(LoRACollection.from_array(flat, layout, ranks=ranks), labels, base={}))
+    zoo = make_bunch(Zoo(of_full_rank(flat, layout), labels, base={}))
     del zoo["base"]  # the file has the adapters alone
     return (zoo.data, zoo.target) if return_X_y else zoo
 

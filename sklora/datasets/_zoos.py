@@ -86,7 +86,7 @@ def train_zoo(recipe: Recipe, *, n_jobs: int | None = None, verbose: int = 1) ->
     base = recipe.train_base(verbose)
     parts = _train(recipe, base, range(len(recipe.parts)), n_jobs, verbose)
     flat, labels = _assembled(recipe, parts)
-    return Zoo(LoRACollection.from_array(flat, recipe.layout, ranks=_ranks(recipe)), labels, base)
+    return Zoo(of_full_rank(flat, recipe.layout), labels, base)
 
 
 def fetch_zoo(
@@ -230,7 +230,7 @@ def _fill(folder: Path, recipe: Recipe, n_jobs: int | None, verbose: int) -> Non
     stored = (_read(path) for path in paths)
     flat, labels = _assembled(recipe, enumerate((part.pop(_FLAT), part) for part in stored))
     _write(folder / LABELS, labels)
-    LoRACollection.from_array(flat, recipe.layout, ranks=_ranks(recipe)).save(folder / WEIGHTS)
+    of_full_rank(flat, recipe.layout).save(folder / WEIGHTS)
     _sign(folder / WEIGHTS)
     for path in [*folder.glob("part-*"), *folder.glob(".*.tmp")]:  # and what killed runs left
         path.unlink()
@@ -263,9 +263,9 @@ def _assembled(recipe: Recipe, parts: Iterable[tuple[int, Trained]]) -> Trained:
     return whole.pop(_FLAT), whole
 
 
-def _ranks(recipe: Recipe) -> NDArray[np.intp]:
-    n_adapters = sum(len(rows) for rows in recipe.parts)
-    return np.tile(recipe.layout.ranks, (n_adapters, 1))
+def of_full_rank(flat: NDArray[Any], layout: LoRALayout) -> LoRACollection:
+    """Make a collection of rows that all have the ranks of the layout, without looking."""
+    return LoRACollection.from_array(flat, layout, ranks=np.tile(layout.ranks, (len(flat), 1)))
 
 
 def _read(path: Path) -> Arrays:

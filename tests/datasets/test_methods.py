@@ -9,6 +9,7 @@ from sklora.collection import LoRACollection
 from sklora.datasets import _denoiser as denoiser
 from sklora.datasets import _digits, fetch_digits_loras, make_digits_loras
 from sklora.datasets._methods import METHODS
+from sklora.datasets._zoos import of_full_rank
 from sklora.testing import apply_gauge, assert_gauge_invariant, random_gauge
 
 DIM, DEPTH, RANK, N = 8, 1, 2, 3
@@ -60,7 +61,7 @@ def collection(method, base, parameters):
     chosen = METHODS[method]
     rows = chosen.rows(base, parameters).numpy()
     layout = chosen.layout(SHAPES, RANK)
-    return LoRACollection.from_array(rows, layout, ranks=np.tile(layout.ranks, (len(rows), 1)))
+    return of_full_rank(rows, layout)
 
 
 @pytest.fixture(scope="module")
