@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Sequence
@@ -28,7 +29,6 @@ from sklora.estimators._data import (
     TrainingSettings,
     iter_blocks,
     split_validation,
-    training_batch_size,
 )
 from sklora.estimators._training import (
     History,
@@ -349,7 +349,8 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
             weight_decay=self.weight_decay,
             optimizer=self.optimizer,
             max_epochs=1 if one_epoch else self.max_epochs,
-            batch_size=training_batch_size(n_rows, self.batch_size, self._least_steps),
+            # Smaller where that leaves about enough steps in an epoch; torch asks for an int.
+            batch_size=min(int(self.batch_size), math.ceil(n_rows / self._least_steps)),
             patience=self.patience,
             callbacks=self.callbacks or (),
             verbose=int(self.verbose),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -192,24 +191,6 @@ def split_validation(
     if not chosen.any():
         return np.arange(n_rows), None
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
-
-
-def training_batch_size(n_rows: int, batch_size: int, least_steps: int) -> int:
-    """Give the batch size, smaller where that leaves about enough steps in an epoch.
-
-    Parameters
-    ----------
-    n_rows : int
-        Number of training rows.
-    batch_size : int
-        The largest allowed.
-    least_steps : int
-
-    Returns
-    -------
-    int
-    """
-    return min(int(batch_size), math.ceil(n_rows / least_steps))
 
 
 def iter_blocks(

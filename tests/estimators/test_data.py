@@ -7,14 +7,13 @@ import torch
 from sklearn.base import clone
 
 from sklora.collection import LoRACollection
-from sklora.estimators import _data
+from sklora.estimators import MLPNetRegressor, _data
 from sklora.estimators._data import (
     LoRADataset,
     TrainingData,
     iter_blocks,
     make_datasets,
     split_validation,
-    training_batch_size,
 )
 
 CPU = torch.device("cpu")
@@ -172,9 +171,9 @@ class TestSplitValidation:
 @pytest.mark.parametrize(
     ("n_rows", "batch_size", "expected"), [(1, 64, 1), (20, 64, 5), (1000, 64, 64), (9, 2, 2)]
 )
-def test_training_batch_size_leaves_some_steps(n_rows, batch_size, expected):
+def test_batches_leave_some_steps(n_rows, batch_size, expected):
     for given in (batch_size, np.int64(batch_size)):  # as a search over an array gives it
-        size = training_batch_size(n_rows, given, 4)
+        size = MLPNetRegressor(batch_size=given)._settings(n_rows, one_epoch=False).batch_size
         assert size == expected
         assert type(size) is int  # which torch asks for
 
