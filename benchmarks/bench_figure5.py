@@ -202,11 +202,9 @@ def print_slopes(rows: list[Row]) -> None:
 
 
 def plot(rows: list[Row], path: str, where: str) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
     sizes = [size for size in SIZES if any(row["size"] == size for row in rows)]
     for axes, (field, label) in zip(figure.subplots(1, 3), FIELDS.items(), strict=True):
         for architecture, colour in COLOURS.items():

@@ -27,11 +27,9 @@ COLOURS = {
 
 def draw(answers: Mapping[str, Answer], ranks: Sequence[int], path: str) -> None:
     """Draw accuracy by rank."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for name, answer in answers.items():
         values = answer.scores.values()
