@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from typing import TypeAlias
 
 import sklora
 from sklora.architectures import ARCHITECTURES
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 _DESCRIPTION = "Learn from the weights of LoRA adapters, and predict from them."
 _EPILOG = """\
@@ -126,9 +129,7 @@ def _at_least(least: int, most: float = math.inf) -> Callable[[str], int]:
 _TASK = "(default: regression if all targets are numbers, and either not whole or of many values)"
 
 
-def _add_inspect(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], *parents: argparse.ArgumentParser
-) -> None:
+def _add_inspect(commands: Commands, *parents: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "inspect",
         parents=parents,
@@ -139,9 +140,7 @@ def _add_inspect(
     parser.add_argument("--json", action="store_true", help="all that is known, as a JSON array")
 
 
-def _add_fit(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], *parents: argparse.ArgumentParser
-) -> None:
+def _add_fit(commands: Commands, *parents: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "fit",
         parents=parents,
@@ -162,9 +161,7 @@ def _add_fit(
     )
 
 
-def _add_predict(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], *parents: argparse.ArgumentParser
-) -> None:
+def _add_predict(commands: Commands, *parents: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "predict",
         parents=parents,
@@ -192,9 +189,7 @@ def _add_predict(
     )
 
 
-def _add_compare(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], *parents: argparse.ArgumentParser
-) -> None:
+def _add_compare(commands: Commands, *parents: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "compare",
         parents=parents,
