@@ -1,10 +1,10 @@
 """mlx-lm: ``lora_a (in, r)`` and ``lora_b (r, out)``, beside ``adapter_config.json``.
 
 Scale: ``lora_parameters.scale`` as it stands, whatever alpha says (`mlx_lm/tuner/utils.py`,
-``linear_to_lora_layers``, which refuses configurations without one). Until 0.14.0 alpha/rank
+``linear_to_lora_layers``, which refuses configurations without one). Until 0.14.1 alpha/rank
 multiplied it (`mlx_lm/tuner/lora.py`): so it does where the trainer's settings lack ``use_dora``,
-which came with 0.13; those of 0.13 and 0.14.0 look like later ones. The old ``adapters.npz`` has no
-configuration, so its scale is not known. DoRA keeps its magnitude in ``.m``.
+which came with 0.13.1; those of 0.13.1 to 0.14.1 look like later ones. The old ``adapters.npz`` has
+no configuration, so its scale is not known. DoRA keeps its magnitude in ``.m``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sklora.io._build import (
 )
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
 
-# What mlx-lm's trainer has always stored of its settings, and what it stores since 0.13 or later.
+# What mlx-lm's trainer has always stored of its settings, and what it stores since 0.13.1 or later.
 _ALWAYS = ("iters", "lora_layers", "val_batches")
 _SINCE = ("use_dora", "fine_tune_type", "num_layers")
 _SUFFIXES = {"lora_a": "a", "lora_b": "b", "m": "magnitude"}

@@ -65,7 +65,7 @@ def test_parameters_that_make_no_sense_are_refused(pair, save, refusal, paramete
     assert message in refusal(save(tensors(*pair), {"lora_parameters": parameters}))
 
 
-# The defaults of mlx-lm 0.8 to 0.12.
+# The defaults of mlx-lm 0.8 to 0.13.0.
 OLD = {"iters": 1000, "val_batches": 25, "lora_layers": 16}
 PARAMETERS = {"rank": 8, "alpha": 16, "scale": 10.0}
 
@@ -75,12 +75,12 @@ PARAMETERS = {"rank": 8, "alpha": 16, "scale": 10.0}
     [
         (OLD, 20),
         (OLD | {"lora_parameters": {"rank": 8, "scale": 10.0}}, 10),
-        (OLD | {"use_dora": False}, 10),  # of 0.13 to 0.18
+        (OLD | {"use_dora": False}, 10),  # of 0.14.2 to 0.18
         ({"iters": 1000, "val_batches": 25, "num_layers": 16, "fine_tune_type": "lora"}, 10),
         ({"lora_layers": 16}, 10),  # which nobody trained with
     ],
 )
-def test_before_013_alpha_over_rank_multiplies_the_scale(pair, save, scan, config, scale):
+def test_until_0_13_0_alpha_over_rank_multiplies_the_scale(pair, save, scan, config, scale):
     assert scan(save(tensors(*pair), {"lora_parameters": PARAMETERS} | config)).scales == (scale,)
 
 
