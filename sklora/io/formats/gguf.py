@@ -13,7 +13,7 @@ from sklora.io._build import base_model_label, by_module, left_out_of, make_plan
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
 
 _ALPHA = "adapter.lora.alpha"
-_EMBEDDING = "token_embd"
+_EMBEDDING = "token_embd"  # or Gemma's "per_layer_token_embd"
 
 
 def _matches(source: Source, options: ReadOptions) -> bool:
@@ -37,8 +37,9 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
 
     suffixes = {"lora_a": "down", "lora_b": "up"}
     modules, rest = by_module(source.tensors, suffixes, strip=(".weight",))
-    if "down" in modules.get(_EMBEDDING, {}):
-        modules[_EMBEDDING]["table"] = modules[_EMBEDDING].pop("down")
+    for path, factors in modules.items():
+        if path.endswith(_EMBEDDING) and "down" in factors:
+            factors["table"] = factors.pop("down")
     url = source.metadata.get("general.base_model.0.repo_url", "")
     label = base_model_label(url.removeprefix("https://huggingface.co/"))
     return make_plan(

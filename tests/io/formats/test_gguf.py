@@ -80,14 +80,15 @@ def test_quantised(rng, save_gguf, assert_updates):
     assert_updates(path, {"blk.0.attn_q": product(down, up) * 6 / 32})
 
 
-def test_rows_of_an_embedding_are_looked_up(rng, factors, save_gguf, assert_updates):
+@pytest.mark.parametrize("name", ["token_embd", "per_layer_token_embd"])
+def test_rows_of_an_embedding_are_looked_up(rng, factors, save_gguf, assert_updates, name):
     # Its lora_a is (vocabulary, r): the row of a token is lora_b @ lora_a[token].
     table, up = rng.normal(size=(7, 3)), rng.normal(size=(4, 3))
     table, up = table.astype(np.float32), up.astype(np.float32)
-    path = save_gguf(pair(table, up, "token_embd") | pair(*factors))
+    path = save_gguf(pair(table, up, name) | pair(*factors))
     rows = np.stack([up.astype(np.float64) @ row for row in table.astype(np.float64)])
     expected = {
-        "token_embd": torch.from_numpy(2 * rows.T),
+        name: torch.from_numpy(2 * rows.T),
         "blk.0.attn_q": 2 * product(*factors),
     }
     assert_updates(path, expected)
