@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import chain, islice
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -29,6 +31,8 @@ ScaleRule = Callable[[str, Mapping[str, str], int | None], Scale]
 # are as many as their honest uses need; LoKr beyond can be read as lokr="kronecker".
 MAX_EXPANSION = 128
 MIN_NUMBERS = 2**20
+# The largest models that are known have some 50,000 stacked matrices.
+MAX_EXPERTS = 100_000
 # Names of repositories have at most 96, those of files 255.
 MAX_LABEL = 255
 
@@ -282,6 +286,47 @@ def check_names(plans: Iterable[ModulePlan]) -> None:
                 f"modules {shown(other.path)} and {shown(plan.path)} are both called "
                 f"{shown(plan.name)}; {remedy}."
             )
+
+
+def mark_stacks(source: Source, modules: Modules, a: str, b: str) -> None:
+    """Give the factors of stacked experts, whose second has three axes, roles of their own."""
+    for tensors in modules.values():
+        if tensors.keys() >= {a, b} and len(source.tensors[tensors[b]].shape) == 3:
+            tensors["stack_a"], tensors["stack_b"] = tensors.pop(a), tensors.pop(b)
+
+
+def split_stacks(source: Source, plan: AdapterPlan) -> AdapterPlan:
+    """Make a module of every expert of the stacks that `mark_stacks` found."""
+
+    def experts(module: ModulePlan) -> Iterator[ModulePlan]:
+        if module.method != "lora-stack":
+            yield module
+            return
+        count = source.tensors[module.tensors["stack_b"]].shape[0]
+        yield from experts_of(module, module.rank // count, count, module.scale)
+
+    return with_modules(plan, chain.from_iterable(map(experts, plan.modules)))
+
+
+def experts_of(module: ModulePlan, rank: int, count: int, scale: Scale) -> Iterator[ModulePlan]:
+    """Give the updates of stacked experts, which share their tensors."""
+    for place in range(count):
+        yield module._replace(
+            path=f"{module.path}.{place}",
+            name=f"{module.name}.{place}",
+            rank=rank,
+            scale=scale,
+            part=(place, count),
+        )
+
+
+def with_modules(plan: AdapterPlan, modules: Iterable[ModulePlan]) -> AdapterPlan:
+    """Put experts in place of their stacks, if no model has as many."""
+    taken = tuple(islice(modules, MAX_EXPERTS + 1))
+    if len(taken) > MAX_EXPERTS:
+        raise Refusal(f"it has over {MAX_EXPERTS} experts, more than any model.")
+    check_names(taken)
+    return replace(plan, modules=taken)
 
 
 def _check_expansion(source: Source, plans: Iterable[ModulePlan]) -> None:

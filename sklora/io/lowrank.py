@@ -90,6 +90,23 @@ def _table(arrays: Arrays) -> Factors:
     return arrays["up"], arrays["table"]
 
 
+# Stacked experts: a (experts, r, in) or (experts r, in), b (experts, out, r). Their columns lie in
+# U as PEFT has them: the first of every expert, then the second of every expert.
+
+
+def _stack_size(shapes: Shapes) -> tuple[int, int, int]:
+    a, b = shapes["stack_a"], shapes["stack_b"]
+    if len(b) != 3 or a[:-1] not in ((b[0], b[2]), (b[0] * b[2],)):
+        expected = "stack_a (experts, r, in) and stack_b (experts, out, r)"
+        raise _refuse(shapes, f"{expected} are expected, of one rank r")
+    return b[1], a[-1], b[0] * b[2]
+
+
+def _stack(arrays: Arrays) -> Factors:
+    a, b = arrays["stack_a"], arrays["stack_b"]
+    return b.transpose(1, 2, 0).reshape(b.shape[1], -1), a.reshape(-1, a.shape[-1]).T
+
+
 # AdaLoRA: B diag(E) A, with E (r, 1).
 
 
@@ -235,6 +252,7 @@ METHODS: Mapping[str, Method] = {
     "lora": Method(_lora_size, _lora),
     "lora-right": Method(_right_size, _right),
     "lora-table": Method(_table_size, _table),
+    "lora-stack": Method(_stack_size, _stack),
     "adalora": Method(_adalora_size, _adalora),
     "locon-tucker": Method(_tucker_size, _tucker),
     "loha": Method(_loha_size, _loha),
@@ -247,6 +265,7 @@ def _role_sets() -> Iterator[tuple[frozenset[str], str]]:
     yield frozenset({"down", "up"}), "lora"
     yield frozenset({"a", "b"}), "lora-right"
     yield frozenset({"table", "up"}), "lora-table"
+    yield frozenset({"stack_a", "stack_b"}), "lora-stack"
     yield frozenset({"down", "up", "diagonal"}), "adalora"
     yield frozenset({"down", "mid", "up"}), "locon-tucker"
     factored = frozenset({_HADA_1.a, _HADA_1.b, _HADA_2.a, _HADA_2.b})
@@ -277,6 +296,7 @@ def dimension(shapes: Shapes) -> int | None:
     for role, axis in (
         ("up", 1),
         ("b", 0),
+        ("stack_b", 2),
         (_HADA_1.b, 0),
         (_LOKR_1.b, 0),
         (_LOKR_2.b, 0),

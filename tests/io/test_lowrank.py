@@ -17,6 +17,7 @@ ROLES = {
     "lora": (("down", "up"),),
     "lora-right": (("a", "b"),),
     "lora-table": (("table", "up"),),
+    "lora-stack": (("stack_a", "stack_b"),),
     "adalora": (("down", "up", "diagonal"),),
     "locon-tucker": (("down", "mid", "up"),),
     "loha": (HADA, (*HADA, "hada_t1", "hada_t2")),
@@ -51,6 +52,9 @@ def _shapes(draw, method, roles, sizes, kernel):
         return {"a": (m, r), "b": (r, n)}, (n, m)
     if method == "lora-table":
         return {"table": (m, r), "up": (n, r)}, (n, m)
+    if method == "lora-stack":
+        stack = draw(st.sampled_from([(s, r, m), (s * r, m)]))
+        return {"stack_a": stack, "stack_b": (s, n, r)}, (n, m)
     kernel = kernel or (1,)
     area = int(np.prod(kernel))
     if method == "locon-tucker":
@@ -100,6 +104,9 @@ def dense(method, x):
         return (x["a"] @ x["b"]).T
     if method == "lora-table":
         return x["up"] @ x["table"].T
+    if method == "lora-stack":
+        b = x["stack_b"]
+        return np.vstack(b @ x["stack_a"].reshape(len(b), b.shape[2], -1))
     if method == "adalora":
         return flat(x["up"]) @ np.diag(x["diagonal"].ravel()) @ flat(x["down"])
     if method == "locon-tucker":
@@ -121,7 +128,13 @@ def test_factors_give_the_update_of_the_trainer(method, data):
     assert METHODS[method].size(shapes) == (n, m, U.shape[1])
     assert (U.shape[0], V.shape) == (n, (m, U.shape[1]))
     expected = dense(method, arrays)
-    np.testing.assert_allclose(U @ V.T, expected, rtol=0, atol=1e-12 * np.linalg.norm(expected))
+    if method == "lora-stack":  # whose experts' columns are told apart later
+        count = len(arrays["stack_b"])
+        U, V = U.reshape(n, -1, count), V.reshape(m, count, -1)
+        update = np.einsum("nre,mer->enm", U, V).reshape(-1, m)
+    else:
+        update = U @ V.T
+    np.testing.assert_allclose(update, expected, rtol=0, atol=1e-12 * np.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,7 +1,9 @@
 """GGUF adapters of llama.cpp: ``<tensor>.weight.lora_a`` and ``.lora_b``.
 
 Scale: ``adapter.lora.alpha``/r; an alpha of 0 means a scale of 1 (`src/llama-adapter.h`,
-``get_scale``). Of token embeddings ``lora_a`` is (vocabulary, r) (`src/llama-adapter.cpp`).
+``get_scale``). Of token embeddings ``lora_a`` is (vocabulary, r) (`src/llama-adapter.cpp`). Of
+stacked experts it is (experts, r, in), and ``lora_b`` (experts, out, r) (`src/llama-graph.cpp`,
+``build_lora_mm_id``).
 """
 
 from __future__ import annotations
@@ -9,7 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sklora._untrusted import Refusal, shown
-from sklora.io._build import base_model_label, by_module, left_out_of, make_plan
+from sklora.io._build import (
+    base_model_label,
+    by_module,
+    left_out_of,
+    make_plan,
+    mark_stacks,
+    split_stacks,
+)
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
 
 _ALPHA = "adapter.lora.alpha"
@@ -40,11 +49,13 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     for path, factors in modules.items():
         if path.endswith(_EMBEDDING) and "down" in factors:
             factors["table"] = factors.pop("down")
+    mark_stacks(source, modules, "down", "up")
     url = source.metadata.get("general.base_model.0.repo_url", "")
     label = base_model_label(url.removeprefix("https://huggingface.co/"))
-    return make_plan(
+    plan = make_plan(
         source, options, "gguf", modules, scale, left_out=left_out_of(rest), base_model=label
     )
+    return split_stacks(source, plan)
 
 
 FORMAT = Format(_matches, _plan)

@@ -1,5 +1,7 @@
 """mlx-lm: ``lora_a (in, r)`` and ``lora_b (r, out)``, beside ``adapter_config.json``.
 
+Of stacked experts they are (experts, r, in), or (experts r, in) once, and (experts, out, r).
+
 Scale: ``lora_parameters.scale`` as it stands, whatever alpha says (`mlx_lm/tuner/utils.py`,
 ``linear_to_lora_layers``, which refuses configurations without one). Until 0.14.1 alpha/rank
 multiplied it (`mlx_lm/tuner/lora.py`): so it does where the trainer's settings lack ``use_dora``,
@@ -14,9 +16,13 @@ from collections.abc import Mapping
 from sklora._untrusted import Refusal, shown
 from sklora.io._build import (
     base_model_label,
+    by_module,
     has_suffix,
+    left_out_of,
+    make_plan,
+    mark_stacks,
     number,
-    plan_by_suffix,
+    split_stacks,
     stated_scale,
 )
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
@@ -35,9 +41,19 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     config = source.config
     value = _scale(config, options)
     label = base_model_label(config.get("model")) if config else None
-    return plan_by_suffix(
-        source, options, "mlx", _SUFFIXES, lambda *_: Scale(value), base_model=label
+    modules, rest = by_module(source.tensors, _SUFFIXES)
+    mark_stacks(source, modules, "a", "b")
+    left_out = left_out_of(rest)
+    plan = make_plan(
+        source,
+        options,
+        "mlx",
+        modules,
+        lambda *_: Scale(value),
+        left_out=left_out,
+        base_model=label,
     )
+    return split_stacks(source, plan)
 
 
 FORMAT = Format(_matches, _plan)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 from sklora._untrusted import Refusal, counted, shown
@@ -25,12 +25,13 @@ from sklora.io._build import (
     add_role,
     alpha_over_rank,
     base_model_label,
-    check_names,
+    experts_of,
     has_suffix,
     left_out_of,
     make_plan,
     number,
     stated_scale,
+    with_modules,
 )
 from sklora.io._pattern import first_match, matching_work
 from sklora.io._plan import (
@@ -56,8 +57,6 @@ _ROLES = {
     **PRODUCT_ROLES,
 }
 MAX_MATCHING = 2 * 10**7
-# The largest models that are known have some 50,000 stacked matrices.
-MAX_EXPERTS = 100_000
 _TYPES = ("LORA", "ADALORA", "LOHA", "LOKR")
 # These leave the base model as it is, so that B A is the whole update.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "true", "false")
@@ -335,12 +334,8 @@ def _with_experts(
     for target in targets:
         parent, _, parameter = target.rpartition(".")
         parameters.setdefault(parent, set()).add(parameter)
-    experts = chain.from_iterable(_experts(each, parameters, config) for each in plan.modules)
-    modules = tuple(islice(experts, MAX_EXPERTS + 1))
-    if len(modules) > MAX_EXPERTS:
-        raise Refusal(f"it has over {MAX_EXPERTS} experts, more than any model.")
-    check_names(modules)
-    return AdapterPlan(plan.format, modules, plan.side, plan.left_out, plan.base_model)
+    experts = (_experts(each, parameters, config) for each in plan.modules)
+    return with_modules(plan, chain.from_iterable(experts))
 
 
 def _experts(
@@ -367,15 +362,7 @@ def _experts(
             f"module {shown(path)} has factors of {counted(module.rank, 'column')}, no whole "
             f"number of experts of rank r={shown(rank)}."
         )
-    count = module.rank // rank
-    for place in range(count):
-        yield module._replace(
-            path=f"{module.path}.{place}",
-            name=f"{module.name}.{place}",
-            rank=rank,
-            scale=Scale(value),
-            part=(place, count),
-        )
+    yield from experts_of(module, rank, module.rank // rank, Scale(value))
 
 
 def _settings_of_experts(

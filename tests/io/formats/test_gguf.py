@@ -99,6 +99,18 @@ def test_embedding_that_does_not_fit_is_refused(rng, save_gguf, refusal):
     assert "table (3, 7), up (4, 3) do not fit" in refusal(save_gguf(pair(A, B, "token_embd")))
 
 
+def test_every_expert_is_a_module(rng, factors, save_gguf, assert_updates):
+    """Of rank 1, with as many experts as outputs, they look like a convolution."""
+    A, B = rng.normal(size=(5, 1, 4)), rng.normal(size=(5, 5, 1))
+    stack = pair(A.astype(np.float32), B.astype(np.float32), "blk.0.ffn_up_exps")
+    expected = {
+        f"blk.0.ffn_up_exps.{e}": 6 * product(A[e].astype(np.float32), B[e].astype(np.float32))
+        for e in range(5)
+    }
+    path = save_gguf(stack | pair(*factors))
+    assert_updates(path, expected | {"blk.0.attn_q": 2 * product(*factors)})
+
+
 def test_others_are_left_out(rng, factors, save_gguf, scan):
     norm = {"blk.0.attn_norm.weight": (rng.normal(size=4).astype(np.float32), None)}
     [(name, reason)] = scan(save_gguf(pair(*factors) | norm)).left_out

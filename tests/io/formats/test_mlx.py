@@ -96,6 +96,20 @@ def test_magnitude_of_dora(pair, normal, save):
     np.testing.assert_array_equal(X[0].side[f"{MODULE}:magnitude_out"], magnitude)
 
 
-def test_stacked_experts_are_refused(normal, save, refusal):
-    path = save(tensors(normal(8, 3, 4), normal(8, 5, 3)), CONFIG)
-    assert "a (8, 3, 4), b (8, 5, 3) do not fit" in refusal(path)
+@pytest.mark.parametrize("old", [False, True])
+def test_every_expert_is_a_module(normal, save, assert_updates, scan, old):
+    a, b = normal(8, 3, 4), normal(8, 5, 3)
+    path = save(tensors(a.reshape(24, 4) if old else a, b), CONFIG)
+    assert_updates(path, {f"{MODULE}.{e}": 10 * b[e].double() @ a[e].double() for e in range(8)})
+    assert scan(path).ranks == (3,)
+
+
+@pytest.mark.parametrize("shape", [(8, 2, 4), (7, 3, 4), (23, 4), (8, 3, 2, 2), (4,), (3, 8, 4)])
+def test_stacks_that_do_not_fit_are_refused(normal, save, refusal, shape):
+    path = save(tensors(normal(*shape), normal(8, 5, 3)), CONFIG)
+    assert f"stack_a {shape}, stack_b (8, 5, 3) do not fit" in refusal(path)
+
+
+def test_more_experts_than_any_model_has_are_refused(save, refusal):
+    a, b = (torch.ones(100_001, *shape, dtype=torch.float16) for shape in ((1, 4), (5, 1)))
+    assert "over 100000 experts" in refusal(save(tensors(a, b), CONFIG))
