@@ -4,12 +4,10 @@ The other tests of formats know keys and scales from their author; these know no
 """
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from sklora.io import read_adapters, write_adapter
@@ -172,6 +170,39 @@ def test_attention_of_torch(peft, tmp_path):
     np.testing.assert_allclose(again, expected["mha.base_layer.out_proj"], atol=1e-6)
 
 
+class Experts(nn.Module):
+    def __init__(self, is_transposed):
+        super().__init__()
+        torch.manual_seed(0)
+        self.is_transposed = is_transposed
+        sizes = {"gate_up_proj": (12, 8), "down_proj": (8, 6)}
+        for name, size in sizes.items():
+            weight = torch.randn(3, *(size[::-1] if is_transposed else size))
+            setattr(self, name, nn.Parameter(weight))
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}])
+def test_experts(peft, tmp_path, is_transposed, settings):
+    pytest.importorskip("peft", minversion="0.19.1")  # whose sides are the module's
+    base = nn.ModuleDict({"experts": Experts(is_transposed)})
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    config = peft.LoraConfig(
+        r=4, lora_alpha=3, target_modules=[], target_parameters=parameters, **settings
+    )
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    randomise(p for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    before, after = weights(base), weights(model.merge_and_unload())
+    adapter = read_adapters(tmp_path, names="raw")[0]
+    assert len(adapter) == 6
+    for name, (U, V) in adapter.items():
+        update = U.astype(np.float64) @ V.T
+        parameter, place = parameters[len(update) == 8], int(name.rpartition(".")[2])
+        change = (after[parameter] - before[parameter])[place]
+        np.testing.assert_allclose(update, change.T if is_transposed else change, atol=1e-6)
+
+
 def test_adalora(peft, tmp_path):
     config = peft.AdaLoraConfig(init_r=4, total_step=9, lora_alpha=5, target_modules=LINEAR)
     expected = adapted(peft, config, tmp_path)
@@ -206,103 +237,6 @@ def test_diffusers(peft, tmp_path, method, r):
     found = {name: after[name] - weight for name, weight in before.items()}
     expected = {name.removesuffix(".weight"): x for name, x in found.items() if x.any()}
     assert_read(read_adapters(tmp_path, names="raw")[0], expected)
-
-
-def factors(names, separator, rank=3):
-    """Factors of linear modules, in the keys of kohya or others."""
-    torch.manual_seed(1)
-    down, up, alpha = separator
-    tensors = {}
-    for name, (n, m) in names.items():
-        tensors[name + down], tensors[name + up] = torch.randn(rank, m), torch.randn(n, rank)
-        if alpha:
-            tensors[name + alpha] = torch.tensor(2.0)
-    return tensors
-
-
-KOHYA = ".lora_down.weight", ".lora_up.weight", ".alpha"
-XLABS = ".down.weight", ".up.weight", None
-PEFT = ".lora_A.weight", ".lora_B.weight", None
-FLUX = {
-    "double_blocks.0.img_attn.qkv": (24, 8),
-    "double_blocks.0.txt_attn.proj": (8, 8),
-    "double_blocks.0.img_mlp.0": (32, 8),
-    "single_blocks.0.linear2": (8, 40),
-}
-PROCESSORS = {
-    "double_blocks.0.processor.qkv_lora1": (24, 8),
-    "double_blocks.0.processor.proj_lora2": (8, 8),
-    "single_blocks.0.processor.proj_lora": (8, 40),
-}
-WAN = {f"blocks.0.{kind}_attn.{part}": (8, 8) for kind in ("self", "cross") for part in "qkvo"}
-WAN |= {"blocks.0.ffn.0": (9, 8), "blocks.0.ffn.2": (8, 9)}
-QWEN = {"transformer_blocks.0.attn.to_q": (8, 8), "transformer_blocks.0.img_mod.1": (48, 8)}
-
-
-def flattened(prefix, names):
-    return {prefix + name.replace(".", "_"): shape for name, shape in names.items()}
-
-
-@pytest.mark.parametrize(
-    ("loader", "tensors"),
-    [
-        ("Flux", factors(flattened("lora_unet_", FLUX), KOHYA)),
-        ("Flux", factors(PROCESSORS, XLABS)),
-        ("Wan", factors(flattened("lora_unet_", WAN), KOHYA)),
-        ("Wan", factors({f"diffusion_model.{name}": x for name, x in WAN.items()}, PEFT)),
-        ("QwenImage", factors(flattened("lora_unet_", QWEN), KOHYA)),
-    ],
-)
-def test_diffusers_converts_files_of_others_to_the_same_updates(peft, tmp_path, loader, tensors):
-    """Rows of queries, keys and values, which some have in one module, are apart in diffusers."""
-    pytest.importorskip("diffusers")
-    from diffusers.loaders import lora_pipeline
-
-    save_file(tensors, tmp_path / "x.safetensors")
-    convert = getattr(lora_pipeline, f"{loader}LoraLoaderMixin").lora_state_dict
-    theirs = convert(str(tmp_path), weight_name="x.safetensors")
-    save_file({name: x.clone() for name, x in theirs.items()}, tmp_path / "y.safetensors")
-    ours, converted = (
-        [U.astype(np.float64) @ V.T for U, V in read_adapters(tmp_path / file)[0].values()]
-        for file in ("x.safetensors", "y.safetensors")
-    )
-    assert sum(map(len, ours)) == sum(map(len, converted))
-    for update in converted:
-        rows = [
-            whole[start : start + len(update)]
-            for whole in ours
-            for start in range(0, len(whole), len(update))
-        ]
-        assert any(
-            np.allclose(update, part, atol=1e-5) for part in rows if part.shape == update.shape
-        )
-
-
-def test_diffusers_and_kohya_of_stable_diffusion_have_one_name(peft, tmp_path):
-    pytest.importorskip("diffusers")
-    from diffusers import StableDiffusionXLPipeline
-
-    names = {
-        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": (8, 8),
-        "lora_unet_middle_block_1_proj_in": (8, 8),
-        "lora_unet_output_blocks_5_1_transformer_blocks_1_ff_net_0_proj": (64, 8),
-        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": (8, 8),
-        "lora_te2_text_model_encoder_layers_1_mlp_fc1": (12, 8),
-    }
-    save_file(factors(names, KOHYA), tmp_path / "x.safetensors")
-    theirs, alphas = StableDiffusionXLPipeline.lora_state_dict(
-        str(tmp_path),
-        weight_name="x.safetensors",
-        unet_config=SimpleNamespace(layers_per_block=2),
-    )
-    assert set(alphas.values()) == {2}
-    save_file({name: x.clone() for name, x in theirs.items()}, tmp_path / "y.safetensors")
-    ours, converted = (
-        read_adapters(tmp_path / file)[0] for file in ("x.safetensors", "y.safetensors")
-    )
-    assert set(ours) == set(converted)
-    for name, (U, V) in converted.items():
-        np.testing.assert_allclose(ours[name][0] @ ours[name][1].T, U @ V.T * 2 / 3, atol=1e-5)
 
 
 @pytest.mark.parametrize("like", [False, True])
