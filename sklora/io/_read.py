@@ -351,10 +351,12 @@ class Reader:
         for name, (n, m, _) in header.modules.items():
             known = self._shapes.get(name)
             if known is not None and known[:2] != (n, m):
+                why = "adapters of different base models make different collections"
+                if known[:2] == (m, n):
+                    why += ", and so do experts of PEFT before 0.19.1 and of later ones"
                 raise ValueError(
                     f"module {shown(name)} has updates of shape ({n}, {m}), but ({known[0]}, "
-                    f"{known[1]}) in {printable(known[2])}; adapters of different "
-                    "base models make different collections."
+                    f"{known[1]}) in {printable(known[2])}; {why}."
                 )
         for name, size in header.side.items():
             if self._sides.get(name, (size,))[0] != size:

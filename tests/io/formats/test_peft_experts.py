@@ -102,6 +102,14 @@ class TestExperts:
             tensors |= linear(f"{place}.mlp.experts", stack, stack.T)
         assert "over 100000 experts" in refusal(save(tensors, self.CONFIG | {"r": 1}))
 
+    def test_sides_of_older_versions_are_told_of(self, normal, save):
+        """The same update of the same model, whose sides PEFT before 0.19.1 took for each other."""
+        A, B = normal(6, 8), normal(5, 6)
+        new = save(linear("mlp.experts", A, B), self.CONFIG, folder="new")
+        old = save(linear("mlp.experts", B.T, A.T), self.CONFIG, folder="old")
+        with pytest.raises(ValueError, match=r"\(8, 5\), but \(5, 8\) .* of PEFT before 0\.19\.1"):
+            read_adapters([new, old])
+
     def test_rank_that_is_no_multiple_is_refused(self, pair, normal, save, refusal):
         path = save(linear("mlp.experts", normal(7, 6), normal(5, 7)), self.CONFIG)
         assert "of 7 columns, no whole number of experts of rank r=3" in refusal(path)
