@@ -99,6 +99,11 @@ def plan_adapter(source: Source, options: ReadOptions) -> AdapterPlan:
         raise Refusal("it holds no tensors; download it again.")
     if source.tensors.keys() == _PACKED:
         raise Refusal("it is a zoo that LoRACollection.save wrote; use LoRACollection.open.")
+    if dense := [name for name in source.tensors if name.endswith(".diff")]:
+        raise Refusal(
+            f"tensor {shown(dense[0])} is a dense difference, which is no low-rank update, and the "
+            "file has no other; extract a LoRA from it."
+        )
     some = ", ".join(shown(name, 60) for name in list(source.tensors)[:3])
     raise Refusal(
         f"no adapter that sklora knows has its {counted(len(source.tensors), 'tensor')}, such as "

@@ -45,6 +45,11 @@ def test_unknown_keys_are_refused_with_some_of_them_and_the_remedy(normal, save,
     assert len(why) < 500
 
 
+def test_dense_differences_alone_are_refused_by_name(normal, save, refusal):
+    why = refusal(save({"lycoris_x.diff_b": normal(2), "lycoris_x.diff": normal(2, 3)}))
+    assert "'lycoris_x.diff' is a dense difference" in why
+
+
 MIXED = {
     "diffusers": ("unet.x.lora_A.weight", "unet.x.lora_B.weight"),
     "kohya": ("lora_te_x.lora_down.weight", "lora_te_x.lora_up.weight"),
