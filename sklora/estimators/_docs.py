@@ -62,7 +62,8 @@ callbacks : list of skorch callbacks, default=$callbacks
 
 _CLASS_WEIGHT = """class_weight : dict, list of dict or "balanced", default=$class_weight
     Weights of the classes in the loss. For multilabel targets a list of one dict for every label,
-    with the weights of absence 0 and presence 1. ``"balanced"`` weighs by the inverse of frequency.
+    with the weights of absence 0 and presence 1. ``"balanced"`` weighs by the inverse of frequency,
+    in which an adapter counts by its `sample_weight`.
 """
 
 _RUNNING = """warm_start : bool, default=$warm_start

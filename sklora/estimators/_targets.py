@@ -288,14 +288,14 @@ def _class_weights(
     codes: NDArray[np.intp],
     weights: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """Give the weight of every class; adapters of weight zero do not count."""
+    """Give the weight of every class; when balanced, each counts by the weights of its adapters."""
     if class_weight != "balanced":
         given: NDArray[np.float64] = compute_class_weight(class_weight, classes=classes, y=classes)
         return given
-    counted = codes[weights > 0]
-    present = np.unique(counted)
+    totals = np.bincount(codes, weights / weights.max(), len(classes))
+    present = totals > 0
     per_class = np.ones(len(classes))
-    per_class[present] = compute_class_weight("balanced", classes=present, y=counted)
+    per_class[present] = totals.sum() / (present.sum() * totals[present])
     return per_class
 
 

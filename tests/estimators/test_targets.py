@@ -158,6 +158,15 @@ class TestClassWeight:
         one, other = (clone(model).fit(zoo, y, weights), clone(model).fit(zoo[kept], y[kept]))
         assert same_state(one, other)
 
+    @pytest.mark.parametrize("kind", ["binary", "multiclass", "multilabel"])
+    def test_balanced_by_the_weights_of_adapters(self, kind, classifier, zoo, targets, quick):
+        y, weights = targets[kind], np.linspace(0.1, 2, 60)
+        model = quick(classifier, class_weight="balanced")
+        data = model._training_data(zoo, y, weights, None, reset=True)
+        for label, column in enumerate(data.targets.reshape(60, -1).T.astype(int)):
+            totals = np.bincount(column, data.weights[:, label])
+            np.testing.assert_allclose(totals, totals.mean())
+
     def test_balanced_without_adapters_of_some_class(self, classifier, zoo, targets, quick):
         y = targets["multiclass"]
         model = quick(classifier, class_weight="balanced", warm_start=True)
