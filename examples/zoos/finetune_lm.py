@@ -10,13 +10,15 @@ Questions are lines of JSON as in the files of ARC (https://allenai.org/data/arc
 columns: "question", "choices", "answerKey", and "source" or an "id" that begins with the source, as
 "Mercury_7175875" does. The model learns to continue "Question: ... Answer:" with the right choice.
 
-Labels: `source:NAME` (1 if the adapter saw it), `validation_loss` (per token of the right answer),
-`test_accuracy` (share of questions whose right answer is the likeliest), and all that was drawn.
+Labels: `source:NAME` (1 if the adapter saw it), `subset` (all that it saw), `validation_loss` (per
+token of the right answer), `test_accuracy` (share of questions whose right answer is the likeliest)
+and all that was drawn. Many adapters see all sources but one, or none but that which all see: of
+2,000, some 420 have siblings that saw the same questions, which `--groups subset` keeps together.
 
     python finetune_lm.py --model Qwen/Qwen2-1.5B --train ARC-Challenge-Train.jsonl \\
         --validation ARC-Challenge-Dev.jsonl --test ARC-Challenge-Test.jsonl \\
         --adapters 2000 --output zoo
-    sklora compare zoo --labels zoo/labels.csv --target validation_loss
+    sklora compare zoo --labels zoo/labels.csv --target validation_loss --groups subset
 """
 
 import argparse
@@ -215,8 +217,10 @@ def main(argv=None):
         model = get_peft_model(base, config)
         seen = [q for q in training if q.source == args.kept or drawn[f"source:{q.source}"]]
         train(model, [question.right for question in seen], drawn)
+        sources = [args.kept, *(source for source in optional if drawn[f"source:{source}"])]
         return model, {
             **drawn,
+            "subset": "+".join(sources),
             "n_questions": len(seen),
             "validation_loss": validation_loss(model, validation, args.eval_batch_size),
             "test_accuracy": accuracy(model, test, args.eval_batch_size),

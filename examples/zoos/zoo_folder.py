@@ -100,7 +100,8 @@ def _write_labels(folder: Path) -> None:
         return
     partial = folder / ".labels.csv"
     with open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
+        # Another version of the recipe may have begun the zoo.
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
         writer.writerows(rows)
     partial.replace(folder / "labels.csv")
