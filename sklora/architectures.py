@@ -121,6 +121,9 @@ def architecture_grid(
     which take every kind of target. They have no `predict_proba`: a score that needs probabilities
     leaves this entry out. It does not read side features.
 
+    Of several labels, give the search a `scoring` that counts single ones. By default all labels of
+    an adapter have to be right, which of few adapters none are; of equal scores the first wins.
+
     Examples
     --------
     >>> from sklora import ARCHITECTURES, architecture_grid
