@@ -208,6 +208,13 @@ class TestHostile:
             node = as_node("list", "ListNode", content=inner, __id__=id)
         assert "two objects of the id" in self.forge(good, node)
 
+    def test_member_that_skops_takes_for_another(self, good):
+        """It cuts names at NUL, and takes the last of two members."""
+        write_zip(good, {**members_of(good), "schema.json!": b"{}"})
+        good.write_bytes(good.read_bytes().replace(b"schema.json!", b"schema.json\0"))
+        assert members_of(good)["schema.json"] == b"{}"
+        assert r"'schema.json\x00' has another name" in self.refusal(good)
+
     def test_array_that_is_read_twice(self, good):
         name = next(name for name in members_of(good) if name.endswith(".npy"))
         array = as_node("ndarray", "NdArrayNode", "numpy", type="numpy", file=name)

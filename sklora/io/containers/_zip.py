@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
 from sklora._untrusted import Refusal, shown
@@ -34,6 +35,9 @@ _CHUNK = 2**16
 # Bits of the flags: encryption, patches, strong encryption, a masked directory; and Unicode names.
 _UNREADABLE = 0x1 | 0x20 | 0x40 | 0x2000
 _UNICODE = 0x800
+# The extra fields of 64-bit numbers, and of a name in Unicode.
+_WIDE_FIELD = 1
+_NAME_FIELD = 0x7075
 
 _DAMAGED = "the zip file is cut off or damaged: download it again"
 
@@ -236,12 +240,18 @@ def _member(fields: tuple[int, ...], raw_name: bytes, extra: bytes) -> Member:
         raise Refusal(f"the name {shown(raw_name)} is no text; {_DAMAGED}.") from error
     if flags & _UNREADABLE:
         raise Refusal(f"{shown(name)} is encrypted or patched; save the file without that.")
+    extra_fields = list(_extra_fields(extra))
+    # `zipfile` cuts names at NUL, and from Python 3.12 on takes the other name.
+    if "\0" in name or any(kind == _NAME_FIELD for kind, _ in extra_fields):
+        raise Refusal(
+            f"{shown(name)} has another name for other readers; save it anew with what made it."
+        )
     if method not in (STORED, DEFLATED):
         raise Refusal(
             f"{shown(name)} is compressed with method {method}; only deflate ({DEFLATED}) and no "
             f"compression ({STORED}) are read: save it with one of these."
         )
-    size, packed, offset = _sizes(fields[9], fields[8], fields[16], extra)
+    size, packed, offset = _sizes(fields[9], fields[8], fields[16], extra_fields)
     if method == STORED and size != packed:
         raise Refusal(
             f"{shown(name)} is not compressed, yet {packed} are {size} bytes; {_DAMAGED}."
@@ -249,19 +259,29 @@ def _member(fields: tuple[int, ...], raw_name: bytes, extra: bytes) -> Member:
     return Member(name, method, crc, packed, size, offset)
 
 
-def _sizes(size: int, packed: int, offset: int, extra: bytes) -> list[int]:
+def _extra_fields(extra: bytes) -> Iterator[tuple[int, bytes]]:
+    """Give kind and content of the extra fields of an entry."""
+    position = 0
+    while position + 4 <= len(extra):
+        kind, length = struct.unpack_from("<2H", extra, position)
+        position += 4
+        if length > len(extra) - position:
+            return
+        yield kind, extra[position : position + length]
+        position += length
+
+
+def _sizes(
+    size: int, packed: int, offset: int, extra_fields: Iterable[tuple[int, bytes]]
+) -> list[int]:
     """Look up those of the numbers that need 64 bits, which stand in one of the extra fields."""
     numbers = [size, packed, offset]
     wide = [index for index, number in enumerate(numbers) if number == _ELSEWHERE[1]]
-    position = 0
-    while wide and position + 4 <= len(extra):
-        kind, length = struct.unpack_from("<2H", extra, position)
-        position += 4
-        if kind == 1 and 8 * len(wide) <= length <= len(extra) - position:
+    for kind, content in extra_fields:
+        if wide and kind == _WIDE_FIELD and 8 * len(wide) <= len(content):
             for place, index in enumerate(wide):
-                (numbers[index],) = struct.unpack_from("<Q", extra, position + 8 * place)
-            return numbers
-        position += length
+                (numbers[index],) = struct.unpack_from("<Q", content, 8 * place)
+            break
     return numbers
 
 

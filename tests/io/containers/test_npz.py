@@ -1,6 +1,7 @@
 import io
 import struct
 import zipfile
+import zlib
 
 import ml_dtypes
 import numpy as np
@@ -100,6 +101,14 @@ def edited(raw: bytes, magic: bytes, offset: int, form: str, value: int) -> byte
     return bytes(changed)
 
 
+def with_two_names(name: str, other: str) -> bytes:
+    """Give a zip in which a member has another name in Unicode."""
+    member = zipfile.ZipInfo(name)
+    crc = zlib.crc32(name.encode())
+    member.extra = struct.pack("<2HBL", 0x7075, 5 + len(other), 1, crc) + other.encode()
+    return zipped({member: npy()})
+
+
 ENTRY, LOCAL, END = b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06"
 STORED = zipped({"x.npy": npy()})
 DEFLATED = zipped({"x.npy": npy()}, zipfile.ZIP_DEFLATED)
@@ -130,6 +139,8 @@ HOSTILE = {
     "not an archive": (zipped({"word/document.xml": b"<x/>"}), "holds 'word/document.xml'"),
     "encrypted": (edited(STORED, ENTRY, 8, "<H", 1), "encrypted"),
     "encrypted inside": (edited(STORED, LOCAL, 6, "<H", 1), "not as the directory says"),
+    "two names": (with_two_names("x.npy", "y.npy"), "'x.npy' has another name"),
+    "NUL": (zipped({"x.npy!": npy()}).replace(b"!", b"\0"), r"'x.npy\\x00' has another name"),
     "bzip2": (zipped({"x.npy": npy()}, zipfile.ZIP_BZIP2), "method 12"),
     "lzma": (zipped({"x.npy": npy()}, zipfile.ZIP_LZMA), "method 14"),
     "other method": (edited(STORED, ENTRY, 10, "<H", 8), "not as the directory says"),
