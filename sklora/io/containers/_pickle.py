@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from sklora.io._tensors import MAX_BYTES, MAX_DIMENSIONS
 # Some 35 make a tensor, so these do for 57,000 tensors; each may make an object of 64 bytes.
 MAX_INSTRUCTIONS = 2_000_000
 _MAX_INTEGER_BYTES = 8
+# What PyTorch calls a storage. It would cut other names at NUL, and compare bytes, not letters.
+_KEY = re.compile("[0-9]+")
 
 _STORAGES: Mapping[str, str] = {
     "torch DoubleStorage": "F64",
@@ -145,6 +148,7 @@ class _Machine:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
+        self._dtypes: dict[str, str] = {}
 
     def step(self, instruction: str, argument: Any) -> None:
         if instruction in _CONSTANTS:
@@ -247,9 +251,19 @@ class _Machine:
         record = self.pop()
         match record:
             case ("storage", _Global(name), str(key), str(), int(numel)) if (
-                type(record) is tuple and name in _STORAGES and 0 <= numel < MAX_BYTES
+                type(record) is tuple
+                and name in _STORAGES
+                and _KEY.fullmatch(key)
+                and 0 <= numel < MAX_BYTES
             ):
-                self._stack.append(Storage(key, _STORAGES[name], numel))
+                dtype = _STORAGES[name]
+                # PyTorch takes its numbers for what the first tensor in it says they are.
+                if self._dtypes.setdefault(key, dtype) != dtype:
+                    raise Refusal(
+                        f"its pickle says of the storage {key[:20]} that it holds "
+                        f"{self._dtypes[key]} and {dtype}; save clones of its tensors."
+                    )
+                self._stack.append(Storage(key, dtype, numel))
             case _:
                 raise Refusal(
                     "its pickle describes a storage as PyTorch does not, or one larger than any "

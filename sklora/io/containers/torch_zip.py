@@ -5,6 +5,7 @@ The pickle is not executed: `sklora.io.containers._pickle` interprets it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,8 +51,9 @@ class TorchZipFile(TensorFile):
 
     def _read_header(self) -> None:
         self._archive = ZipArchive(self._file, self.size)
+        self._members = _in_lower_case(self._archive.members)
         member = self._find_pickle()
-        self._root = member.name.removesuffix(PICKLE)
+        self._root = _lower(member.name).removesuffix(PICKLE)
         self._check_byte_order()
         found = flatten(interpret(self._archive.stored(member, 0, member.size)))
         check_count(len(found))
@@ -65,7 +67,7 @@ class TorchZipFile(TensorFile):
         check_expansion(n_bytes, self.size)
 
     def _find_pickle(self) -> Member:
-        found = [member for name, member in self._archive.members.items() if name.endswith(PICKLE)]
+        found = [member for name, member in self._members.items() if name.endswith(PICKLE)]
         if len(found) != 1:
             raise Refusal(f"it holds {len(found)} files data.pkl; those of PyTorch hold one.")
         if found[0].size > MAX_PICKLE:
@@ -73,7 +75,7 @@ class TorchZipFile(TensorFile):
         return found[0]
 
     def _check_byte_order(self) -> None:
-        member = self._archive.members.get(f"{self._root}/byteorder")
+        member = self._members.get(f"{self._root}/byteorder")
         if member is not None:
             order = self._archive.stored(member, 0, min(member.size, 16))
             if order != b"little":
@@ -112,7 +114,7 @@ class TorchZipFile(TensorFile):
         return info, _View(member, offset, end, strides)
 
     def _find_storage(self, name: str, storage: Storage) -> Member:
-        member = self._archive.members.get(f"{self._root}/data/{storage.key}")
+        member = self._members.get(f"{self._root}/data/{storage.key}")
         if member is None:
             raise Refusal(
                 f"tensor {shown(name)} is in data/{shown(storage.key)}, which the file lacks; it "
@@ -136,6 +138,24 @@ class TorchZipFile(TensorFile):
         raw = self._archive.stored(view.member, view.begin * itemsize, n_bytes)
         strides = tuple(stride * itemsize for stride in view.strides)
         return np.asarray(as_array(raw, info, strides=strides), order="C")
+
+
+def _lower(name: str) -> str:
+    """Give a name as PyTorch compares it: with the letters A to Z in lower case."""
+    return name.encode().lower().decode()
+
+
+def _in_lower_case(members: Mapping[str, Member]) -> dict[str, Member]:
+    """Give members as PyTorch finds them: whatever the case of their names."""
+    lower: dict[str, Member] = {}
+    for name, member in members.items():
+        known = lower.setdefault(_lower(name), member)
+        if known is not member:
+            raise Refusal(
+                f"it holds {shown(known.name)} and {shown(name)}, which PyTorch does not tell "
+                "apart; save it again with torch.save."
+            )
+    return lower
 
 
 def flatten(top: object) -> dict[str, Tensor]:

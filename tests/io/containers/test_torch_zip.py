@@ -235,6 +235,14 @@ def a_tensor(offset=0, shape=(2, 3), strides=(3, 1), key="0", numel=6, storage="
     )
 
 
+def two_dtypes():
+    """A program for {"t": tuple, "x": tensor} of one storage, of which PyTorch reads two as F16."""
+    first, second = (a_tensor(storage=f"{name}Storage") for name in ("Half", "BFloat16"))
+    key = b"X\x01\x00\x00\x00x"
+    tensor = first.removeprefix(b"\x80\x02}" + key).removesuffix(b"s.")
+    return b"\x80\x02}" + key.replace(b"x", b"t") + tensor + b"\x85s" + second[3:]
+
+
 TENSORS = {
     "offset": (a_tensor(offset=1), "does not fit in its storage of 6 numbers"),
     "offset negative": (a_tensor(offset=-1), "the offset -1"),
@@ -255,7 +263,10 @@ TENSORS = {
     "dtype": (a_tensor(storage="DoubleStorage"), "in 48 bytes, but there are 24"),
     "storage": (a_tensor(storage="UntypedStorage"), "names 'torch UntypedStorage'"),
     "key": (a_tensor(key="9"), "which the file lacks"),
-    "key above": (a_tensor(key="../data.pkl"), "which the file lacks"),
+    "key above": (a_tensor(key="../data.pkl"), "describes a storage"),
+    "key with NUL": (a_tensor(key="0\0"), "describes a storage"),
+    "key in other letters": (a_tensor(key="\u0660"), "describes a storage"),
+    "dtypes": (two_dtypes(), "the storage 0 that it holds F16 and BF16"),
 }
 
 
@@ -297,6 +308,12 @@ class TestHostile:
         "large pickle": ({"archive/data.pkl": bytes(2**24 + 1)}, "16777217 bytes, of at most"),
         "no storage": ({"archive/data/0": None}, "'0', which the file lacks"),
         "short storage": ({"archive/data/0": bytes(23)}, "but there are 23"),
+        "other case": ({"archive/DATA/0": bytes(24)}, "PyTorch does not tell apart"),
+        "pickle of other case": ({"archive/DATA.PKL": b"N."}, "PyTorch does not tell apart"),
+        "capitals": (
+            {"archive/byteorder": None, "archive/BYTEORDER": b"big"},
+            "byte order is b'big'",
+        ),
         "big-endian": ({"archive/byteorder": b"big"}, "byte order is b'big'"),
     }
 
