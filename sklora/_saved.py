@@ -372,7 +372,8 @@ def _answers(model: Pipeline, card: ModelCard) -> bool:
     n_values = 1 if card.classes is not None else len(card.targets)
     predicted = trial.predict(X)
     if card.task == "regression":
-        return bool(predicted.size == n_values and predicted.dtype == np.float64)
+        is_right = predicted.size == n_values and predicted.dtype == np.float64
+        return bool(is_right and np.isfinite(predicted).all())
     shares = trial.predict_proba(X)
     return bool(predicted.size == n_values and shares.size == len(card.classes or card.targets))
 

@@ -233,6 +233,15 @@ class TestHostile:
         save_model(tmp_path / "m.skops", model, card)
         assert "its pipeline is not what" in self.refusal(tmp_path / "m.skops")
 
+    @pytest.mark.parametrize("scale", [np.nan, np.inf])
+    def test_scale_of_targets_that_is_not_finite(self, tmp_path, make_model, scale):
+        """Outputs are checked before they are scaled."""
+        model = make_model("svd", "one number")
+        card = card_of(model, "one number")
+        model["model"].target_scale_ = np.array(scale)
+        save_model(tmp_path / "m.skops", model, card)
+        assert "its pipeline is not what" in self.refusal(tmp_path / "m.skops")
+
     @pytest.mark.timeout(60)
     def test_layout_that_names_the_last_of_many_modules_twice(self, good):
         members = members_of(good)
