@@ -308,11 +308,14 @@ def check_patterns(
 
 
 def pattern_value(config: Mapping[str, Any], patterns: str, default: str, module: str) -> float:
-    """Give the number of the first pattern that a module's name matches, else the default."""
+    """Give the number of the first pattern that a module's name matches, or is, or the default."""
     table = config.get(patterns) or {}
     if not isinstance(table, Mapping):
         raise Refusal(f"{patterns} is {shown(table)} in its configuration; it must be a mapping.")
     pattern = first_match(table, module)
+    # `get_pattern_key` of PEFT then looks up the name itself: "a+b" does not match as a pattern.
+    if pattern is None and module in table:
+        pattern = module
     return number(config, default) if pattern is None else number(table, pattern)
 
 

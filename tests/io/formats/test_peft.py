@@ -67,6 +67,15 @@ def test_pattern_that_fits_first_gives_alpha_and_tensors_give_rank(normal, save,
     assert_updates(save(tensors, config), expected)
 
 
+@pytest.mark.parametrize("name", ["a+b", "layers[0]", "^.q"])
+def test_pattern_that_is_the_name_of_the_module(pair, save, assert_updates, name):
+    A, B = pair
+    path = save(linear(name, A, B), LORA | {"alpha_pattern": {"b": 1, name: 9}})
+    assert_updates(path, {PREFIX + name: B @ A * 3})
+    path = save(linear(name, A, B), LORA | {"alpha_pattern": {name: 9, ".*": 12}})
+    assert_updates(path, {PREFIX + name: B @ A * 4})
+
+
 @pytest.mark.parametrize("ending", ["{}.weight", "{}.default.weight", "{}.my-adapter.weight", "{}"])
 def test_adapter_s_name_in_the_keys_is_no_part_of_the_module_s(pair, save, assert_updates, ending):
     A, B = pair
