@@ -444,12 +444,28 @@ class LoRALayout:
         ] + side_names(self.side)
 
     def column_name(self, column: int) -> str:
-        """Say what a column belongs to: ``module 'q'`` or ``side feature 'scale'``."""
+        """Say what a column of a flat row belongs to.
+
+        Parameters
+        ----------
+        column : int
+            Counted from 0.
+
+        Returns
+        -------
+        str
+            Such as ``module 'q'`` or ``side feature 'scale'``.
+
+        Raises
+        ------
+        IndexError
+            When there is no such column.
+        """
         for name, (_, V_columns) in zip(self.names, self.factor_slices, strict=True):
-            if column < V_columns.stop:
+            if 0 <= column < V_columns.stop:
                 return f"module {name!r}"
         for name, columns in side_slices(self.side, self.side_slice.start).items():
-            if column < columns.stop:
+            if 0 <= column < columns.stop:
                 return f"side feature {name!r}"
         raise IndexError(f"column {column} of {self.width}.")
 

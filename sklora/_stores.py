@@ -71,10 +71,34 @@ class Store(Protocol):
     def is_checked(self) -> bool: ...
 
     def read(self, rows: Rows, *, copy: bool = True) -> NDArray[Any]:
-        """Read rows ``(len(rows), width)`` of `dtype`, zero-padded; a view if `copy` is False."""
+        """Read flat rows.
+
+        Parameters
+        ----------
+        rows : slice or ndarray of intp
+            Positions are counted from 0, in any order, and may occur more than once.
+        copy : bool, default=True
+            False allows a view of weights that lie in memory, which nobody writes to.
+
+        Returns
+        -------
+        ndarray of shape (n_rows, width)
+            Of `dtype`, in the order of `rows`, zero-padded; unless `copy` is False, a new array.
+        """
 
     def subset(self, rows: NDArray[np.intp]) -> Store:
-        """Give a store of some rows alone, as small as can be when pickled."""
+        """Give a store of some rows alone, as small as can be when pickled.
+
+        Parameters
+        ----------
+        rows : ndarray of intp
+            Positions, counted from 0.
+
+        Returns
+        -------
+        Store
+            Its row ``i`` is ``rows[i]`` of this one.
+        """
 
 
 @runtime_checkable

@@ -79,11 +79,10 @@ class TestDescription:
     def test_columns_have_names(self, column, name):
         assert LAYOUT.column_name(column) == name
 
-    def test_there_is_no_column_beyond_the_width(self):
-        with pytest.raises(IndexError, match="column 22 of 22"):
-            LAYOUT.column_name(22)
-        with pytest.raises(IndexError, match="column 30 of 22"):
-            LAYOUT.column_name(30)
+    @pytest.mark.parametrize("column", [-1, 22, 30])
+    def test_columns_are_counted_from_zero_to_the_width(self, column):
+        with pytest.raises(IndexError, match=f"column {column} of 22"):
+            LAYOUT.column_name(column)
 
     @given(st.one_of(layouts, plain_layouts))
     def test_every_column_has_a_name_of_its_own(self, layout):

@@ -195,7 +195,18 @@ class InvariantHead(nn.Module):
         return torch.einsum("aibr,ajbr->abij", U, V).flatten(2)
 
     def n_features(self, n: int, m: int) -> int:
-        """Give the number of features of one module of `n` by `m`."""
+        """Give the number of features of one module.
+
+        Parameters
+        ----------
+        n, m : int
+            Rows of its ``U`` and of its ``V``.
+
+        Returns
+        -------
+        int
+            ``n m``, or 1 of the kind ``"mean"``.
+        """
         return 1 if self.kind == "mean" else n * m
 
     def extra_repr(self) -> str:
