@@ -75,7 +75,7 @@ class Store(Protocol):
 
         Parameters
         ----------
-        rows : slice or ndarray of intp
+        rows : slice or ndarray of shape (n_rows,), of intp
             Positions are counted from 0, in any order, and may occur more than once.
         copy : bool, default=True
             False allows a view of weights that lie in memory, which nobody writes to.
@@ -91,7 +91,7 @@ class Store(Protocol):
 
         Parameters
         ----------
-        rows : ndarray of intp
+        rows : ndarray of shape (n_rows,), of intp
             Positions, counted from 0.
 
         Returns

@@ -47,8 +47,9 @@ model = skops.io.load("model.skops", trusted=sklora.TRUSTED_TYPES)
 model.predict(read_adapters("adapters/", layout={layout}))
 ```
 
-It takes adapters of the modules below, of the same shapes, and refuses others. A module that an
-adapter lacks counts as no update."""
+It reads the modules below, and refuses adapters that have none of them, and updates of other
+shapes. Other modules of an adapter are not read, and one that it lacks counts as no update;
+`read_adapters(..., strict=True)` refuses such adapters."""
 
 
 def model_card(

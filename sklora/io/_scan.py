@@ -108,7 +108,13 @@ class AdapterReport:
         return tuple(sorted({module.scale for module in self.modules}))
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the report as dicts, lists, strings and numbers, for JSON."""
+        """Give the report as dicts, lists, strings and numbers, for JSON.
+
+        Returns
+        -------
+        dict
+            From the name of every attribute to what it holds.
+        """
         return {
             **vars(self),
             "dtypes": list(self.dtypes),

@@ -96,8 +96,10 @@ class TestModelCard:
         y = np.arange(30) % 2
         search = GridSearchCV(model, {}, cv=2).fit(zoo, y)
         text = model_card(search, tmp_path / "scores.png").render()
+        assert "Other modules of an adapter are not read" in text
         for name, adapter in zip("ab", zoo, strict=False):
-            write_adapter(tmp_path / "adapters" / name, adapter, base_model="tiny")
+            factors = {**adapter, "another.to_q": (np.ones((3, 1)), np.ones((2, 1)))}
+            write_adapter(tmp_path / "adapters" / name, factors, base_model="tiny")
         store = text.split("Store the model with `")[1].split("`")[0]
         code = (
             text.split("```python\n")[1]
