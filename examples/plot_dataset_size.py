@@ -7,6 +7,8 @@ Salama et al., *Dataset Size Recovery from LoRA Weights* (`arXiv 2406.19395
 of the updates, with nearest neighbours. Here the same is tried on the bundled zoo, whose adapters
 were trained on 1 to 10 images: one of each digit in a set of digits. So "how many images" and "how
 many kinds of digit" are one question here, which they were not in the paper.
+
+Needs pandas: ``pip install -c constraints.txt pandas`` in a clone of the repository.
 """
 
 # %%

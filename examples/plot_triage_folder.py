@@ -10,6 +10,8 @@ there is none.
 The model here is for adapters of the denoiser of the bundled zoo, and refuses others. For a folder
 of yours, train one on adapters of your base model whose quality you know: the commands ``sklora
 fit`` and ``sklora predict`` go the same way.
+
+Needs pandas: ``pip install -c constraints.txt pandas`` in a clone of the repository.
 """
 
 # %%

@@ -23,6 +23,15 @@ def test_an_example_is_a_page_of_the_gallery(path):
     assert re.search(r"^# %%$", text, re.MULTILINE)
 
 
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_says_that_it_needs_pandas(path):
+    text = path.read_text(encoding="utf-8")
+    says = "Needs pandas: ``pip install -c constraints.txt pandas``" in ast.get_docstring(
+        ast.parse(text)
+    )
+    assert says == bool(re.search(r"^import pandas|transform=\"pandas\"", text, re.MULTILINE))
+
+
 # `make docs` runs them all too.
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
