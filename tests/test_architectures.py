@@ -18,6 +18,7 @@ from sklora import (
     DenseProduct,
     GLNetClassifier,
     GLNetRegressor,
+    LoRACollection,
     MLPNetClassifier,
     MLPNetRegressor,
     OAlign,
@@ -269,3 +270,26 @@ class TestKernelRoute:
         expected = model.decision_function(other)
         copy = pickle.loads(pickle.dumps(model))
         np.testing.assert_array_equal(copy.decision_function(other), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "model",
+    [make_architecture("svd", random_state=0), GLNetClassifier(spectrum=True, random_state=0)],
+    ids=["svd", "gl-net"],
+)
+def test_pruned_directions_are_no_features(rng, model, dtype):
+    """AdaLoRA leaves columns of zeros anywhere; adapters may come that kept a direction more."""
+
+    def zoo(n_kept):
+        adapters = []
+        for _ in range(40):
+            U, V = rng.normal(size=(16, 6)), rng.normal(size=(12, 6))
+            V[:, rng.permutation(6)[n_kept:]] = 0
+            adapters.append({"q": (U.astype(dtype), V.astype(dtype))})
+        return LoRACollection.from_factors(adapters)
+
+    model = clone(model).fit(zoo(4), np.arange(40) % 2)
+    assert_gauge_invariant(model, zoo(4), method="decision_function", random_state=0)
+    scores = [np.abs(model.decision_function(zoo(n_kept))).max() for n_kept in (4, 5)]
+    assert scores[1] < 100 * scores[0]

@@ -19,6 +19,11 @@ def spectrum(U: Tensor, V: Tensor) -> Tensor:
     matrices in float64, which have twice the digits of the factors, wherever the condition of the
     factor, its columns scaled to one length, leaves them right to 1e-6.
 
+    Values that are no more than the rounding of all that, :math:`4 \epsilon \sum_k \|u_k\|
+    \|v_k\|` over the columns of the factors, with the :math:`\epsilon` of float64, are zero. So
+    directions that updates do not have give no numbers, where columns of zeros stand among others
+    as after pruning (AdaLoRA), or depend on others.
+
     Parameters
     ----------
     U : Tensor of shape (..., n, r)
@@ -29,7 +34,8 @@ def spectrum(U: Tensor, V: Tensor) -> Tensor:
     Returns
     -------
     values : Tensor of shape (..., r)
-        In descending order. Beyond ``min(n, m)`` they are exactly zero.
+        In descending order. Beyond ``min(n, m)``, and beyond the rank of the update, they are
+        exactly zero.
 
     Raises
     ------
@@ -47,4 +53,9 @@ def spectrum(U: Tensor, V: Tensor) -> Tensor:
     U, V = check_factors(U, V)
     R_U, R_V = triangles(U, V)
     values = torch.linalg.svdvals(to_decompose(R_U @ R_V.mT))
+    # Of columns, so that no gauge that scales them takes a value away; from products, for which
+    # torch.export decides nothing about the rank.
+    u, v = ((R.mT @ R).diagonal(dim1=-2, dim2=-1).sqrt() for R in (R_U, R_V))
+    rounding = 4 * torch.finfo(values.dtype).eps * (u * v).sum(dim=-1, keepdim=True)
+    values = torch.where((values <= rounding) & rounding.isfinite(), 0.0, values)
     return pad(values, (0, U.shape[-1] - values.shape[-1])).to(U.dtype)

@@ -83,6 +83,30 @@ def test_rank_deficient_and_zero_updates(make_factors, dtype):
     assert (spectrum(torch.zeros_like(U), V) == 0).all()
 
 
+@pytest.mark.parametrize(("n", "m", "r"), [(16, 12, 6), (40, 40, 40), (300, 5, 8)])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_what_the_update_has_no_direction_for_is_exactly_zero(make_factors, dtype, n, m, r, scale):
+    """Columns of zeros among others, on one side, and columns that depend on others."""
+    U, V = make_factors(0, n, m, r, batch=(4,), dtype=dtype)
+    U = scale * U
+    U[0, :, 1::2] = V[0, :, 1::2] = 0
+    V[1, :, 1::2] = 0
+    U[2, :, 1::2] = U[2, :, ::2]
+    U[3, :, 1::2], V[3, :, 1::2] = U[3, :, ::2], V[3, :, ::2]
+    values, rank = spectrum(U, V), min(n, m, r // 2)
+    assert (values[:, rank:] == 0).all()
+    np.testing.assert_allclose(
+        values[:, :rank], dense_spectrum(U, V, r)[:, :rank], rtol=100 * RTOL[dtype]
+    )
+
+
+def test_gauges_that_scale_columns_take_no_value_away(make_factors):
+    A, B = (torch.linalg.qr(factor).Q for factor in make_factors(0, 30, 20, 5))
+    true = torch.logspace(0, -12, 5, dtype=torch.float64)
+    scale = torch.logspace(100, -100, 5, dtype=torch.float64)
+    np.testing.assert_allclose(spectrum(A * true * scale, B / scale), true, rtol=1e-2)
+
+
 def test_empty_batch_and_rank_zero(make_factors):
     assert spectrum(*make_factors(0, 5, 4, 2, batch=(0, 3))).shape == (0, 3, 2)
     assert spectrum(*make_factors(0, 5, 4, 0, batch=(2,))).shape == (2, 0)
