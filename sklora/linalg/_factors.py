@@ -55,15 +55,18 @@ def to_decompose(A: Tensor) -> Tensor:
     return A
 
 
-def rounding_level(U: Tensor, V: Tensor) -> Tensor:
-    """Size (...) of what rounding the factors in their own dtype does to ``U V^T``.
+def product_size(U: Tensor, V: Tensor) -> Tensor:
+    """Size (...) of the terms of ``U V^T``, which rounding is relative to.
 
-    Singular values below it say nothing about the update. It grows with the condition of the gauge,
-    as the rounding error itself does: ``eps ||U||_F ||V||_F``.
+    It is ``sum_k ||u_k|| ||v_k||`` over the columns, of float64; those of triangles are as long as
+    those of the factors. It grows with the condition of the gauge, as the rounding does, but not
+    where a gauge scales columns, which rounds nothing away. Times the precision of the factors, it
+    is what says nothing about the update.
     """
-    eps = torch.finfo(U.dtype).eps
-    sizes: Tensor = torch.linalg.matrix_norm(U.double()) * torch.linalg.matrix_norm(V.double())
-    return eps * sizes
+    # By products, which are faster than norms of columns, and of which torch.export has no doubts.
+    u, v = ((A.mT @ A).diagonal(dim1=-2, dim2=-1).sqrt() for A in (U, V))
+    size: Tensor = (u * v).sum(dim=-1)
+    return size
 
 
 def column_signs(A: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sklora.linalg._factors import check_factors, column_signs, rounding_level, to_decompose
+from sklora.linalg._factors import check_factors, column_signs, product_size, to_decompose
 
 
 def apply_gauge(U: Tensor, V: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,8 +71,8 @@ def balance(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     -------
     U, V : Tensor of shapes (..., n, r) and (..., m, r)
         Columns by falling singular value. Those whose singular value is no more than the rounding
-        of the input, ``r eps ||U||_F ||V||_F``, are exactly zero and come last, so the balanced
-        factors of rank-deficient or zero-padded input end in zero columns.
+        of the input, ``r eps sum_k ||u_k|| ||v_k||`` over its columns, are exactly zero and come
+        last, so the balanced factors of rank-deficient or zero-padded input end in zero columns.
 
     Raises
     ------
@@ -92,7 +92,7 @@ def balance(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     Q_U, R_U = torch.linalg.qr(U.double())
     Q_V, R_V = torch.linalg.qr(V.double())
     A, values, Bh = torch.linalg.svd(to_decompose(R_U @ R_V.mT), full_matrices=False)
-    noise = rank * rounding_level(U, V)
+    noise = rank * torch.finfo(U.dtype).eps * product_size(R_U, R_V)
     lengths = torch.where(values > noise[..., None], values, 0.0).sqrt()[..., None, :]
     left, right = Q_U @ A, Q_V @ Bh.mT
     signs = column_signs(left)

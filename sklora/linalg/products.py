@@ -193,8 +193,9 @@ def squared_norm(U: Tensor, V: Tensor) -> Tensor:
     r"""Squared Frobenius norm of ``U V^T``, from two r x r Gram matrices.
 
     :math:`\|U V^\top\|_F^2 = \sum_{ab} (U^\top U)_{ab} (V^\top V)_{ab}`, summed in float64. The
-    relative error is about ``1e-16 c^2`` for a gauge of condition ``c``. What is no more than the
-    rounding of the sum, ``4 eps ||U||_F^2 ||V||_F^2``, is zero.
+    relative error is about ``1e-16 c^2`` for a gauge of condition ``c``, its columns scaled to one
+    length. What is no more than the rounding of the sum, ``4 eps s^2`` with ``s = sum_k ||u_k||
+    ||v_k||`` over the columns, is zero.
 
     Parameters
     ----------
@@ -308,8 +309,8 @@ def _squared_norm(U: Tensor, V: Tensor) -> Tensor:
     U_gram, V_gram = (A.mT @ A for A in (U.double(), V.double()))
     norms = (U_gram * V_gram).sum(dim=(-2, -1))
     # Cancellation leaves rounding of either sign where the update is zero and its factors are not.
-    U_size, V_size = (A.diagonal(dim1=-2, dim2=-1).sum(-1) for A in (U_gram, V_gram))
-    rounding = 4 * torch.finfo(norms.dtype).eps * U_size * V_size
+    u, v = (A.diagonal(dim1=-2, dim2=-1).sqrt() for A in (U_gram, V_gram))
+    rounding = 4 * torch.finfo(norms.dtype).eps * (u * v).sum(dim=-1).square()
     return torch.where((norms <= rounding) & norms.isfinite(), 0.0, norms)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sklora.linalg._factors import check_factors, to_decompose
+from sklora.linalg._factors import check_factors, product_size, to_decompose
 from sklora.linalg._tall import triangles
 
 
@@ -53,9 +53,6 @@ def spectrum(U: Tensor, V: Tensor) -> Tensor:
     U, V = check_factors(U, V)
     R_U, R_V = triangles(U, V)
     values = torch.linalg.svdvals(to_decompose(R_U @ R_V.mT))
-    # Of columns, so that no gauge that scales them takes a value away; from products, for which
-    # torch.export decides nothing about the rank.
-    u, v = ((R.mT @ R).diagonal(dim1=-2, dim2=-1).sqrt() for R in (R_U, R_V))
-    rounding = 4 * torch.finfo(values.dtype).eps * (u * v).sum(dim=-1, keepdim=True)
+    rounding = 4 * torch.finfo(values.dtype).eps * product_size(R_U, R_V)[..., None]
     values = torch.where((values <= rounding) & rounding.isfinite(), 0.0, values)
     return pad(values, (0, U.shape[-1] - values.shape[-1])).to(U.dtype)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sklora.linalg._factors import check_factors, column_signs, rounding_level, to_decompose
+from sklora.linalg._factors import check_factors, column_signs, product_size, to_decompose
 from sklora.linalg._tall import triangles
 
 
@@ -80,8 +80,9 @@ def compress_updates(
             "expected stacks (..., N, n, r) and (..., N, m, r), got U of shape "
             f"{tuple(U.shape)} and V of shape {tuple(V.shape)}."
         )
-    noise = torch.linalg.vector_norm(rounding_level(U, V), dim=-1)
     R_U, R_V = triangles(U, V)
+    rounding = torch.finfo(U.dtype).eps * product_size(R_U, R_V)
+    noise = torch.linalg.vector_norm(rounding, dim=-1)
     left, right = ((R @ A.double().mT).flatten(-3, -2) for R, A in ((R_V, U), (R_U, V)))
     if previous is not None:
         left = torch.cat([previous.left, left], dim=-2)

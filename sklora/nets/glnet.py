@@ -212,11 +212,12 @@ class GLNet(nn.Module):
         Returns
         -------
         Tensor of shape (B, n_invariant)
-            One number for each module: ``eps ||U||_F ||V||_F`` of its factors after all equivariant
-            layers, over the root of what it is spread over.
+            One number for each module: ``eps sum_k ||u_k|| ||v_k||`` over the columns of its
+            factors after all equivariant layers, over the root of what it is spread over.
         """
         U, V = self._map(factors)
-        lengths = torch.linalg.vector_norm(U, dim=(1, 3)) * torch.linalg.vector_norm(V, dim=(1, 3))
+        u, v = (torch.linalg.vector_norm(A, dim=1) for A in (U, V))
+        lengths = (u * v).sum(dim=-1)
         per_module = self.n_invariant // len(U)
         # The features are entries of U V^T, or the mean of all.
         n_entries = U.shape[1] * V.shape[1]

@@ -15,7 +15,7 @@ from torch import Tensor
 from sklora._base import as_tensor
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.linalg import dense_product
-from sklora.linalg._factors import column_signs
+from sklora.linalg._factors import column_signs, product_size
 from sklora.linalg._tall import project
 from sklora.transform._base import WeightsToFeatures
 from sklora.transform._blocks import check_results
@@ -108,10 +108,10 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
     matrix of inner products in float64. The estimator keeps the training adapters: without a copy
     while X is in memory or in files, and with their weights when it is pickled. An eigenvalue of no
     more than ``n_training e`` of the largest, or than ``e`` of the sum of all
-    :math:`\|U\|_F^2 \|V\|_F^2`, which is large where gauges are bad, says nothing and is left out.
-    Of inner products in float64, ``e`` is the rounding, 2.2e-16. Weights in float32 are rounded
-    more, by 1.2e-7; since an eigenvalue is the square of a length, there ``e`` is the square of
-    that, 1.4e-14.
+    :math:`(\sum_k \|u_k\| \|v_k\|)^2` over columns, which is large where gauges are bad, says
+    nothing and is left out. Of inner products in float64, ``e`` is the rounding, 2.2e-16. Weights
+    in float32 are rounded more, by 1.2e-7; since an eigenvalue is the square of a length, there
+    ``e`` is the square of that, 1.4e-14.
 
     Examples
     --------
@@ -241,7 +241,5 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
 
 
 def _squared_size(U: Tensor, V: Tensor) -> Tensor:
-    """``||U||^2 ||V||^2``, what rounding is relative to: the worse the gauge, the larger."""
-    u, v = (torch.linalg.vector_norm(A, dim=(-2, -1)) for A in (U, V))
-    product: Tensor = (u * v).square()
-    return product
+    """Give what the rounding of a squared norm is relative to: the worse the gauge, the larger."""
+    return product_size(U, V).square()

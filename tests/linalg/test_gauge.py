@@ -171,7 +171,7 @@ def test_gauges_act_in_float64_on_factors_of_float32():
 
 
 def test_where_the_rounding_of_factors_begins(dtype):
-    """At ``r eps ||U||_F ||V||_F``, which is 2.8 times the precision here."""
+    """At ``r eps sum_k ||u_k|| ||v_k||``, which is 2 times the precision here."""
     eps = torch.finfo(dtype).eps
     for value, kept in ((2 * eps, 0.0), (4 * eps, 4 * eps)):
         U, V = torch.diag(torch.tensor([1.0, value], dtype=dtype)), torch.eye(2, dtype=dtype)
@@ -179,6 +179,15 @@ def test_where_the_rounding_of_factors_begins(dtype):
             torch.testing.assert_close(
                 factor.square(), torch.diag(torch.tensor([1.0, kept]).to(dtype))
             )
+
+
+def test_balancing_undoes_gauges_that_scale_columns(make_factors, dtype):
+    true = torch.logspace(0, -5, 4, dtype=torch.float64)
+    A, B = (torch.linalg.qr(factor).Q for factor in make_factors(0, 30, 20, 4))
+    scale = torch.logspace(4, -4, 4, dtype=torch.float64)
+    U, V = balance((A * true * scale).to(dtype), (B / scale).to(dtype))
+    for factor in (U, V):
+        np.testing.assert_allclose(factor.double().square().sum(0), true, rtol=1e-2)
 
 
 @pytest.mark.parametrize("act", [balance, lambda U, V: apply_gauge(U, V, torch.eye(3))])

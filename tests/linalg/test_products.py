@@ -94,6 +94,13 @@ def test_a_norm_above_rounding_is_kept():
     assert squared_norm(U, V).item() == pytest.approx(norm, rel=1e-2)
 
 
+def test_gauges_that_scale_columns_take_nothing_away(make_factors, dtype):
+    U, V = make_factors(6, 30, 20, 4, batch=(5,), dtype=dtype)
+    scale = torch.logspace(5, -5, 4, dtype=dtype)
+    for function in (squared_norm, frobenius_norm):
+        torch.testing.assert_close(function(U * scale, V / scale), function(U, V))
+
+
 def test_a_norm_that_overflows_is_infinite():
     large = torch.full((2, 1), 1e200, dtype=torch.float64)
     assert squared_norm(large, large) == frobenius_norm(large, large) == torch.inf

@@ -292,7 +292,11 @@ def test_features_are_not_yet_standardised_and_their_rounding_has_no_gradient(ra
     features = net.features(factors)
     net.standardize.mean.add_(1.0)
     torch.testing.assert_close(net.features(factors), features, rtol=0, atol=0)
-    assert not net.rounding(factors).requires_grad
+    rounding = net.rounding(factors)
+    assert not rounding.requires_grad
+    scale = torch.logspace(4, -4, 3, dtype=factors[0][0].dtype)
+    scaled = [(U * scale, V / scale) for U, V in factors]
+    torch.testing.assert_close(net.rounding(scaled), rounding)
 
 
 def test_products_are_weighed_down_further_beside_a_spectrum():

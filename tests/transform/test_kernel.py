@@ -136,6 +136,19 @@ def test_zero_updates_of_factors_that_are_not_zero(random_loras, rng, seed):
     np.testing.assert_array_equal(UpdateKernel("rbf").fit(X[:2]).gamma_, 1.0)
 
 
+def test_gauges_that_scale_columns_leave_cosines_and_coordinates(random_loras, rng):
+    X = random_loras(rng, 6, ((8, 7),), 3)
+    moved = X.read()
+    [(U, V)] = [X.layout._factors_at(moved, 0)]
+    scale = np.array([1e4, 1.0, 1e-4])
+    U *= scale
+    V /= scale
+    moved = LoRACollection.from_array(moved, X.layout)
+    expected = pairwise_update_kernel(X, kernel="cosine")
+    np.testing.assert_allclose(pairwise_update_kernel(moved, X, "cosine"), expected, atol=1e-12)
+    assert DenseProduct("gram").fit_transform(moved).shape == (6, 6)
+
+
 @pytest.mark.parametrize(
     "learner",
     [SVC(kernel="precomputed"), KernelRidge(kernel="precomputed"), KernelPCA(kernel="precomputed")],
