@@ -289,3 +289,26 @@ def _check_overflow(row: int, flat: NDArray[Any], layout: LoRALayout) -> None:
             f"adapter {row} has numbers in {where} that {flat.dtype} cannot hold; "
             "pass another dtype."
         )
+
+
+def relay(flat: NDArray[Any], source: LoRALayout, target: LoRALayout) -> NDArray[Any]:
+    """Lay flat rows of one layout out in another that has the same modules with other ranks.
+
+    Parameters
+    ----------
+    flat : ndarray of shape (N, source.width)
+    source, target : LoRALayout
+        Where the rank of the target is less, the columns beyond are dropped.
+
+    Returns
+    -------
+    ndarray of shape (N, target.width)
+    """
+    result = np.zeros((len(flat), target.width), flat.dtype)
+    for position in range(target.n_modules):
+        given = source._factors_at(flat, position)
+        for factor, place in zip(given, target._factors_at(result, position), strict=True):
+            rank = min(factor.shape[-1], place.shape[-1])
+            place[..., :rank] = factor[..., :rank]
+    result[:, target.side_slice] = flat[:, source.side_slice]
+    return result

@@ -10,8 +10,8 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from sklora._factors import LoRAAdapter, flat_from_factors
-from sklora._layout import Factors, LoRALayout, relay
+from sklora._factors import LoRAAdapter, flat_from_factors, relay
+from sklora._layout import Factors, LoRALayout
 from sklora._modules import check_room
 from sklora._stores import (
     ArrayStore,

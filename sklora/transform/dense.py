@@ -99,6 +99,11 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
     with ``"gram"`` ``denseproduct0``, ``denseproduct1``, ...; side features follow under their own
     names.
 
+    Entries are right to the rounding of the factors, which grows with the condition of the gauge.
+    Where a module does the same in all training adapters, in factors of float32 that differ, its
+    entries differ by that alone. What standardises them, such as :class:`MLPNetClassifier`, learns
+    from it, and depends on the gauge; the spectrum and GL-net do not.
+
     What a new adapter does outside the span is not in its coordinates. Linear models and nearest
     neighbours predict what they would from the entries all the same, but its distances are too
     small, all squares by the same amount: for Gaussian kernels, take :class:`UpdateKernel`.
