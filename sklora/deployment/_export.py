@@ -184,7 +184,7 @@ def export_program(estimator: GLNetEstimator) -> torch.export.ExportedProgram:
     check_is_fitted(estimator, "weights_")
     layout = estimator.layout_
     _check_names(layout)
-    with plain_torch():
+    with plain_torch(torch.device("cpu")):
         program = _Program(estimator)
         return torch.export.export(program, _example(layout), dynamic_shapes=_free(layout))
 

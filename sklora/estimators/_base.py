@@ -252,7 +252,7 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
         training, validation = data, None
         if self._stops_early(len(data.loras)) and not one_epoch:
             training, validation = self._split(data, random_state)
-        with plain_torch(), seeded(seed, device):
+        with plain_torch(device), seeded(seed, device):
             net = self._resumed_net() if resume else self._new_net(data, device)
             result = train(
                 net.to(device),

@@ -202,12 +202,19 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def plain_torch() -> Iterator[None]:
-    """Undo, inside the block, what surrounds it: inference mode, and a default device."""
+def plain_torch(device: torch.device) -> Iterator[None]:
+    """Undo, inside the block, what surrounds it: inference mode, autocast and a default device.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where to compute.
+    """
     default = torch.get_default_device()
     # Only where it is needed, as it takes a little of each call of torch.
-    device = nullcontext() if default.type == "cpu" else torch.device("cpu")
-    with torch.inference_mode(False), device:
+    cpu = nullcontext() if default.type == "cpu" else torch.device("cpu")
+    # Around a whole training, autocast would compute with the first weights until the end.
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False), cpu:
         yield
 
 

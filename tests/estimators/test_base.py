@@ -148,6 +148,13 @@ class TestRandomness:
             np.testing.assert_array_equal(model.predict(zoo), expected.predict(zoo))
         assert same_state(model, expected)
 
+    def test_autocast_makes_no_difference(self, case, zoo, quick, same_state):
+        expected = quick(case[0]).fit(zoo, case[1])
+        with torch.autocast("cpu", torch.bfloat16):
+            model = quick(case[0]).fit(zoo, case[1])
+            np.testing.assert_array_equal(model.predict(zoo), expected.predict(zoo))
+        assert same_state(model, expected)
+
     def test_default_device_makes_no_difference(self, case, zoo, quick, same_state):
         expected = quick(case[0]).fit(zoo, case[1])
         with torch.device("meta"):  # a device that has no numbers
