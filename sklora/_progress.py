@@ -78,7 +78,9 @@ def write(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
 def _has_terminal() -> bool:
     # Worker processes share the terminal of their parent, whose bar it is.
     is_worker = multiprocessing.parent_process() is not None
-    return not is_worker and sys.stderr is not None and sys.stderr.isatty()
+    # Services put a stream that has `write` alone there, or close it.
+    is_closed, isatty = getattr(sys.stderr, "closed", False), getattr(sys.stderr, "isatty", None)
+    return not is_worker and not is_closed and isatty is not None and bool(isatty())
 
 
 def _nothing(n: int = 1, **numbers: Any) -> None:

@@ -165,8 +165,12 @@ class TestBars:
         with pytest.raises(TypeError):
             list(track("abc", "letters", "letter", 1))
 
-    def test_no_standard_error(self, monkeypatch):
-        replace_stderr(monkeypatch, None)
+    @pytest.mark.parametrize("kind", ["none", "closed", "write alone"])
+    def test_no_standard_error_to_speak_of(self, kind, monkeypatch):
+        closed = io.StringIO()
+        closed.close()
+        streams = {"none": None, "closed": closed, "write alone": SimpleNamespace(write=print)}
+        replace_stderr(monkeypatch, streams[kind])
         assert list(track("abc", "letters", "letter")) == ["a", "b", "c"]
 
     def test_workers_leave_them_to_their_parent(self, terminal, monkeypatch):
