@@ -181,12 +181,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
 def _exists(device: torch.device) -> bool:
     import torch
 
-    if device.type == "cpu":
-        return True
-    accelerator = getattr(torch, device.type, None)
-    if accelerator is None or not hasattr(accelerator, "device_count"):
-        return False
-    return (device.index or 0) < int(accelerator.device_count())
+    kind: Any = getattr(torch, device.type, None)  # such as torch.cpu
+    return hasattr(kind, "device_count") and (device.index or 0) < int(kind.device_count())
 
 
 def as_tensor(block: NDArray[Any]) -> torch.Tensor:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sklora._base import as_tensor, atomic_fit, resolve_device
+from sklora._base import as_tensor, atomic_fit, check_option, resolve_device
 
 
 class Estimator:
@@ -95,11 +95,21 @@ def test_devices_without_memory_are_refused():
         resolve_device("meta")
 
 
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_tensors_of_read_only_arrays_keep_the_order_in_memory(order):
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_tensors_of_read_only_arrays_keep_the_order_in_memory(axes):
     """Such as those of an estimator that joblib maps for its workers."""
-    array = np.asarray(np.arange(6.0).reshape(2, 3), order=order)
+    array = np.arange(24.0).reshape(2, 3, 4).transpose(axes)
     array.flags.writeable = False
     tensor = as_tensor(array)
     assert tensor.tolist() == array.tolist()
     assert tensor.stride() == tuple(stride // 8 for stride in array.strides)
+
+
+def test_tensors_of_other_arrays_share_their_memory():
+    array = np.ones(3)
+    assert as_tensor(array).data_ptr() == array.ctypes.data
+
+
+def test_an_option_that_cannot_be_hashed():
+    with pytest.raises(ValueError, match=r"^task is \['a'\]; choose one of 'a', 'b'\.$"):
+        check_option("task", ["a"], {"a": 1, "b": 2})
