@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 
 import pytest
 
@@ -14,6 +15,7 @@ from sklora._files import check_place, replacing
         (".", ValueError, "p is a folder; name a file in it"),
         ("new/", ValueError, "p is a folder"),
         ("no/file", FileNotFoundError, "p: there is no folder '.*/no'; make it first"),
+        ("pipe/file", FileNotFoundError, "p: there is no folder '.*/pipe'; make it first"),
         ("dangling", FileNotFoundError, "p: there is no folder '.*/none'; make it first"),
         ("pipe", FileExistsError, "p is no regular file, and would be replaced; name another"),
         ("n" * 300, OSError, "p: File name too long; name another"),
@@ -51,9 +53,10 @@ def test_errors_name_the_file_that_was_asked_for(tmp_path):
         pass
 
 
-def test_full_disk_is_named_by_the_file_that_did_not_fit(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_full_disk_is_named_by_the_file_that_did_not_fit(tmp_path, monkeypatch, number):
     def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, "No space left on device")
 
     path = tmp_path / "file"
     monkeypatch.setattr(os, "fsync", full)
@@ -63,6 +66,31 @@ def test_full_disk_is_named_by_the_file_that_did_not_fit(tmp_path, monkeypatch):
     ):
         file.write(b"new")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full", "other"), OSError(errno.EIO, "e")])
+def test_other_errors_stay_as_they_are(tmp_path, error):
+    """Whatever becomes of the unfinished file."""
+
+    def fail(file):
+        os.remove(file.name)
+        raise error
+
+    path, message = tmp_path / "file", re.escape(str(error))
+    with pytest.raises(OSError, match=f"^{message}$"), replacing(path) as file:
+        fail(file)
+
+
+def test_all_is_on_the_disk_before_the_file_has_its_name(tmp_path, monkeypatch):
+    def check(descriptor):
+        assert os.fstat(descriptor).st_size == 3
+        assert not path.exists()
+
+    path = tmp_path / "file"
+    monkeypatch.setattr(os, "fsync", check)
+    with replacing(path) as file:
+        file.write(b"new")
+    assert path.exists()
 
 
 @pytest.mark.parametrize("there", [True, False])
