@@ -87,6 +87,7 @@ class TestHostileFiles:
             (with_metadata(layout="[" * 100_000), "nested too deeply"),
             (with_metadata(layout="[]"), r"the layout in its metadata is '\[\]'"),
             (with_metadata(layout=""), "Expecting value"),
+            (lambda header: header["__metadata__"].pop("layout")[:0], "Expecting value"),
             (with_metadata(layout='{"modules": [], "side": []}'), "the layout in its metadata is"),
             (with_metadata(layout='{"a": 1, "a": 2}'), "names .a. twice"),
             (with_layout(base_model=3), r"base_model is 3, which is no string\. Copy"),
@@ -194,6 +195,12 @@ class TestHostileFiles:
             LoRACollection.open(zoo)
         with pytest.raises(ValueError, match="make the collection with other ids="):
             adapters(ids=ids).save(zoo)
+
+    def test_a_long_id_among_some_but_not_among_very_many(self):
+        ids = ["a" * 5000, *[""] * 100]
+        assert _zoofile._checked_ids(ids).tolist() == ids
+        with pytest.raises(ValueError, match="one is far longer than the others"):
+            _zoofile._checked_ids(ids * 100)
 
     def test_ids_that_would_fill_the_memory(self, zoo, monkeypatch):
         adapters(ids=["a" * 100, *"bcdefg"]).save(zoo)

@@ -127,6 +127,11 @@ class TestRoundTrip:
         with pytest.raises(ValueError, match="NaN or infinity"):
             SVDSpectrum().fit(X)
 
+    def test_a_signalling_nan_is_no_warning(self, path):
+        flat = np.array([[0x7F81, 0x3F80]], np.uint16).view(ml_dtypes.bfloat16)
+        LoRACollection.from_array(flat, LoRALayout.rows(2)).save(path)
+        np.testing.assert_array_equal(LoRACollection.open(path).read(), [[np.nan, 1]])
+
     @pytest.mark.parametrize(
         "ids",
         [
