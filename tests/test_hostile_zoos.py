@@ -85,6 +85,7 @@ class TestHostileFiles:
         [
             (with_metadata(layout="{"), "Expecting property name"),
             (with_metadata(layout="[" * 100_000), "nested too deeply"),
+            (with_metadata(layout="3"), "the layout in its metadata is '3'"),
             (with_metadata(layout="[]"), r"the layout in its metadata is '\[\]'"),
             (with_metadata(layout=""), "Expecting value"),
             (lambda header: header["__metadata__"].pop("layout")[:0], "Expecting value"),
@@ -124,11 +125,31 @@ class TestHostileFiles:
         with pytest.raises(ValueError, match=rf"(?s)zoo.safetensors .*{message}"):
             LoRACollection.open(zoo)
 
-    def test_a_plain_row_with_a_base_model(self, path):
+    @pytest.mark.parametrize(
+        "changes",
+        [{"base_model": "sd"}, {"side": [["scale", 1]]}, {"modules": [["q", 4, 1, 1]]}],
+        ids=lambda changes: next(iter(changes)),
+    )
+    def test_a_plain_row_with_what_rows_lack(self, path, changes):
         LoRACollection.from_array(np.ones((3, 4)), LoRALayout.rows(4)).save(path)
-        edited(path, with_layout(base_model="sd"))
+        edited(path, with_layout(**changes))
         with pytest.raises(ValueError, match="which is no plain row"):
             LoRACollection.open(path)
+
+    def test_weights_without_axes(self, path):
+        LoRACollection.from_array(np.ones((1, 1)), LoRALayout.rows(1)).save(path)
+        edited(path, swapped("weights", shape=[]))
+        with pytest.raises(ValueError, match=r"weights has dtype F64 and shape \(\)"):
+            LoRACollection.open(path)
+
+    def test_tensors_too_many(self, zoo):
+        def add(header):
+            end = header["ids"]["data_offsets"][1]
+            header["more"] = {"dtype": "U8", "shape": [0], "data_offsets": [end, end]}
+
+        edited(zoo, add)
+        with pytest.raises(ValueError, match=r"it has the tensors .*'more'"):
+            LoRACollection.open(zoo)
 
     @pytest.mark.parametrize("ranks", [[3, 1], [-1, 1]])
     def test_ranks_beyond_the_layout(self, zoo, ranks):
