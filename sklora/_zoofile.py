@@ -215,7 +215,7 @@ def _ids_as_json(ids: NDArray[Any]) -> bytes:
     return json.dumps(values).encode()
 
 
-def _ids_from_json(text: bytes, n_adapters: int) -> NDArray[Any] | None:
+def _ids_from_json(text: bytes, n_adapters: int) -> NDArray[Any]:
     # Of lists in lists, 3 bytes each would take 64.
     n_brackets = text.count(b"[") + text.count(b"{")
     if n_brackets > 1 and not _FLAT_LIST.fullmatch(text):
@@ -228,8 +228,8 @@ def _ids_from_json(text: bytes, n_adapters: int) -> NDArray[Any] | None:
     return _checked_ids(values)
 
 
-def _checked_ids(values: list[Any]) -> NDArray[Any] | None:
-    """Check what a file may hold as ids; None if there are none."""
+def _checked_ids(values: list[Any]) -> NDArray[Any]:
+    """Check what a file may hold as ids."""
     kinds = {type(value) for value in values}
     if not kinds <= {int} and not kinds <= {str}:
         raise ValueError("ids are neither all integers nor all strings")
@@ -239,8 +239,6 @@ def _checked_ids(values: list[Any]) -> NDArray[Any] | None:
         allowed = max(_ANY_ID_BYTES, _ID_BYTES_PER_LETTER * sum(lengths))
         if 4 * len(values) * max(lengths) > min(_MAX_ID_BYTES, allowed):
             raise ValueError("ids are too long, or one is far longer than the others")
-    if not values:
-        return None
     dtype: DTypeLike = str
     if kinds == {int}:
         dtype = np.int64 if max(values) < 2**63 else np.uint64
