@@ -44,6 +44,10 @@ def swapped(name, **changes):
     return lambda header: header[name].update(changes)
 
 
+def twice(name, header):
+    return f"{json.dumps(header)[:-1]}, {json.dumps({name: header[name]})[1:]}".encode()
+
+
 class TestHostileFiles:
     @pytest.fixture
     def zoo(self, path):
@@ -54,6 +58,11 @@ class TestHostileFiles:
     def test_cut_off(self, zoo, size):
         zoo.write_bytes(zoo.read_bytes()[:size])
         with pytest.raises(ValueError, match=r"zoo.safetensors is damaged.*io\.read_adapters"):
+            LoRACollection.open(zoo)
+
+    def test_a_header_that_is_longer_than_any(self, zoo):
+        zoo.write_bytes(b"\xff" * 8 + zoo.read_bytes()[8:])
+        with pytest.raises(ValueError, match="is damaged"):
             LoRACollection.open(zoo)
 
     def test_a_single_adapter(self, path):
@@ -117,6 +126,8 @@ class TestHostileFiles:
             (lambda header: header.update(more=header.pop("ids")), "it has the tensors"),
             (lambda header: b'{"a": 1, "a": 1}', "damaged"),
             (lambda header: b"[]", "damaged"),
+            (lambda header: header.update(__metadata__=None), "no zoo that"),
+            (lambda header: twice("ids", header), "names 'ids' twice"),
             (lambda header: json.dumps(header).encode().replace(b'"ids"', b'"ranks"'), "damaged"),
         ],
     )
