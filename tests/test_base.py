@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sklora._base import as_tensor, atomic_fit, check_option, resolve_device
+from sklora._base import as_tensor, atomic_fit, check_option, empty, resolve_device
 
 
 class Estimator:
@@ -108,6 +108,13 @@ def test_tensors_of_read_only_arrays_keep_the_order_in_memory(axes):
 def test_tensors_of_other_arrays_share_their_memory():
     array = np.ones(3)
     assert as_tensor(array).data_ptr() == array.ctypes.data
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_empty_tensors_are_on_their_device_whatever_torch_is_set_to(device):
+    with torch.device("meta"):
+        tensor = empty((2, 3), torch.float32, device)
+    assert (tensor.device.type, tensor.dtype, tensor.shape) == (device, torch.float32, (2, 3))
 
 
 def test_an_option_that_cannot_be_hashed():
