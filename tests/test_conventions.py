@@ -165,6 +165,12 @@ def test_unfitted_survives_pickle_clone_and_parameters(estimator):
         estimator.set_params(depth=3)
 
 
+@of_estimators(*FEATURIZERS, *NETS)
+def test_parameters_are_kept_as_they_are_given(estimator):
+    given = {name: object() for name in estimator.get_params()}
+    assert type(estimator)(**given).get_params() == given
+
+
 class TestTags:
     @of_estimators(*FEATURIZERS, *NETS)
     def test_of_all(self, estimator):

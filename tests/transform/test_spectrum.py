@@ -45,6 +45,11 @@ def test_modules_of_one_shape_keep_their_own_number_of_values(random_loras, rng,
     )
 
 
+def test_ranks_of_the_layout_count_where_no_adapter_has_them(X):
+    wider = X.with_layout(X.layout.with_ranks([3, 4, 5, 3]))
+    assert SVDSpectrum().fit(wider).n_values_ == (3, 4, 5, 3)
+
+
 @pytest.mark.parametrize("n_values", [1, 2, 5])
 def test_n_values_truncates_or_pads(X, n_values):
     full = SVDSpectrum().fit_transform(X).reshape(9, 4, 3)
