@@ -13,9 +13,11 @@ import pytest
 import sklearn
 import torch
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from sklora import _files
 from sklora._stores import ArrayStore, MemmapStore
+from sklora._zoofile import is_zoo
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.transform import SVDSpectrum
 
@@ -198,6 +200,19 @@ class TestFormat:
         adapters().save(path)
         (tmp_path / "other").touch()
         assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_whether_a_file_is_a_zoo(tmp_path, path):
+    assert not is_zoo(str(tmp_path))
+    assert not is_zoo(str(path))
+    save_file({"q": np.ones(2)}, path, metadata={"format": "pt"})
+    assert not is_zoo(str(path))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert not is_zoo(str(path))
+    adapters().save(path)
+    assert is_zoo(str(path))
+    path.write_bytes(path.read_bytes()[:-1])  # what is wrong with it is for `open_zoo` to say
+    assert is_zoo(str(path))
 
 
 class FailingStore(ArrayStore):
