@@ -66,10 +66,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises
     ------
     OSError
-        When the file cannot be written, or is a device or pipe.
+        When the file cannot be written, or is a folder, device or pipe.
     """
     # Renaming would put a file in the place of a device, such as the null device.
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+    if os.path.exists(path) and not os.path.isfile(path):
         raise FileExistsError(EEXIST, "it is no regular file", os.fspath(path))
     temporary = unfinished(path)
     try:

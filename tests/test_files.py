@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from sklora._files import check_place, replacing
+from sklora._files import check_place, complete_folder, replacing
 
 
 @pytest.mark.parametrize(
@@ -37,13 +37,15 @@ def test_places_of_files_that_can_be_written(tmp_path, monkeypatch):
     check_place("file", "p")
 
 
-def test_pipe_is_not_replaced(tmp_path):
-    """Nor a device, such as the null device."""
-    path = tmp_path / "pipe"
-    os.mkfifo(path)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_not_replaced(tmp_path, make):
+    """Such as the null device."""
+    path = tmp_path / "there"
+    make(path)
+    before = path.stat()
     with pytest.raises(FileExistsError, match="no regular file"), replacing(path):
-        pass
-    assert path.is_fifo()
+        pytest.fail("was written to")
+    assert path.stat() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -111,3 +113,18 @@ def test_longest_names_that_disks_take(tmp_path, name):
     with replacing(tmp_path / name) as file:
         file.write(b"new")
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_two_may_write_one_file_at_once(tmp_path):
+    path = tmp_path / "file"
+    with replacing(path) as last, replacing(path) as first:
+        last.write(b"last")
+        first.write(b"first")
+    assert path.read_bytes() == b"last"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folder_may_end_in_a_slash(tmp_path):
+    with complete_folder(f"{tmp_path}/new/"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
