@@ -36,7 +36,14 @@ class TestUsage:
             ("fit", "z", "--labels", "l", "--target", "t", "-o", "m", "--jobs", "0"),
             ("fit", "z", "--labels", "l", "--target", "t", "-o", "m", "--seed", str(2**32)),
             ("compare", "z", "--labels", "l", "--target", "t", "--folds", "1"),
+            ("compare", "z", "--labels", "l", "--target", "t", "-o", "c.png", "--no-chart"),
+            ("fit", "--labels", "l", "--target", "t", "-o", "m"),
+            ("fit", "z", "--target", "t", "-o", "m"),
+            ("fit", "z", "--labels", "l", "-o", "m"),
+            ("predict", "m"),
             ("predict", "m", "a", "--csv", "--json"),
+            ("predict", "m", "a", "--keys", "{module}.a"),
+            ("predict", "m", "a", "--lokr", "odd"),
         ],
     )
     def test_wrong_call_is_two(self, run, arguments):

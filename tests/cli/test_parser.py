@@ -1,11 +1,13 @@
 """The page on the command line names every command and option."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from sklora.cli._parser import build_parser
+from sklora.io._plan import ReadOptions
 
 PAGE = Path(__file__).parents[2] / "docs" / "command_line.md"
 
@@ -48,6 +50,17 @@ def test_numbers_out_of_range(capsys, command, option, value, message):
         build_parser().parse_args(arguments)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "a"], ["predict", "m", "a"]])
+def test_options_of_reading_are_none_where_they_are_left_out(arguments):
+    """So that they are those of the model."""
+    given = vars(build_parser().parse_args(arguments))
+    assert {given[name] for name in asdict(ReadOptions())} == {None}
+    options = ["--scale", "0.5", "--allow-torch-zip", "--keys", "{module}.a", "{module}.b"]
+    given = vars(build_parser().parse_args(arguments + options))
+    assert (given["scale"], given["allow_torch_zip"]) == (0.5, True)
+    assert given["keys"] == ["{module}.a", "{module}.b"]
 
 
 @pytest.mark.parametrize("command", ["inspect", "fit", "predict", "compare"])
