@@ -114,7 +114,7 @@ def _learning() -> argparse.ArgumentParser:
 
 
 def _at_least(least: int, most: float = math.inf) -> Callable[[str], int]:
-    def number(text: str) -> int:
+    def number(text: str) -> int:  # argparse calls the type so
         value = int(text)
         if value < least:
             raise argparse.ArgumentTypeError(f"{value} is less than {least}")
@@ -122,7 +122,6 @@ def _at_least(least: int, most: float = math.inf) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{value} is more than {most}")
         return value
 
-    number.__name__ = "number"  # argparse calls the type so
     return number
 
 

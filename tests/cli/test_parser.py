@@ -58,9 +58,19 @@ def test_options_of_reading_are_none_where_they_are_left_out(arguments):
     given = vars(build_parser().parse_args(arguments))
     assert {given[name] for name in asdict(ReadOptions())} == {None}
     options = ["--scale", "0.5", "--allow-torch-zip", "--keys", "{module}.a", "{module}.b"]
-    given = vars(build_parser().parse_args(arguments + options))
-    assert (given["scale"], given["allow_torch_zip"]) == (0.5, True)
-    assert given["keys"] == ["{module}.a", "{module}.b"]
+    given = build_parser().parse_args([*arguments, *options, "--names=raw", "--lokr=kronecker"])
+    assert (given.scale, given.allow_torch_zip) == (0.5, True)
+    assert (given.names, given.lokr) == ("raw", "kronecker")
+    assert given.keys == ["{module}.a", "{module}.b"]
+
+
+def test_defaults_of_training():
+    arguments = ["fit", "zoo", "--labels", "l", "--target", "t", "-o", "o"]
+    given = build_parser().parse_args(arguments)
+    assert (given.seed, given.jobs, given.device) == (0, 1, "auto")
+    assert (given.architecture, given.folds) == ("auto", 5)
+    given = build_parser().parse_args([*arguments, "--seed", str(2**32 - 1), "--folds", "0"])
+    assert (given.seed, given.folds) == (2**32 - 1, 0)
 
 
 @pytest.mark.parametrize("command", ["inspect", "fit", "predict", "compare"])
