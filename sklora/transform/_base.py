@@ -327,7 +327,7 @@ class WeightsToWeights(_CollectionsStay, Featurizer):
     def _kinds(self, ranks: NDArray[np.intp]) -> Iterable[Hashable]:
         """What modules, of true ranks (B, n_modules), that are stacked share beside their shapes.
 
-        A class that ``_stacks`` names the shapes of what they become, at least.
+        A class that ``_stacks`` names their ranks and the shapes of what they become, at least.
         """
         return repeat(None)
 
@@ -341,8 +341,8 @@ class WeightsToWeights(_CollectionsStay, Featurizer):
     ) -> None:
         """Write the pair of new factors, each (k, B, ...), of the k modules at these positions.
 
-        Theirs are (k, B, n, r) and (k, B, m, r), of true ranks (k, B). There is one module, unless
-        the class ``_stacks``.
+        Theirs are (k, B, n, r) and (k, B, m, r), of true ranks (B,), which the modules share. There
+        is one, unless the class ``_stacks``.
         """
 
     def _column_names(self) -> list[str]:
@@ -367,7 +367,7 @@ class WeightsToWeights(_CollectionsStay, Featurizer):
             sides = [*zip(*(views[position] for position in positions), strict=True)]
             alone = len(positions) == 1
             new = [A[None] if alone else A.new_empty(len(positions), *A.shape) for A, *_ in sides]
-            self._move(positions, factors, block.ranks[:, positions].T, new)
+            self._move(positions, factors, block.ranks[:, positions[0]], new)
             if layout.has_plain_rows:
                 new[0].mul_(new[1])
             if not alone:

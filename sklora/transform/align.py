@@ -185,7 +185,7 @@ class OAlign(WeightsToWeights):
         )
         # Padding would make the cross product singular, so all of one true rank go by themselves.
         for rank in np.unique(ranks).tolist():
-            rows = as_slice(np.flatnonzero(ranks[0] == rank))
+            rows = as_slice(np.flatnonzero(ranks == rank))
             U, V = (A[:, rows, :, :rank] for A in factors)
             Q = pad(procrustes(U, V, U0, V0), (0, out[0].shape[-1] - U0.shape[-1]))
             for A, moved in ((U, out[0]), (V, out[1])):
