@@ -142,6 +142,7 @@ class TestGroups:
             "unet.down_blocks.0.resnets.1.conv",
             "unet.conv_in",
             "head",
+            "unet.up1.2.conv",
         )
         layout = LoRALayout([(name, 2, 2, 1) for name in names])
         assert module_groups(layout, "depth") == {
@@ -149,6 +150,7 @@ class TestGroups:
             "unet.up_blocks.0": [1],
             "unet.conv_in": [3],
             "head": [4],
+            "unet.up1.2": [5],
         }
         assert list(module_groups(layout, "module")) == list(names)
 
@@ -231,6 +233,9 @@ class TestImportance:
         tenfold = module_importance(model, X, y, scoring=scorer, **options).importances
         np.testing.assert_array_equal(by_name, default)
         np.testing.assert_allclose(tenfold, 10 * default)
+        for score in (1, True, np.float32(1)):
+            result = module_importance(model, X, y, scoring=lambda *_, score=score: score)
+            np.testing.assert_array_equal(result.importances, np.zeros((4, 5)))
 
     def test_jobs_and_seeds(self, zoo, model):
         def importances(**options):
