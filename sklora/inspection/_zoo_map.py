@@ -279,7 +279,7 @@ def _one_each(labels: ArrayLike) -> NDArray[Any]:
         raise ValueError(f"labels of shape {labels.shape} are not one for each adapter.")
     if labels.dtype == object:
         known = [label for label in labels if label is not None]
-        are_numbers = all(isinstance(n, Real) and not isinstance(n, bool) for n in known)
+        are_numbers = all(isinstance(label, Real) for label in known)
         if known and are_numbers and _is_numeric(np.array(known)):
             return labels.astype(float)
     return labels

@@ -201,11 +201,11 @@ class TestFromCVResults:
 
     def test_tasks(self, results):
         display = ArchitectureComparisonDisplay.from_cv_results(
-            {"loss": results, "$size_": results},
-            score_name={"loss": "R2", "$size_": "error"},
+            {"loss": results, "$size_$": results},
+            score_name={"loss": "R2", "$size_$": "error"},
             baseline={"loss": 0.0},
         )
-        assert [axes.get_title() for axes in display.axes_] == ["loss", "$size_"]
+        assert [axes.get_title() for axes in display.axes_] == ["loss", "$size_$"]
         assert [axes.get_xlabel() for axes in display.axes_] == ["R2", "error"]
         assert [[text.get_text() for text in axes.texts] for axes in display.axes_] == [
             ["constant"],

@@ -57,10 +57,10 @@ def test_every_label_is_at_its_bar(rng):
 
 
 def test_names_are_no_mathematics():
-    names = ["$a_.q", "$a_.v"]
+    names = ["$a_$.q", "$a_$.v"]
     display = ModuleImportanceDisplay(importances=np.ones((2, 2)), names=names).plot()
     display.figure_.draw_without_rendering()
-    assert display.ax_.get_ylabel() == "$a_.*"
+    assert display.ax_.get_ylabel() == "$a_$.*"
     np.testing.assert_allclose(display.figure_.get_size_inches(), (6.5, 2))
     many = ModuleImportanceDisplay(importances=np.ones((16, 2)), names=list("abcdefghijklmnop"))
     np.testing.assert_allclose(many.plot().figure_.get_size_inches(), (6.5, 5.2))

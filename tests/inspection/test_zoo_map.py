@@ -84,6 +84,8 @@ class TestFromLoras:
             ZooMapDisplay.from_loras(X, [1, 2])
         with pytest.raises(ValueError, match="2 adapters make no map"):
             ZooMapDisplay.from_loras(X[:2])
+        with pytest.raises(ValueError, match="device='abacus'"):
+            ZooMapDisplay.from_loras(X, device="abacus")
 
 
 class TestFromEstimator:
@@ -102,15 +104,16 @@ class TestFromEstimator:
             ZooMapDisplay.from_estimator(SVDSpectrum(), X)
         with pytest.raises(ValueError, match=r"shape \(4, 1\); a map needs two"):
             ZooMapDisplay.from_estimator(SVDSpectrum().fit(X), X)
+        assert ZooMapDisplay.from_estimator(SVDSpectrum(2).fit(X), X).points.shape == (4, 2)
         with pytest.raises(AttributeError, match="transform"):
             ZooMapDisplay.from_estimator(Ridge().fit(X.read(), np.arange(4)), X)
 
 
 class TestLabels:
     def test_categories_have_colours_and_markers(self):
-        labels = np.array(["dog", "cat", "dog", "$x_", "cat", "dog"])
+        labels = np.array(["dog", "cat", "dog", "$x_$", "cat", "dog"])
         display = ZooMapDisplay(points=points(6), labels=labels).plot()
-        assert legend(display) == ["$x_ (1)", "cat (2)", "dog (3)"]
+        assert legend(display) == ["$x_$ (1)", "cat (2)", "dog (3)"]
         colors = [to_hex(scatter.get_facecolor()[0]) for scatter in display.scatters_]
         assert colors == [color.lower() for color in PALETTE[:3]]
         shapes = {str(scatter.get_paths()[0].vertices) for scatter in display.scatters_}
@@ -119,28 +122,31 @@ class TestLabels:
         assert display.colorbar_ is None
         display.figure_.draw_without_rendering()
 
-    @pytest.mark.parametrize("labels", [[0, 1, 1], [True, False, True], ["a", "b", "b"]])
+    @pytest.mark.parametrize("labels", [[0, 1, 1] * 4, [True, False, True], ["a", "b", "b"]])
     def test_few_values_are_categories(self, labels):
-        display = ZooMapDisplay(points=points(3), labels=labels).plot()
+        display = ZooMapDisplay(points=points(len(labels)), labels=labels).plot()
         assert len(display.scatters_) == 2
         assert display.legend_ is not None
 
     @pytest.mark.parametrize(("n_labels", "numeric"), [(8, False), (9, True)])
     def test_more_than_eight_integers_are_numbers(self, n_labels, numeric):
         labels = np.arange(n_labels)
-        display = ZooMapDisplay(points=points(n_labels), labels=labels, label_name="$n_").plot()
+        display = ZooMapDisplay(points=points(n_labels), labels=labels, label_name="$n_$").plot()
         assert (display.colorbar_ is not None) == numeric
         assert (display.legend_ is None) == numeric
         if not numeric:
             assert legend(display) == [f"{n} (1)" for n in range(8)]
-            assert display.legend_.get_title().get_text() == "$n_"
+            assert display.legend_.get_title().get_text() == "$n_$"
             display.figure_.draw_without_rendering()
 
-    @pytest.mark.parametrize("labels", [np.arange(20), np.linspace(0, 1, 20), [0.0, 1.0] * 10])
+    @pytest.mark.parametrize(
+        "labels", [np.arange(20, dtype=np.uint8), np.linspace(0, 1, 20), [0.0, 1.0] * 10]
+    )
     def test_numbers_have_a_colour_bar(self, labels):
-        display = ZooMapDisplay(points=points(20), labels=labels, label_name="$n_").plot()
-        np.testing.assert_array_equal(display.scatters_[0].get_array(), labels)
-        assert display.colorbar_.ax.get_ylabel() == "$n_"
+        display = ZooMapDisplay(points=points(20), labels=labels, label_name="$n_$").plot()
+        [scatter] = display.scatters_
+        np.testing.assert_array_equal(scatter.get_array(), labels)
+        assert display.colorbar_.ax.get_ylabel() == "$n_$"
         assert display.legend_ is None
         display.figure_.draw_without_rendering()
 
@@ -156,9 +162,9 @@ class TestLabels:
         np.testing.assert_array_equal(infinite.scatters_[0].get_array(), [1, 2])
 
     def test_the_rarest_of_many_categories_are_others(self):
-        labels = [letter for n, letter in enumerate("abcdefghij") for _ in range(n + 1)]
+        labels = [letter for n, letter in enumerate("klmnopqrst") for _ in range(n + 1)]
         display = ZooMapDisplay(points=points(55), labels=labels).plot()
-        assert legend(display) == [f"{c} ({n})" for n, c in enumerate("defghij", 4)] + [
+        assert legend(display) == [f"{c} ({n})" for n, c in enumerate("nopqrst", 4)] + [
             "others (6)"
         ]
         assert len(display.scatters_) == len(MARKERS)
@@ -176,6 +182,7 @@ class TestLabels:
             (["a", None, 1.5], ["1.5 (1)", "None (1)", "a (1)"]),
             ([True, None, False], ["False (1)", "None (1)", "True (1)"]),
             ([16, 4, 8], ["4 (1)", "8 (1)", "16 (1)"]),
+            (np.uint8([16, 4, 8]), ["4 (1)", "8 (1)", "16 (1)"]),
             ([None, None, None], ["None (3)"]),
         ],
     )
@@ -216,6 +223,10 @@ class TestLabels:
         for scatter in display.scatters_:
             assert to_hex(scatter.get_facecolor()[0]) == "#ff0000"
 
+    def test_another_colour_map(self):
+        display = ZooMapDisplay(points=points(3), labels=[0.5, 1.5, 2.5])
+        assert display.plot(scatter_kw={"cmap": "magma"}).scatters_[0].get_cmap().name == "magma"
+
     @pytest.mark.parametrize("labels", [None, list("aabb"), [0.5, 1.5, 2.5, 3.5]])
     def test_markers_without_an_edge(self, labels):
         display = ZooMapDisplay(points=points(4), labels=labels).plot(scatter_kw={"marker": "x"})
@@ -224,6 +235,8 @@ class TestLabels:
     def test_refused(self):
         with pytest.raises(ValueError, match=r"points of shape \(3, 3\)"):
             ZooMapDisplay(points=np.eye(3)).plot()
+        with pytest.raises(ValueError, match=r"points of shape \(3,\)"):
+            ZooMapDisplay(points=np.ones(3)).plot()
         with pytest.raises(ValueError, match="inconsistent"):
             ZooMapDisplay(points=np.eye(2), labels=[1]).plot()
         with pytest.raises(ValueError, match=r"labels of shape \(2, 2\) are not one for each"):
