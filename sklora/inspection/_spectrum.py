@@ -192,7 +192,7 @@ class SpectrumDisplay:
                 f"X is of type {type(X).__name__}, but modules are known of a LoRACollection or a "
                 "LoRAAdapter alone; make one with LoRACollection.from_array(X, layout)."
             )
-        spectra = SVDSpectrum(n_values, device=device).set_output(transform="default").fit(X)
+        spectra = SVDSpectrum(n_values, device=device).fit(X)
         return cls.from_estimator(spectra, X, kind=kind, quantiles=quantiles, ax=ax)
 
     @classmethod

@@ -5,7 +5,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 
-from sklora import LoRACollection, OAlign, SVDSpectrum
+from sklora import GLEquivariantProjection, LoRACollection, SVDSpectrum
 from sklora.inspection import SpectrumDisplay
 from sklora.testing import apply_gauge
 
@@ -73,11 +73,11 @@ class TestFromEstimator:
             )
 
     def test_steps_before(self, X):
-        X = X[:3]
-        model = make_pipeline(OAlign(random_state=0), SVDSpectrum(), Ridge()).fit(X, np.arange(3))
-        display = SpectrumDisplay.from_estimator(model, X)
-        np.testing.assert_allclose(
-            display.values[:, 1], [dense_spectrum(adapter, "m1", 3) for adapter in X], atol=1e-12
+        projection = GLEquivariantProjection(2, random_state=0)
+        model = make_pipeline(projection, SVDSpectrum(), Ridge()).fit(X, np.arange(4))
+        values = SpectrumDisplay.from_estimator(model, X).values
+        np.testing.assert_array_equal(
+            values[np.isfinite(values)].reshape(4, -1), model[:2].transform(X)
         )
 
     def test_refused(self, X):
@@ -90,6 +90,8 @@ class TestFromEstimator:
                 SpectrumDisplay.from_estimator(estimator, X)
         with pytest.raises(TypeError, match="of type ndarray"):
             SpectrumDisplay.from_loras(X.read())
+        with pytest.raises(ValueError, match="device='abacus'"):
+            SpectrumDisplay.from_loras(X, device="abacus")
 
 
 class TestPlot:
@@ -184,14 +186,19 @@ class TestPlot:
         assert overlapping(display.figure_) == []
         labels = [label.get_text() for label in display.ax_.get_yticklabels()]
         assert len(labels) >= min(n_modules, 20)
-        assert names[0].endswith(labels[0])
+        places = display.ax_.get_yticks().astype(int)
+        assert all(names[n].endswith(label) for n, label in zip(places, labels, strict=True))
+        numbers = [int(label.get_text()) for label in display.ax_.get_xticklabels()]
+        assert numbers == (display.ax_.get_xticks() + 0.5).tolist()
+        assert 10 < len(numbers) <= 16
 
     def test_refused(self, X):
         display = SpectrumDisplay.from_loras(X)
         with pytest.raises(ValueError, match="kind is 'bar'"):
             display.plot(kind="bar")
+        display.plot(kind="decay", quantiles=(0, 1))
         plt.close("all")
-        for quantiles in [(-1, 2), (0.1,), (0.1, 0.5, 0.9), (np.nan, 0.9), ("a", "b"), None]:
+        for quantiles in [(-1, 0), (0, 2), (0.1,), (0, 0.5, 1), (np.nan, 0.9), ("a", "b"), None]:
             with pytest.raises(ValueError, match=r"quantiles is .* two numbers from 0 to 1"):
                 display.plot(kind="decay", quantiles=quantiles)
         assert not plt.get_fignums()
