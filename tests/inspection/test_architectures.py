@@ -8,12 +8,14 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import accuracy_score, r2_score
 from sklearn.model_selection import GridSearchCV, HalvingGridSearchCV, cross_validate
 from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from sklora import (
     ARCHITECTURES,
     DenseProduct,
     OAlign,
     SVDSpectrum,
+    UpdateKernel,
     architecture_grid,
     make_architecture,
 )
@@ -344,3 +346,6 @@ def test_name_of_other_steps():
     assert architecture_name(model, {"features": two}) == "SVDSpectrum + Ridge + MLPNetRegressor"
     gl_net = make_architecture("gl-net", "regression")
     assert architecture_name(gl_net, {"features": None}) == "gl-net"
+    assert architecture_name(gl_net, {"features": OAlign()}) == "OAlign + GLNetRegressor"
+    kernel = make_pipeline(UpdateKernel(), StandardScaler(), Ridge())
+    assert architecture_name(kernel, {}) == "dense (kernel)"

@@ -171,6 +171,9 @@ class TestPlot:
         values[0] = 1e-9  # below all quantiles
         display = SpectrumDisplay(values=values, module_names=["a"]).plot(kind="decay")
         assert display.ax_.get_ylim()[0] > 0.01
+        values[:3] = 1e-9  # below the median, not below the band
+        display = SpectrumDisplay(values=values, module_names=["a"]).plot(kind="decay")
+        assert display.ax_.get_ylim()[0] == pytest.approx(1e-4)
         values = np.ones((11, 2, 1))
         values[:, 1] = 1e-9  # the lower line alone, between the quantiles of all
         display = SpectrumDisplay(values=values, module_names=["a", "b"])
