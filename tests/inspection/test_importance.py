@@ -5,6 +5,7 @@ from sklearn.pipeline import make_pipeline
 
 from sklora import SVDSpectrum
 from sklora.inspection import ModuleImportanceDisplay, module_importance
+from sklora.inspection._importance import _spread_out
 
 
 def labels(display):
@@ -50,6 +51,13 @@ def test_the_most_important_modules_have_labels_that_fit(n_modules, rng, overlap
     assert len(labels(display)) >= min(n_modules, 15)
 
 
+@pytest.mark.parametrize(
+    ("values", "room", "expected"), [([0, -9, 1, 5, 4], 3, [0, 3]), ([4, 0, 3, 1], 2, [0, 2])]
+)
+def test_largest_values_have_labels_that_are_no_closer_than_there_is_room(values, room, expected):
+    assert _spread_out(np.array(values), room) == expected
+
+
 def test_every_label_is_at_its_bar(rng):
     names = [f"part_{n}" for n in range(300)]
     display = ModuleImportanceDisplay(importances=rng.normal(size=(300, 2)), names=names).plot()
@@ -67,8 +75,9 @@ def test_names_are_no_mathematics():
 
 
 def test_lists():
-    display = ModuleImportanceDisplay(importances=[[1.0, 3.0]], names=["a"]).plot()
-    assert display.bars_[0].get_width() == 2
+    display = ModuleImportanceDisplay(importances=[[1.0, 3.0]], names=["a"])
+    [bar] = display.plot(bar_kw={"color": "red"}).bars_
+    assert (bar.get_width(), bar.get_facecolor()) == (2, (1, 0, 0, 1))
 
 
 def test_refused():
