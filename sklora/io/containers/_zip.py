@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import BinaryIO, NamedTuple
 
 from sklora._untrusted import Refusal, shown
@@ -38,6 +39,8 @@ _UNICODE = 0x800
 # The extra fields of 64-bit numbers, and of a name in Unicode.
 _WIDE_FIELD = 1
 _NAME_FIELD = 0x7075
+# Entries have a few. Those of 4 bytes each in a large directory would take 20 s to go through.
+_MAX_FIELDS = 16
 
 _DAMAGED = "the zip file is cut off or damaged: download it again"
 
@@ -240,7 +243,9 @@ def _member(fields: tuple[int, ...], raw_name: bytes, extra: bytes) -> Member:
         raise Refusal(f"the name {shown(raw_name)} is no text; {_DAMAGED}.") from error
     if flags & _UNREADABLE:
         raise Refusal(f"{shown(name)} is encrypted or patched; save the file without that.")
-    extra_fields = list(_extra_fields(extra))
+    extra_fields = list(islice(_extra_fields(extra), _MAX_FIELDS + 1))
+    if len(extra_fields) > _MAX_FIELDS:
+        raise Refusal(f"{shown(name)} has over {_MAX_FIELDS} extra fields; {_DAMAGED}.")
     # `zipfile` cuts names at NUL, and from Python 3.12 on takes the other name.
     if "\0" in name or any(kind == _NAME_FIELD for kind, _ in extra_fields):
         raise Refusal(

@@ -101,12 +101,17 @@ def edited(raw: bytes, magic: bytes, offset: int, form: str, value: int) -> byte
     return bytes(changed)
 
 
-def with_two_names(name: str, other: str) -> bytes:
-    """Give a zip in which a member has another name in Unicode."""
-    member = zipfile.ZipInfo(name)
-    crc = zlib.crc32(name.encode())
-    member.extra = struct.pack("<2HBL", 0x7075, 5 + len(other), 1, crc) + other.encode()
+def with_extra(extra: bytes) -> bytes:
+    """Give a zip in which a member has extra fields."""
+    member = zipfile.ZipInfo("x.npy")
+    member.extra = extra
     return zipped({member: npy()})
+
+
+def name_field(name: str, other: str) -> bytes:
+    """Give the extra field that says another name in Unicode."""
+    head = struct.pack("<2HBL", 0x7075, 5 + len(other), 1, zlib.crc32(name.encode()))
+    return head + other.encode()
 
 
 ENTRY, LOCAL, END = b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06"
@@ -139,7 +144,8 @@ HOSTILE = {
     "not an archive": (zipped({"word/document.xml": b"<x/>"}), "holds 'word/document.xml'"),
     "encrypted": (edited(STORED, ENTRY, 8, "<H", 1), "encrypted"),
     "encrypted inside": (edited(STORED, LOCAL, 6, "<H", 1), "not as the directory says"),
-    "two names": (with_two_names("x.npy", "y.npy"), "'x.npy' has another name"),
+    "two names": (with_extra(name_field("x.npy", "y.npy")), "'x.npy' has another name"),
+    "many extra fields": (with_extra(17 * b"UT\0\0"), "'x.npy' has over 16 extra fields"),
     "NUL": (zipped({"x.npy!": npy()}).replace(b"!", b"\0"), r"'x.npy\\x00' has another name"),
     "bzip2": (zipped({"x.npy": npy()}, zipfile.ZIP_BZIP2), "method 12"),
     "lzma": (zipped({"x.npy": npy()}, zipfile.ZIP_LZMA), "method 14"),
