@@ -70,7 +70,7 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
                 f"class_weight={self.class_weight!r} cannot be found from part of the data. Give "
                 "partial_fit the weights as a dict, or use sample_weight."
             )
-        if classes is not None and np.ndim(classes) == 0:
+        if classes is not None and (np.ndim(classes) == 0 or np.size(classes) == 0):
             raise ValueError(f"classes={classes!r} is no list of classes; pass a list or an array.")
         if hasattr(self, "weights_"):
             if classes is not None and not self._has_classes(classes):

@@ -277,7 +277,9 @@ class TestPartialFit:
         with pytest.raises(ValueError, match=r"but classes holds one class only: 'no'\.$"):
             quick(classifier).partial_fit(zoo, targets["binary"], classes=["no"])
 
-    @pytest.mark.parametrize("classes", [{"no", "yes"}, 2, "no"], ids=["set", "number", "text"])
+    @pytest.mark.parametrize(
+        "classes", [{"no", "yes"}, 2, "no", []], ids=["set", "number", "text", "empty"]
+    )
     def test_what_is_no_list_of_classes(self, classes, classifier, zoo, targets, quick):
         with pytest.raises(ValueError, match=r"is no list of classes; pass a list or an array\.$"):
             quick(classifier).partial_fit(zoo, targets["binary"], classes=classes)
