@@ -100,6 +100,18 @@ def test_what_the_update_has_no_direction_for_is_exactly_zero(make_factors, dtyp
     )
 
 
+def test_where_rounding_begins():
+    """At ``4 eps sum_k ||u_k|| ||v_k||``, which is 8.9e-16 here."""
+    for value, kept in ((8e-16, 0.0), (1e-15, 1e-15)):
+        values = spectrum(torch.diag(torch.tensor([1.0, value]).double()), torch.eye(2).double())
+        torch.testing.assert_close(values, torch.tensor([1.0, kept]).double(), rtol=1e-6, atol=0)
+
+
+def test_values_of_columns_whose_squares_overflow_are_kept(make_factors):
+    U, V = make_factors(0, 6, 5, 2)
+    np.testing.assert_allclose(spectrum(1e200 * U, V), 1e200 * spectrum(U, V), rtol=1e-10)
+
+
 def test_gauges_that_scale_columns_take_no_value_away(make_factors):
     A, B = (torch.linalg.qr(factor).Q for factor in make_factors(0, 30, 20, 5))
     true = torch.logspace(0, -12, 5, dtype=torch.float64)
