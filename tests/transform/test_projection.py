@@ -140,10 +140,11 @@ def test_a_side_with_no_more_rows_keeps_them(X, method, updates):
 
 
 def test_random_matrices_keep_norms_on_average(random_loras, rng):
-    X = random_loras(rng, 2, ((400, 300),), 1)
+    X = random_loras(rng, 2, ((400, 300),), 1, dtype=np.float32)
     projection = GLEquivariantProjection(200, random_state=0).fit(X)
     P, Q = projection.left_["m0"], projection.right_["m0"]
     for matrix in (P, Q):
+        assert matrix.dtype == X.dtype
         assert abs(matrix.mean()) < 1e-2
         assert matrix.var() == pytest.approx(1 / 200, rel=0.02)
     again = GLEquivariantProjection(200, random_state=0).fit(X)

@@ -111,6 +111,16 @@ class TestRoundTrip:
         file = opened(TorchZipFile, saved([torch.zeros(2), torch.zeros(3, dtype=torch.half)]))
         assert file.tensors == {"0": TensorInfo("F32", (2,)), "1": TensorInfo("F16", (3,))}
 
+    def test_names_in_capitals(self, read_all):
+        file = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(SMALL)) as old, zipfile.ZipFile(file, "w") as new:
+            for info in old.infolist():
+                new.writestr(info.filename.upper(), old.read(info))
+        read = read_all(TorchZipFile, file.getvalue())
+        file.seek(0)
+        for name, expected in torch.load(file).items():
+            np.testing.assert_array_equal(read[name], expected)
+
     def test_header(self, opened):
         file = opened(TorchZipFile, SMALL)
         assert file.container == "torch-zip"
