@@ -283,7 +283,7 @@ def _sizes(
     numbers = [size, packed, offset]
     wide = [index for index, number in enumerate(numbers) if number == _ELSEWHERE[1]]
     for kind, content in extra_fields:
-        if wide and kind == _WIDE_FIELD and 8 * len(wide) <= len(content):
+        if kind == _WIDE_FIELD and 8 * len(wide) <= len(content):
             for place, index in enumerate(wide):
                 (numbers[index],) = struct.unpack_from("<Q", content, 8 * place)
             break

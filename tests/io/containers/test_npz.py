@@ -109,9 +109,15 @@ def with_extra(extra: bytes) -> bytes:
 
 
 def name_field(name: str, other: str) -> bytes:
-    """Give the extra field that says another name in Unicode."""
+    """Give the extra field that says another name in Unicode, behind the time of its change."""
     head = struct.pack("<2HBL", 0x7075, 5 + len(other), 1, zlib.crc32(name.encode()))
-    return head + other.encode()
+    return struct.pack("<2HBL", 0x5455, 5, 1, 0) + head + other.encode()
+
+
+def with_size_in(field: bytes) -> bytes:
+    """Give a zip whose entry has the size in a field of 64-bit numbers, behind other numbers."""
+    extra = struct.pack("<2H2Q", 0x9999, 16, 1, 1) + field
+    return edited(with_extra(extra), ENTRY, 24, "<L", 2**32 - 1)
 
 
 ENTRY, LOCAL, END = b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06"
@@ -144,6 +150,8 @@ HOSTILE = {
     "not an archive": (zipped({"word/document.xml": b"<x/>"}), "holds 'word/document.xml'"),
     "encrypted": (edited(STORED, ENTRY, 8, "<H", 1), "encrypted"),
     "encrypted inside": (edited(STORED, LOCAL, 6, "<H", 1), "not as the directory says"),
+    "size cut off": (with_size_in(struct.pack("<2HQ", 1, 16, len(npy()))), "is not compressed, yet"),
+    "size of 32 bits": (with_size_in(struct.pack("<2HL", 1, 4, len(npy()))), "is not compressed, yet"),
     "two names": (with_extra(name_field("x.npy", "y.npy")), "'x.npy' has another name"),
     "many extra fields": (with_extra(17 * b"UT\0\0"), "'x.npy' has over 16 extra fields"),
     "NUL": (zipped({"x.npy!": npy()}).replace(b"!", b"\0"), r"'x.npy\\x00' has another name"),
@@ -210,6 +218,11 @@ class TestHostile:
         raw = edited(raw, END, 20, "<H", len(comment)) + comment
         with pytest.raises(Refusal, match="more than the 0 files"):
             opened(NpzFile, raw)
+
+    @pytest.mark.parametrize("more", [0, 8])
+    def test_64_bit_size(self, more, read_all):
+        field = struct.pack("<2HQ", 1, 8 + more, len(npy())) + bytes(more)
+        assert read_all(NpzFile, with_size_in(field))["x"].tolist() == [0, 0]
 
     def test_64_bit_record_elsewhere(self, opened):
         with pytest.raises(Refusal, match="lacks the 64-bit end"):
