@@ -114,10 +114,10 @@ def name_field(name: str, other: str) -> bytes:
     return struct.pack("<2HBL", 0x5455, 5, 1, 0) + head + other.encode()
 
 
-def with_size_in(field: bytes) -> bytes:
-    """Give a zip whose entry has the size in a field of 64-bit numbers, behind other numbers."""
+def with_size_in(field: bytes, place: int = 24) -> bytes:
+    """Give a zip whose entry has a size in a field of 64-bit numbers, behind other numbers."""
     extra = struct.pack("<2H2Q", 0x9999, 16, 1, 1) + field
-    return edited(with_extra(extra), ENTRY, 24, "<L", 2**32 - 1)
+    return edited(with_extra(extra), ENTRY, place, "<L", 2**32 - 1)
 
 
 ENTRY, LOCAL, END = b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06"
@@ -219,10 +219,12 @@ class TestHostile:
         with pytest.raises(Refusal, match="more than the 0 files"):
             opened(NpzFile, raw)
 
-    @pytest.mark.parametrize("more", [0, 8])
-    def test_64_bit_size(self, more, read_all):
-        field = struct.pack("<2HQ", 1, 8 + more, len(npy())) + bytes(more)
-        assert read_all(NpzFile, with_size_in(field))["x"].tolist() == [0, 0]
+    @pytest.mark.parametrize("place", [20, 24])
+    @pytest.mark.parametrize("more", [b"", bytes(8)])
+    @pytest.mark.parametrize("again", [b"", struct.pack("<2HQ", 1, 8, 9)])
+    def test_64_bit_size(self, place, more, again, read_all):
+        field = struct.pack("<2HQ", 1, 8 + len(more), len(npy())) + more
+        assert read_all(NpzFile, with_size_in(field + again, place))["x"].tolist() == [0, 0]
 
     def test_64_bit_record_elsewhere(self, opened):
         with pytest.raises(Refusal, match="lacks the 64-bit end"):

@@ -121,6 +121,10 @@ class TestRoundTrip:
         for name, expected in torch.load(file).items():
             np.testing.assert_array_equal(read[name], expected)
 
+    def test_letters_beyond_a_to_z_have_their_case(self, opened):
+        raw = rewritten(SMALL, {"archive/\u00c9": b"", "archive/\u00e9": b""})
+        assert torch.load(io.BytesIO(raw)).keys() == opened(TorchZipFile, raw).tensors.keys()
+
     def test_header(self, opened):
         file = opened(TorchZipFile, SMALL)
         assert file.container == "torch-zip"
@@ -272,6 +276,10 @@ TENSORS = {
     "numel negative": (a_tensor(numel=-1), "describes a storage"),
     "dtype": (a_tensor(storage="DoubleStorage"), "in 48 bytes, but there are 24"),
     "storage": (a_tensor(storage="UntypedStorage"), "names 'torch UntypedStorage'"),
+    "storage as a list": (
+        a_tensor().replace(b"(X\x07", b"](X\x07").replace(b"tQ", b"eQ"),
+        "describes a storage",
+    ),
     "key": (a_tensor(key="9"), "which the file lacks"),
     "key above": (a_tensor(key="../data.pkl"), "describes a storage"),
     "key with NUL": (a_tensor(key="0\0"), "describes a storage"),
