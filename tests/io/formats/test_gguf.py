@@ -1,3 +1,5 @@
+import re
+
 import gguf
 import numpy as np
 import pytest
@@ -99,14 +101,12 @@ def test_embedding_that_does_not_fit_is_refused(rng, save_gguf, refusal):
     assert "table (3, 7), up (4, 3) do not fit" in refusal(save_gguf(pair(A, B, "token_embd")))
 
 
-def test_every_expert_is_a_module(rng, factors, save_gguf, assert_updates):
+@pytest.mark.parametrize("rank", [1, 2])
+def test_every_expert_is_a_module(rng, factors, save_gguf, assert_updates, rank):
     """Of rank 1, with as many experts as outputs, they look like a convolution."""
-    A, B = rng.normal(size=(5, 1, 4)), rng.normal(size=(5, 5, 1))
-    stack = pair(A.astype(np.float32), B.astype(np.float32), "blk.0.ffn_up_exps")
-    expected = {
-        f"blk.0.ffn_up_exps.{e}": 6 * product(A[e].astype(np.float32), B[e].astype(np.float32))
-        for e in range(5)
-    }
+    A, B = (rng.normal(size=shape).astype(np.float32) for shape in ((5, rank, 4), (5, 5, rank)))
+    stack = pair(A, B, "blk.0.ffn_up_exps")
+    expected = {f"blk.0.ffn_up_exps.{e}": 6 / rank * product(A[e], B[e]) for e in range(5)}
     path = save_gguf(stack | pair(*factors))
     assert_updates(path, expected | {"blk.0.attn_q": 2 * product(*factors)})
 
@@ -132,10 +132,12 @@ def test_other_files_are_refused(factors, save_gguf, refusal, changes, message):
     assert message in refusal(save_gguf(pair(*factors), **changes))
 
 
-def test_factor_without_its_other_is_refused(factors, save_gguf, refusal):
-    tensors = pair(*factors)
-    del tensors["blk.0.attn_q.weight.lora_b"]
-    assert "has down and no more" in refusal(save_gguf(tensors))
+@pytest.mark.parametrize("name", ["blk.0.attn_q", "token_embd"])
+@pytest.mark.parametrize(("lost", "left"), [("a", "up"), ("b", "down|table")])
+def test_factor_without_its_other_is_refused(factors, save_gguf, refusal, name, lost, left):
+    tensors = pair(*factors, name)
+    del tensors[f"{name}.weight.lora_{lost}"]
+    assert re.search(f"has ({left}) and no more", refusal(save_gguf(tensors)))
 
 
 def test_configuration_of_peft_beside_it_is_not_its_own(factors, save_gguf):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from sklora.io import read_adapters
+from sklora.io import _build, read_adapters
 
 MODULE = "model.layers.0.self_attn.q_proj"
 CONFIG = {"model": "/Users/me/models/Qwen", "lora_parameters": {"rank": 64, "scale": 10.0}}
@@ -75,7 +75,11 @@ PARAMETERS = {"rank": 8, "alpha": 16, "scale": 10.0}
     [
         (OLD, 20),
         (OLD | {"lora_parameters": {"rank": 8, "scale": 10.0}}, 10),
+        (OLD | {"lora_parameters": {"alpha": 16, "scale": 10.0}}, 10),
         (OLD | {"use_dora": False}, 10),  # of 0.14.2 to 0.18
+        (OLD | {"fine_tune_type": "lora"}, 10),  # of later ones, with settings of old ones
+        (OLD | {"num_layers": 16}, 10),
+        ({"iters": 1000, "val_batches": 25}, 10),
         ({"iters": 1000, "val_batches": 25, "num_layers": 16, "fine_tune_type": "lora"}, 10),
         ({"lora_layers": 16}, 10),  # which nobody trained with
     ],
@@ -97,11 +101,24 @@ def test_magnitude_of_dora(pair, normal, save):
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_every_expert_is_a_module(normal, save, assert_updates, scan, old):
+def test_every_expert_is_a_module(normal, save, assert_updates, scan, old, monkeypatch):
+    monkeypatch.setattr(_build, "MAX_EXPERTS", 8)
     a, b = normal(8, 3, 4), normal(8, 5, 3)
     path = save(tensors(a.reshape(24, 4) if old else a, b), CONFIG)
     assert_updates(path, {f"{MODULE}.{e}": 10 * b[e].double() @ a[e].double() for e in range(8)})
-    assert scan(path).ranks == (3,)
+    report = scan(path)
+    assert report.ranks == (3,)
+    assert [module.path for module in report.modules] == [f"{MODULE}.{e}" for e in range(8)]
+
+
+def test_stack_without_its_other_is_refused(normal, save, refusal):
+    stack = {f"{MODULE}.lora_b": normal(8, 5, 3)}
+    assert "has b and no more" in refusal(save(stack | {"q.lora_a": normal(4, 3)}, CONFIG))
+
+
+def test_others_are_left_out(pair, normal, save, scan):
+    [(name, reason)] = scan(save(tensors(*pair) | {"q.bias": normal(5)}, CONFIG)).left_out
+    assert (name, reason) == ("q.bias", "a bias")
 
 
 @pytest.mark.parametrize("shape", [(8, 2, 4), (7, 3, 4), (23, 4), (8, 3, 2, 2), (4,), (3, 8, 4)])
