@@ -5,7 +5,7 @@ import torch
 
 from sklora.io import read_adapters
 from sklora.io.containers.safetensors import SafetensorsFile
-from tests.io.formats.peft import LORA, PREFIX, linear
+from tests.io.formats.peft import LORA, PREFIX, linear, named
 
 
 class TestExperts:
@@ -115,6 +115,30 @@ class TestExperts:
         assert "of 7 columns, no whole number of experts of rank r=3" in refusal(path)
         config = self.CONFIG | {"r": 1e300}
         assert len(refusal(save(linear("mlp.experts", *pair), config))) < 300
+
+    @pytest.mark.parametrize("rank", [0, -3])
+    def test_rank_below_1_is_refused(self, normal, save, refusal, rank):
+        path = save(linear("mlp.experts", normal(6, 6), normal(5, 6)), self.CONFIG | {"r": rank})
+        assert f"no whole number of experts of rank r={rank}" in refusal(path)
+
+    def test_other_methods_are_refused(self, normal, save, refusal):
+        tensors = linear("mlp.experts", normal(6, 6), normal(5, 6))
+        tensors |= named("mlp.experts", lora_E=normal(6, 1))
+        config = self.CONFIG | {"peft_type": "ADALORA", "init_r": 3, "target_r": 3}
+        assert "no whole number of experts" in refusal(save(tensors, config))
+
+    def test_three_parameters_of_a_module(self, normal, save, scan):
+        names = [f"mlp.experts{n * '.base_layer'}" for n in range(3)]
+        tensors = {}
+        for name in names:
+            tensors |= linear(name, normal(6, 6), normal(5, 6))
+        config = LORA | {"target_parameters": [f"mlp.experts.w{n}" for n in range(3)]}
+        paths = [module.path for module in scan(save(tensors, config)).modules]
+        assert paths == [f"{PREFIX}{name}.{e}" for name in names for e in range(2)]
+
+    def test_targets_that_are_no_names_are_none(self, pair, save, scan):
+        path = save(linear("q", *pair), LORA | {"target_parameters": [3, None]})
+        assert scan(path).ranks == (3,)
 
     def test_parameter_of_any_module(self, pair, normal, save, assert_updates):
         A, B = normal(6, 4), normal(5, 6)

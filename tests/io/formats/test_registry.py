@@ -48,6 +48,8 @@ def test_unknown_keys_are_refused_with_some_of_them_and_the_remedy(normal, save,
 def test_dense_differences_alone_are_refused_by_name(normal, save, refusal):
     why = refusal(save({"lycoris_x.diff_b": normal(2), "lycoris_x.diff": normal(2, 3)}))
     assert "'lycoris_x.diff' is a dense difference" in why
+    for name in ("model.diffusion_model.out.weight", "blocks.0.diff_b", "my_diff"):
+        assert "dense" not in refusal(save({name: normal(2, 3)}))
 
 
 MIXED = {
