@@ -151,7 +151,10 @@ class TestBars:
         assert "train_loss=" in terminal.getvalue()
 
     def test_items_pass_through(self, terminal):
-        assert list(track("abc", "letters", "letter")) == ["a", "b", "c"]
+        items = track("abc", "letters", "letter")
+        assert next(items) == "a"
+        assert "1/3" not in terminal.getvalue()  # which is being worked on
+        assert list(items) == ["b", "c"]
         assert "3/3" in terminal.getvalue()
 
     def test_an_error_wipes_it(self, terminal):

@@ -215,6 +215,16 @@ def test_whether_a_file_is_a_zoo(tmp_path, path):
     assert is_zoo(str(path))
 
 
+def test_a_zoo_that_says_so_elsewhere_is_one(path):
+    adapters().save(path)
+    path.write_bytes(path.read_bytes().replace(b'{"__metadata__":', b'{ "__metadata__":', 1))
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    path.write_bytes((size + 1).to_bytes(8, "little") + data[8:])
+    assert is_zoo(str(path))
+    assert_same(LoRACollection.open(path), adapters())
+
+
 class FailingStore(ArrayStore):
     """Gives some blocks and then raises."""
 
