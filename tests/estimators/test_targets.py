@@ -147,6 +147,15 @@ class TestClassWeight:
         assert same_state(one, other)
         assert not same_state(one, quick(classifier).fit(zoo, y))
 
+    def test_balanced_by_weights_whose_sum_overflows(self, classifier, zoo, targets, quick):
+        y, weights = targets["binary"], np.linspace(0.1, 1, 60)
+        model = quick(classifier, class_weight="balanced")
+        one, large = (
+            model._training_data(zoo, y, scale * weights, None, reset=True).weights
+            for scale in (1, 1e308)
+        )
+        np.testing.assert_allclose(large, one * (large[0] / one[0]))
+
     @pytest.mark.parametrize("kind", ["binary", "multilabel"])
     def test_balanced_counts_no_adapters_of_weight_zero(
         self, kind, classifier, zoo, targets, quick, same_state
