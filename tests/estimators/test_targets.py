@@ -15,6 +15,7 @@ from sklearn.model_selection import cross_val_predict
 from sklearn.utils import get_tags
 
 from sklora import MLPNetRegressor
+from sklora.estimators._targets import _class_weights
 
 
 class TestClassifier:
@@ -155,6 +156,17 @@ class TestClassWeight:
             for scale in (1, 1e308)
         )
         np.testing.assert_allclose(large, one * (large[0] / one[0]))
+
+    @pytest.mark.parametrize("absent", [0, 1, 2])
+    def test_balanced_weights_are_1_on_average_whatever_class_is_absent(self, absent):
+        codes = np.repeat([0, 1, 2], [2, 3, 4])
+        weights = (codes != absent).astype(float)
+        per_class = _class_weights("balanced", np.arange(3), codes, weights)
+        assert per_class[absent] == 1
+        np.testing.assert_allclose(np.average(per_class[codes], weights=weights), 1)
+        present = codes[codes != absent]
+        counted = _class_weights("balanced", np.arange(3), present, np.ones(len(present)))
+        np.testing.assert_allclose(counted, per_class)
 
     @pytest.mark.parametrize("kind", ["binary", "multilabel"])
     def test_balanced_counts_no_adapters_of_weight_zero(
