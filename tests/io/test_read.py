@@ -140,8 +140,9 @@ class TestWithoutLayout:
 
     def test_side_features_are_read(self, here, factors):
         magnitudes = np.arange(5, dtype=np.float32)
-        peft("zoo/a", factors(), side={"layers.2.q": magnitudes}, use_dora=True)
-        peft("zoo/b", factors())
+        some = {"layers.2.q": factors()["layers.2.q"]}
+        peft("zoo/a", some, side={"layers.2.q": magnitudes}, use_dora=True)
+        peft("zoo/b", some)
         X = read_adapters("zoo")
         assert X.layout.side == (("layers.2.q:magnitude_out", 5),)
         [mine] = X[0].side.values()
@@ -199,7 +200,8 @@ class TestWithLayout:
             read_adapters("zoo", layout=layout)
 
     def test_side_features_have_to_be_its(self, here, factors):
-        peft("a", factors(), side={"layers.2.q": np.ones(5, np.float32)})
+        side = {"layers.2.q": np.ones(5, np.float32)}
+        peft("a", {"layers.2.q": factors()["layers.2.q"]}, side=side, use_dora=True)
         modules = read_adapters("a").layout.modules
         layout = LoRALayout(modules, side=[("layers.2.q:magnitude_out", 4)])
         with pytest.raises(

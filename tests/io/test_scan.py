@@ -57,7 +57,8 @@ def test_side_features_and_base_model_are_named():
         "base_model.model.q.lora_magnitude_vector": np.ones(3, np.float32),
     }
     Path("adapter_model.safetensors").write_bytes(save(tensors))
-    config = {"peft_type": "LORA", "lora_alpha": 3, "base_model_name_or_path": "org/base"}
+    config = {"peft_type": "LORA", "lora_alpha": 3, "use_dora": True}
+    config["base_model_name_or_path"] = "org/base"
     Path("adapter_config.json").write_text(json.dumps(config))
     [report] = scan_adapters(".")
     assert report.base_model == "org/base"

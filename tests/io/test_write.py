@@ -376,6 +376,8 @@ class TestLike:
         tensors = load_file("like/adapter_model.safetensors")
         tensors[PREFIX + "q.lora_magnitude_vector"] = np.arange(6, dtype=np.float32)
         save_file(tensors, "like/adapter_model.safetensors")
+        config = Path("like/adapter_config.json")
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
         X = read_adapters("like")
         new = LoRACollection.from_factors(
             [X[0]], side=[{"q:magnitude_out": np.arange(6, dtype=np.float32) + 1}]

@@ -43,6 +43,7 @@ from sklora.io._plan import (
     Scale,
     Source,
 )
+from sklora.io.formats._loaded import check_methods, check_targets
 
 PREFIX = "base_model.model."
 # Where diffusers keeps a configuration of PEFT for each component.
@@ -109,12 +110,13 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
         if "alpha" in tensors:
             return alpha_over_rank(path, tensors, dimension)
-        module = path.removeprefix(PREFIX).removesuffix(ATTENTION_OUT)
-        return Scale(scale_of_config(config, module, dimension))
+        return Scale(scale_of_config(config, _owner(path), dimension))
 
     label = base_model_label(config.get("base_model_name_or_path"))
     plan = make_plan(source, options, "peft", modules, scale, left_out=left_out, base_model=label)
     check_lokr(source, plan)
+    check_methods(config, plan)
+    check_targets(config, (_owner(module.path) for module in plan.modules))
     return _with_experts(plan, config, targets)
 
 
@@ -133,6 +135,11 @@ def _role_of(name: str) -> tuple[str, str] | None:
                 return None
             return ".".join(parts[:-length]), _ROLES[parts[-length]]
     return None
+
+
+def _owner(path: str) -> str:
+    """Give the module that a configuration means by its name."""
+    return path.removeprefix(PREFIX).removesuffix(ATTENTION_OUT)
 
 
 def _without_alphas(modules: Modules, rest: list[str]) -> list[str]:
@@ -210,8 +217,14 @@ def check_config(config: Mapping[str, Any]) -> None:
             "path_initial_model_for_weight_conversion=...) of PEFT."
         )
     for key in _OTHER_BASES:
-        if config.get(key):
+        # To PEFT even an empty configuration is one.
+        if config.get(key) not in (None, False):
             raise Refusal(f"{key} is set: its update is not B A times a scale, as sklora reads it.")
+    if config.get("layer_replication"):
+        raise Refusal(
+            "layer_replication is set: it is an adapter of a model in which layers are repeated, "
+            "and its names are not those of the base model."
+        )
 
 
 _DETAILS = {

@@ -312,7 +312,14 @@ def test_initialisation_that_leaves_the_base_is_read(pair, save, scan, init):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"use_qalora": True}, {"use_bdlora": {"a": 1}}, {"kasa_config": {"beta": 1e-4}}]
+    "setting",
+    [
+        {"use_qalora": True},
+        {"use_bdlora": {"a": 1}},
+        {"kasa_config": {"beta": 1e-4}},
+        {"kasa_config": {}},
+        {"layer_replication": [[0, 2], [0, 2]]},
+    ],
 )
 def test_variant_with_another_update_is_refused_by_name(pair, save, refusal, setting):
     assert refusal(save(linear("q", *pair), LORA | setting)).startswith(next(iter(setting)))
@@ -415,6 +422,65 @@ class TestConfigurationBesideAFileThatTellsItsScale:
         assert scan(path).scales == (3.0,)
 
 
+class TestWhatPEFTDoesNotLoad:
+    """It builds the modules of the configuration, and says nothing of tensors that are left."""
+
+    @pytest.mark.parametrize(
+        ("settings", "what"),
+        [
+            ({"target_modules": ["k", "0.q"]}, "target_modules"),
+            ({"target_modules": ["q"], "exclude_modules": ["1.q"]}, "exclude_modules"),
+            ({"target_modules": ["q"], "modules_to_save": ["layers.1"]}, "modules_to_save"),
+            ({"target_modules": ["q"], "layers_to_transform": [0, 2]}, "layers_to_transform"),
+            ({"target_modules": ["q"], "layers_to_transform": 0}, "layers_to_transform"),
+            (
+                {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["h"]},
+                "layers_to_transform",
+            ),
+        ],
+    )
+    def test_module_that_is_not_adapted_is_refused(self, pair, save, refusal, settings, what):
+        why = refusal(save(linear("layers.1.q", *pair), LORA | settings))
+        assert why.startswith("module 'layers.1.q' is none that its configuration adapts")
+        assert what in why
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"target_modules": ["q"]},
+            {"target_modules": ["layers.1.q"], "layers_to_transform": [0]},
+            {"target_modules": "all-linear"},
+            {"target_modules": None, "exclude_modules": ["k", "my_q"]},
+            {"target_modules": ["q"], "modules_to_save": ["layer", "(", 3]},
+            {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "layers"},
+            {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["h|layers"]},
+            {"target_modules": [], "target_parameters": ["x"], "r": 3},
+        ],
+    )
+    def test_module_that_is_adapted_is_read(self, pair, save, scan, settings):
+        assert scan(save(linear("layers.1.q", *pair), LORA | settings)).ranks == (3,)
+
+    def test_factor_of_another_method_is_refused(self, pair, normal, save, refusal):
+        """PEFT passes lora_E by, where the peft_type is LORA; zeros there hid the update."""
+        tensors = linear("q", *pair) | named("q", lora_E=torch.zeros(3, 1))
+        assert "has the tensors of adalora, but" in refusal(save(tensors, LORA))
+        adalora = LORA | {"peft_type": "ADALORA"}
+        assert "has the tensors of lora, but" in refusal(save(linear("q", *pair), adalora))
+        hada = named("k", **{role: normal(*shape) for role, shape in HADA.items()})
+        why = refusal(save(linear("q", *pair) | hada, LORA))
+        assert "module 'base_model.model.k' has the tensors of loha" in why
+
+    def test_magnitudes_are_there_just_where_the_configuration_says_so(
+        self, pair, normal, save, refusal
+    ):
+        tensors = linear("q", *pair) | linear("k", *pair)
+        tensors |= named("q", lora_magnitude_vector=normal(5))
+        why = refusal(save(tensors, LORA | {"use_dora": True}))
+        assert why.startswith("use_dora is set, but module 'base_model.model.k' has no magnitude")
+        why = refusal(save(tensors, LORA))
+        assert why.startswith("module 'base_model.model.q' has a magnitude of DoRA, but use_dora")
+
+
 class TestVeRA:
     TENSORS = ("vera_lambda_b", "vera_lambda_d")
 
@@ -439,19 +505,24 @@ class TestVeRA:
 def test_configurations_of_peft_s_own_experiments(pair, normal, save, refusal, scan, config):
     settings = json.loads(config.read_text())
     A, B = pair
-    tensors, scale = linear("model.layers.0.q_proj", A, B), None
+    targets = settings.get("target_modules")
+    name = targets[0] if isinstance(targets, list) else "q_proj"
+    module = f"model.layers.{(settings.get('layers_to_transform') or [0])[0]}.{name}"
+    tensors, scale = linear(module, A, B), None
+    if settings.get("use_dora"):
+        tensors |= named(module, lora_magnitude_vector=normal(5))
     match settings["peft_type"]:
         case "LORA":
             alpha = settings["lora_alpha"]
             scale = alpha / (3**0.5 if settings.get("use_rslora") else 3)
         case "ADALORA":
-            tensors |= named("model.layers.0.q_proj", lora_E=normal(3, 1))
+            tensors |= named(module, lora_E=normal(3, 1))
             scale = settings["lora_alpha"] / (3 + 1e-5)
         case "LOHA":
-            tensors = named("q", **{role: normal(*shape) for role, shape in HADA.items()})
+            tensors = named(module, **{role: normal(*shape) for role, shape in HADA.items()})
             scale = settings["alpha"] / 2
         case "LOKR":
-            tensors = named("q", lokr_w1=normal(2, 3), lokr_w2=normal(4, 5))
+            tensors = named(module, lokr_w1=normal(2, 3), lokr_w2=normal(4, 5))
             scale = settings["alpha"] / settings["r"]
     path = save(tensors, settings)
     if "kasa" in config.name:

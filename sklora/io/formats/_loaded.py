@@ -1,0 +1,131 @@
+"""Refuse what PEFT would leave out in silence, or make up, when it loads a file.
+
+It builds the modules that the configuration tells, and passes by tensors that have no place there
+(`peft/tuners/tuners_utils.py`, ``check_target_module_exists``; `peft/utils/save_and_load.py`).
+What it leaves out is in no model, and must not be read as if it were.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from sklora._untrusted import Refusal, shown
+from sklora.io._plan import AdapterPlan
+
+_METHODS = {
+    "LORA": ("lora",),
+    "ADALORA": ("adalora",),
+    "LOHA": ("loha",),
+    "LOKR": ("lokr", "lokr-kronecker"),
+}
+# PEFT takes some of these names for patterns.
+_PLAIN = re.compile(r"[\w.-]+")
+
+
+def check_methods(config: Mapping[str, Any], plan: AdapterPlan) -> None:
+    """Refuse modules with other tensors than those of the configuration's method.
+
+    Parameters
+    ----------
+    config : mapping
+        Of PEFT, with a ``peft_type`` that is read.
+    plan : AdapterPlan
+
+    Raises
+    ------
+    Refusal
+        When PEFT would leave out a factor, or lack one and start from its own.
+    """
+    kind = config["peft_type"]
+    for module in plan.modules:
+        if module.method not in _METHODS[kind]:
+            raise Refusal(
+                f"module {shown(module.path)} has the tensors of {module.method}, but its "
+                f"configuration the peft_type {shown(kind)}, with which PEFT loads others; mend "
+                "one of the two."
+            )
+    _check_magnitudes(bool(config.get("use_dora")), plan)
+
+
+def _check_magnitudes(wanted: bool, plan: AdapterPlan) -> None:
+    # One that does not fit is listed as left out, and PEFT raises.
+    said = {name.partition(".lora_magnitude_vector")[0] for name, _ in plan.left_out}
+    sized = {name.rpartition(":")[0] for name, _, _ in plan.side}
+    for module in plan.modules:
+        if (module.name in sized) != wanted and not (wanted and module.path in said):
+            raise Refusal(
+                f"use_dora is set, but module {shown(module.path)} has no magnitude, so that PEFT "
+                "takes that of the base model; mend the configuration, or the file."
+                if wanted
+                else f"module {shown(module.path)} has a magnitude of DoRA, but use_dora is not "
+                "set, so that PEFT leaves it out; mend the configuration, or the file."
+            )
+
+
+def check_targets(config: Mapping[str, Any], modules: Iterable[str]) -> None:
+    """Refuse modules that a configuration does not target, so that PEFT leaves them out.
+
+    Targets that are a pattern, or not told, are not compared.
+
+    Parameters
+    ----------
+    config : mapping
+        Of PEFT.
+    modules : iterable of str
+        Without PEFT's prefix.
+
+    Raises
+    ------
+    Refusal
+        For the first such module.
+    """
+    if config.get("target_parameters") or config.get("ensure_weight_tying"):
+        return
+    targets, excluded = _names(config, "target_modules"), _names(config, "exclude_modules")
+    saved = [name for name in _names(config, "modules_to_save") or () if _PLAIN.fullmatch(name)]
+    for module in modules:
+        if targets is not None and not _is_among(module, targets):
+            why = f"target_modules {shown(sorted(targets))} do not name it"
+        elif excluded and _is_among(module, excluded):
+            why = f"exclude_modules {shown(sorted(excluded))} name it"
+        elif any(f".{name}." in f".{module}." for name in saved):
+            why = f"modules_to_save {shown(saved)} hold it"
+        elif targets is not None and module not in targets and not _is_in_layers(module, config):
+            why = f"layers_to_transform is {shown(config['layers_to_transform'])}"
+        else:
+            continue
+        raise Refusal(
+            f"module {shown(module)} is none that its configuration adapts, since {why}; PEFT "
+            "leaves it out when it loads the file: take it out, or mend the configuration."
+        )
+
+
+def _names(config: Mapping[str, Any], key: str) -> set[str] | None:
+    names = config.get(key)
+    if not isinstance(names, list):
+        return None
+    return {name for name in names if isinstance(name, str)}
+
+
+def _is_among(module: str, names: Collection[str]) -> bool:
+    parts = module.split(".")
+    return any(".".join(parts[start:]) in names for start in range(len(parts)))
+
+
+def _is_in_layers(module: str, config: Mapping[str, Any]) -> bool:
+    """Say whether a number in a name is one of the layers; versions differ in which of them."""
+    layers, before = config.get("layers_to_transform"), config.get("layers_pattern") or ()
+    if layers is None or layers == []:
+        return True
+    wanted = {str(layer) for layer in (layers if isinstance(layers, list) else [layers])}
+    plain = (
+        {before} if isinstance(before, str) else {each for each in before if isinstance(each, str)}
+    )
+    known = bool(plain) and all(_PLAIN.fullmatch(each) for each in plain)
+    parts = module.split(".")
+    return any(
+        part in wanted and (not known or ".".join(parts[:place]).endswith(tuple(plain)))
+        for place, part in enumerate(parts[:-1])
+    )
