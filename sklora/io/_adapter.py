@@ -27,6 +27,9 @@ from sklora.io.formats import plan_adapter
 from sklora.io.formats.peft import METADATA as SETTINGS
 from sklora.io.lowrank import METHODS
 
+# An alpha may be stored in 16 bits.
+_ROUNDING = 1e-2
+
 
 class Stamp(NamedTuple):
     """What tells whether a file, with the configuration beside it, is still the one seen."""
@@ -89,7 +92,14 @@ class OpenAdapter(NamedTuple):
                 "it."
             )
         # kohya's trainer and LyCORIS read an alpha of 0 as the rank.
-        return scale.value * alpha if alpha else 1.0
+        value = scale.value * alpha if alpha else 1.0
+        if scale.rival is not None and not math.isclose(value, scale.rival, rel_tol=_ROUNDING):
+            raise Refusal(
+                f"tensor {shown(scale.alpha)} gives its module the scale {value:g}, but loaders "
+                f"that do not look at it take {scale.rival:g}; take it out of the file, or make "
+                "both agree."
+            )
+        return value
 
     def factors(
         self, modules: Mapping[str, Any], dtype: np.dtype[Any]

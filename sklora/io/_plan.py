@@ -57,10 +57,13 @@ class Scale(NamedTuple):
     alpha : str or None
         The scalar tensor that holds alpha, by which `value` is multiplied. An alpha of 0 is read
         as the rank, as kohya's trainer and LyCORIS do: the scale is then 1.
+    rival : float or None
+        What loaders take that do not look at that tensor; both have to agree.
     """
 
     value: float
     alpha: str | None = None
+    rival: float | None = None
 
 
 class ModulePlan(NamedTuple):

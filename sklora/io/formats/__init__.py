@@ -93,6 +93,7 @@ def plan_adapter(source: Source, options: ReadOptions) -> AdapterPlan:
                 _refuse_methods(left_out)
                 _refuse_factors(left_out, plan.format)
                 _refuse_scales(source, left_out, plan)
+                _refuse_settings(source, plan)
             return plan
     _refuse_methods(source.tensors)
     if not source.tensors:
@@ -127,6 +128,15 @@ def _refuse_factors(tensors: Iterable[str], format: str) -> None:
                 f"tensor {shown(name)} is a factor of an update, but no adapter of the format "
                 f"{format} has it; the file mixes two formats: split it."
             )
+
+
+def _refuse_settings(source: Source, plan: AdapterPlan) -> None:
+    """Refuse settings of diffusers beside others' keys, which it loads by these settings."""
+    if peft.METADATA in source.metadata and plan.format not in ("diffusers", "peft"):
+        raise Refusal(
+            f"its metadata entry {peft.METADATA} is that of diffusers, which scales by it, but its "
+            f"keys are of the format {plan.format}, whose loaders do not; take the entry out."
+        )
 
 
 def _refuse_scales(source: Source, tensors: Iterable[str], plan: AdapterPlan) -> None:

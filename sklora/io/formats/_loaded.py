@@ -20,8 +20,22 @@ _METHODS = {
     "LOHA": ("loha",),
     "LOKR": ("lokr", "lokr-kronecker"),
 }
+# How the names of modules begin in files of diffusers.
+_COMPONENTS = (
+    *("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "prior.", "controlnet."),
+    *("transformer.", "transformer_2.", "diffusion_model."),
+    *("down_blocks.", "mid_block.", "up_blocks.", "transformer_blocks."),
+    "single_transformer_blocks.",
+)
+# Language models have names in which "transformer" is no component of a pipeline.
+_OTHERS = ("transformer.h.", "transformer.encoder.")
 # PEFT takes some of these names for patterns.
 _PLAIN = re.compile(r"[\w.-]+")
+
+
+def is_of_pipeline(name: str) -> bool:
+    """Tell whether a name is that of a module of a pipeline of diffusers."""
+    return name.startswith(_COMPONENTS) and not name.startswith(_OTHERS)
 
 
 def check_methods(config: Mapping[str, Any], plan: AdapterPlan) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sklora._untrusted import Refusal, parse_json
+from sklora._untrusted import Refusal, parse_json, shown
 from sklora.io._build import (
     PRODUCT_ROLES,
     alpha_rule,
@@ -20,13 +20,16 @@ from sklora.io._build import (
     has_suffix,
     left_out_of,
     make_plan,
+    stated_scale,
 )
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
+from sklora.io.formats._loaded import is_of_pipeline
 from sklora.io.formats.peft import (
     METADATA,
     check_config,
     check_lokr,
     check_patterns,
+    is_config,
     scale_of_config,
 )
 
@@ -40,14 +43,9 @@ _SUFFIXES = {
     "lora_magnitude_vector.weight": "magnitude_out",
     "dora_scale": "magnitude",
 }
-_COMPONENTS = (
-    *("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "prior.", "controlnet."),
-    *("transformer.", "transformer_2.", "diffusion_model."),
-    *("down_blocks.", "mid_block.", "up_blocks.", "transformer_blocks."),
-    "single_transformer_blocks.",
-)
-# Language models have names in which "transformer" is no component of a pipeline.
-_OTHERS = ("transformer.h.", "transformer.encoder.")
+_MAGNITUDES = {"magnitude", "magnitude_out"}
+# By which a component of the metadata is a configuration of LoRA.
+_TOLD = ("r", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
 
 
 def _matches(source: Source, options: ReadOptions) -> bool:
@@ -56,9 +54,7 @@ def _matches(source: Source, options: ReadOptions) -> bool:
     if METADATA in source.metadata and has_suffix(source, *PRODUCT_ROLES):
         return True
     new = has_suffix(source, ".lora_A.weight")
-    named = any(
-        name.startswith(_COMPONENTS) and not name.startswith(_OTHERS) for name in source.tensors
-    )
+    named = any(map(is_of_pipeline, source.tensors))
     return new and (named or METADATA in source.metadata)
 
 
@@ -71,14 +67,31 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
         check_config(config)
         check_patterns(config, list(modules), len(settings))
 
+    beside = None
+    if is_config(source.config) and not all(map(is_of_pipeline, modules)):
+        beside = source.config
+        check_config(beside)
+        check_patterns(beside, list(modules))
     otherwise = alpha_rule(source, options)
+    # Stable Diffusion's pipelines pass by an alpha, unless the keys are kohya's.
+    heeded = not any(path.startswith("unet.") for path in modules)
 
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
         for component, config in settings.items():
             if path.startswith(f"{component}.") or (len(settings) == 1 and not component):
                 module = path.removeprefix(f"{component}.")
-                return Scale(scale_of_config(config, module, dimension))
-        return otherwise(path, tensors, dimension)
+                if config.get("use_dora") and not tensors.keys() & _MAGNITUDES:
+                    raise Refusal(
+                        f"use_dora is set in its metadata, but module {shown(path)} has no "
+                        "magnitude, so that PEFT takes that of the base model; mend one of them."
+                    )
+                value = scale_of_config(config, module, dimension)
+                if beside is None or is_of_pipeline(path):
+                    return Scale(value)
+                rival = scale_of_config(beside, path, dimension)
+                return Scale(value if value == rival else _disputed(options, path, value, rival))
+        found = otherwise(path, tensors, dimension)
+        return found if heeded or found.alpha is None else found._replace(rival=1.0)
 
     plan = make_plan(source, options, "diffusers", modules, scale, left_out=left_out_of(rest))
     check_lokr(source, plan)
@@ -86,6 +99,12 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
 
 
 FORMAT = Format(_matches, _plan)
+
+
+def _disputed(options: ReadOptions, path: str, value: float, rival: float) -> float:
+    """Ask for the scale of a module that PEFT and transformers load by adapter_config.json."""
+    why = f"module {shown(path)} has the scale {value:g} by its metadata, but {rival:g} by the"
+    return stated_scale(options, f"{why} adapter_config.json beside it;")
 
 
 def _settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -99,6 +118,12 @@ def _settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     for key, value in flat.items():
         component, _, name = key.rpartition(".")
         settings.setdefault(component, {})[name] = value
+    for name, config in settings.items():
+        if config.keys() & set(_TOLD) and not config.keys() & {"lora_alpha", "alpha"}:
+            raise Refusal(
+                f"the metadata entry {METADATA} has settings of {shown(name)} without lora_alpha, "
+                "for which PEFT takes 8; write it there."
+            )
     return {
         name: {"peft_type": "LORA", **config}
         for name, config in settings.items()

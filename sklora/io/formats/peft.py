@@ -7,7 +7,7 @@ Scale: alpha/r, or alpha/sqrt(r) with ``use_rslora`` (`peft/tuners/lora/layer.py
 ``lora_alpha``; its keys are matched as ``(.*\.)?(KEY)$``, the first hit wins
 (`peft/utils/other.py`), with the module's name or, of experts, the parameter's
 (`peft/tuners/tuners_utils.py`, ``_inject_parameters``). r is that of the tensors. An ``.alpha`` of
-a module, which other trainers write, wins over all of that.
+a module, which other trainers write, has to agree with a configuration, which PEFT follows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeGuard
 
 from sklora._untrusted import Refusal, counted, shown
 from sklora.io._build import (
@@ -43,7 +43,7 @@ from sklora.io._plan import (
     Scale,
     Source,
 )
-from sklora.io.formats._loaded import check_methods, check_targets
+from sklora.io.formats._loaded import check_methods, check_targets, is_of_pipeline
 
 PREFIX = "base_model.model."
 # Where diffusers keeps a configuration of PEFT for each component.
@@ -64,12 +64,13 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "tru
 _CONV1D = 3
 # Where the output projection of a MultiheadAttention is, whose settings are those of the whole.
 ATTENTION_OUT = ".base_layer.out_proj"
+_OF_A_PIPELINE = "diffusers, which looks at no adapter_config.json,"
 _OTHER_BASES = ("use_qalora", "kasa_config", "use_bdlora")
 
 
 def _matches(source: Source, options: ReadOptions) -> bool:
     # Other trainers' files may tell their scale themselves, whatever lies beside them.
-    stated = _is_config(source.config) and not (
+    stated = is_config(source.config) and not (
         METADATA in source.metadata or has_suffix(source, ".alpha")
     )
     return any(
@@ -79,15 +80,16 @@ def _matches(source: Source, options: ReadOptions) -> bool:
 
 
 def _matches_loosely(source: Source, options: ReadOptions) -> bool:
-    return _is_config(source.config) or any(_role_of(name) for name in source.tensors)
+    return is_config(source.config) or any(_role_of(name) for name in source.tensors)
 
 
-def _is_config(config: Mapping[str, Any] | None) -> bool:
+def is_config(config: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
+    """Tell whether a configuration is PEFT's."""
     return config is not None and "peft_type" in config
 
 
 def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
-    config = source.config if _is_config(source.config) else None
+    config = source.config if is_config(source.config) else None
     modules: Modules = {}
     rest = []
     for name in source.tensors:
@@ -108,9 +110,14 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     check_patterns(config, list(modules), max(len(targets), 1), longest)
 
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
+        value = scale_of_config(config, _owner(path), dimension)
         if "alpha" in tensors:
-            return alpha_over_rank(path, tensors, dimension)
-        return Scale(scale_of_config(config, _owner(path), dimension))
+            # PEFT and transformers pass by a tensor that is called alpha.
+            return alpha_over_rank(path, tensors, dimension)._replace(rival=value)
+        if is_of_pipeline(path) and value != 1:
+            why = f"{_OF_A_PIPELINE} takes 1 for module {shown(path)}, and PEFT {value:g};"
+            return Scale(stated_scale(options, why))
+        return Scale(value)
 
     label = base_model_label(config.get("base_model_name_or_path"))
     plan = make_plan(source, options, "peft", modules, scale, left_out=left_out, base_model=label)

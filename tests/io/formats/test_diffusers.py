@@ -130,10 +130,10 @@ class TestScale:
         assert_updates(path, {"transformer.x": product(*pair) * 12 / 3})
 
     def test_is_that_of_the_component(self, pair, save, assert_updates):
-        modules = ["unet.x", "text_encoder.x", "text_encoder_2.x"]
+        modules = ["transformer.x", "text_encoder.x", "text_encoder_2.x"]
         path = save(
             self.tensors(pair, *modules) | {"text_encoder_2.x.alpha": torch.tensor(-9.0)},
-            metadata=described(unet__lora_alpha=12, text_encoder__lora_alpha=1.5),
+            metadata=described(transformer__lora_alpha=12, text_encoder__lora_alpha=1.5),
         )
         scales = [12 / 3, 1.5 / 3, -9 / 3]
         expected = {
@@ -142,12 +142,12 @@ class TestScale:
         assert_updates(path, expected)
 
     def test_of_one_component_is_not_that_of_another(self, pair, save, assert_updates):
-        tensors = self.tensors(pair, "unet.x", "text_encoder.x", "text_encoder_2.x")
+        tensors = self.tensors(pair, "transformer.x", "text_encoder.x", "text_encoder_2.x")
         path = save(
             tensors | {"text_encoder.x.alpha": torch.tensor(-9.0)},
-            metadata=described(unet__lora_alpha=12, text_encoder__r=3),
+            metadata=described(transformer__lora_alpha=12, text_encoder__note=3),
         )
-        scales = {"unet.x": 12 / 3, "text_encoder.x": -9 / 3, "text_encoder_2.x": 1}
+        scales = {"transformer.x": 12 / 3, "text_encoder.x": -9 / 3, "text_encoder_2.x": 1}
         expected = {module: product(*pair) * scale for module, scale in scales.items()}
         assert_updates(path, expected)
 
@@ -291,10 +291,42 @@ def test_language_model_is_no_transformer_of_diffusers(pair, save, refusal):
     assert "pass scale=" in refusal(save(tensors))
 
 
-def test_configuration_of_peft_beside_it_counts(pair, save, scan):
+def test_configuration_of_peft_beside_it_has_to_agree(pair, save, scan, refusal):
+    """Diffusers does not look at it."""
     tensors = {f"unet.{BLOCK}.to_q.lora_{x}.weight": y for x, y in zip("AB", pair, strict=True)}
-    report = scan(save(tensors, {"peft_type": "LORA", "lora_alpha": 6}))
-    assert (report.format, report.scales) == ("peft", (2,))
+    path = save(tensors, {"peft_type": "LORA", "lora_alpha": 6})
+    assert "takes 1 for module" in refusal(path)
+    assert scan(path, scale=2).scales == (2,)
+    report = scan(save(tensors, {"peft_type": "LORA", "lora_alpha": 3}))
+    assert (report.format, report.scales) == ("peft", (1,))
+
+
+@pytest.mark.parametrize("keys", [("lora_A", "lora_B"), ("lora.down", "lora.up")])
+def test_alpha_that_stable_diffusion_s_pipelines_pass_by_is_refused(pair, save, refusal, keys):
+    names = "unet.x", "text_encoder.x"
+    tensors = {f"{n}.{key}.weight": x for n in names for key, x in zip(keys, pair, strict=True)}
+    tensors |= {f"{name}.alpha": torch.tensor(1e-6) for name in names}
+    assert "that do not look at it take 1; take it out" in refusal(save(tensors))
+
+
+def test_settings_without_alpha_are_refused(pair, save, refusal):
+    """PEFT's default is 8, whatever the rank."""
+    tensors = {f"unet.x.lora_{x}.weight": y for x, y in zip("AB", pair, strict=True)}
+    why = refusal(save(tensors, metadata=described(unet__r=3, unet__target_modules=["x"])))
+    assert "has settings of 'unet' without lora_alpha, for which PEFT takes 8" in why
+
+
+def test_settings_of_dora_without_magnitudes_are_refused(pair, save, refusal):
+    tensors = {f"unet.x.lora_{x}.weight": y for x, y in zip("AB", pair, strict=True)}
+    path = save(tensors, metadata=described(unet__lora_alpha=3, unet__use_dora=True))
+    assert "module 'unet.x' has no magnitude" in refusal(path)
+
+
+def test_settings_beside_the_keys_of_kohya_are_refused(pair, save, refusal):
+    """Diffusers scales by them."""
+    tensors = {f"lora_unet_x.lora_{x}.weight": y for x, y in zip(("down", "up"), pair, strict=True)}
+    path = save(tensors, metadata=described(unet__lora_alpha=3000))
+    assert "its metadata entry lora_adapter_metadata is that of diffusers" in refusal(path)
 
 
 @pytest.mark.usefixtures("shared_adapters")

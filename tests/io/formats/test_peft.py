@@ -378,29 +378,44 @@ class TestWithoutConfiguration:
 
 
 class TestConfigurationBesideAFileThatTellsItsScale:
-    """PEFT loads no such file, and whoever does looks at no configuration of PEFT."""
+    """Loaders follow one or the other, so that both have to agree where PEFT loads the file."""
 
     CONFIG = LORA | {"lora_alpha": 0}
 
     @pytest.mark.parametrize("told", ["metadata", "alpha"])
-    def test_diffusers_keeps_its_scale(self, pair, save, scan, told):
+    def test_pipelines_of_diffusers_keep_theirs(self, pair, save, scan, told):
         A, B = pair
-        tensors = {"unet.q.lora_A.weight": A, "unet.q.lora_B.weight": B}
+        tensors = {"transformer.q.lora_A.weight": A, "transformer.q.lora_B.weight": B}
         metadata = None
         if told == "metadata":
-            metadata = {"lora_adapter_metadata": '{"unet.lora_alpha": 9}'}
+            metadata = {"lora_adapter_metadata": '{"transformer.lora_alpha": 9}'}
         else:
-            tensors["unet.q.alpha"] = torch.tensor(9.0)
+            tensors["transformer.q.alpha"] = torch.tensor(9.0)
         report = scan(save(tensors, self.CONFIG, metadata))
         assert (report.format, report.scales) == ("diffusers", (3.0,))
 
+    def test_other_names_are_loaded_by_the_configuration(self, pair, save, refusal, scan):
+        A, B = pair
+        tensors = {"model.q.lora_A.weight": A, "model.q.lora_B.weight": B}
+        metadata = {"lora_adapter_metadata": '{"lora_alpha": 9}'}
+        why = refusal(save(tensors, LORA, metadata))
+        assert "'model.q' has the scale 3 by its metadata, but 2 by the adapter_config.json" in why
+        assert scan(save(tensors, LORA, metadata), scale=5).scales == (5,)
+        assert scan(save(tensors, LORA | {"lora_alpha": 9}, metadata)).scales == (3,)
+
     @pytest.mark.parametrize("prefix", ["", "base_model.model."])
-    @pytest.mark.parametrize("config", [CONFIG, None])
-    def test_alpha_beside_the_keys_of_peft_wins(self, pair, save, scan, prefix, config):
+    def test_alpha_beside_the_keys_of_peft_has_to_agree(self, pair, save, scan, refusal, prefix):
+        """PEFT and transformers do not look at it."""
         A, B = pair
         tensors = {f"{prefix}q.lora_A.weight": A, f"{prefix}q.lora_B.weight": B}
-        report = scan(save(tensors | {f"{prefix}q.alpha": torch.tensor(9.0)}, config))
-        assert (report.format, report.scales, report.left_out) == ("peft", (3.0,), ())
+        tensors[f"{prefix}q.alpha"] = torch.tensor(9.0)
+        why = refusal(save(tensors, LORA))
+        assert why.startswith(f"tensor '{prefix}q.alpha' gives its module the scale 3, but")
+        with pytest.raises(ValueError, match="the scale 3, but loaders"):
+            read_adapters(save(tensors, LORA)).read()
+        for config in (LORA | {"lora_alpha": 9}, LORA | {"lora_alpha": 9.001}, None):
+            report = scan(save(tensors, config, folder=f"{config}"))
+            assert (report.format, report.scales, report.left_out) == ("peft", (3.0,), ())
 
     def test_alpha_of_some_modules_is_no_scale_of_the_others(self, pair, save, refusal, scan):
         tensors = linear("q", *pair) | linear("k", *pair)
