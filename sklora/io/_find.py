@@ -20,6 +20,8 @@ CONFIG = "adapter_config.json"
 _MAX_CONFIG = 2**20
 # What cannot be looked into is taken for what its name says.
 _SUFFIXES = (".safetensors", ".npz", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
+# What PEFT and diffusers take by these names, whatever lies beside it.
+_TAKEN_BY_NAME = ("adapter_model.bin", "pytorch_lora_weights.bin")
 # Names of tensor files alone: what does not look like one is damaged, which is to be said.
 _NOTHING_ELSE = (".safetensors", ".gguf")
 
@@ -195,11 +197,20 @@ def _adapters(paths: Iterable[str], root: str) -> Iterator[Found]:
     # The cache of Hugging Face has links by the names of files, and what they lead to elsewhere.
     linked = {os.path.realpath(path) for path in kinds if os.path.islink(path)}
     for path, kind in kinds.items():
-        is_twin = kind == "pickle" and os.path.dirname(path) in safe
+        is_twin = kind == "pickle" and os.path.dirname(path) in safe and not _is_taken(path)
         if linked and not os.path.islink(path):
             is_twin = is_twin or os.path.realpath(path) in linked
         if not is_twin:
             yield Found(path, root, in_folder=True)
+
+
+def _is_taken(path: str) -> bool:
+    """Tell whether loaders take a pickle by its name, as they do without safetensors of that name.
+
+    Another file beside it would be looked at in its place.
+    """
+    stem, _ = os.path.splitext(path)
+    return os.path.basename(path) in _TAKEN_BY_NAME and not os.path.exists(f"{stem}.safetensors")
 
 
 def _kind(path: str, root: str) -> str | None:
@@ -223,7 +234,9 @@ def _kind(path: str, root: str) -> str | None:
                 kind = _kind_of_zip(ZipArchive(file, size))
         except (OSError, Refusal):
             return by_name
-    return by_name if kind is None and path.endswith(_NOTHING_ELSE) else kind
+    if kind is None and (path.endswith(_NOTHING_ELSE) or _is_taken(path)):
+        return by_name
+    return kind
 
 
 def _kind_of_zip(archive: ZipArchive) -> str | None:

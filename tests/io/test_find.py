@@ -222,6 +222,25 @@ class TestPickles:
         np.savez("zoo/a/adapter_model.npz", q=np.ones(2))
         assert found("zoo/a/*[nz]") == ["zoo/a/adapter_model.npz"]
 
+    @pytest.mark.parametrize("name", ["adapter_model", "pytorch_lora_weights"])
+    def test_are_found_where_loaders_take_them_by_name(self, tree, save_pickles, name):
+        """PEFT takes adapter_model.bin where a safetensors file has another name."""
+        save_pickles("zoo")
+        Path("zoo/adapter_model.bin").rename(f"zoo/{name}.bin")
+        tree("zoo/model.safetensors")
+        assert set(found("zoo")) == {f"zoo/{name}.bin", "zoo/model.safetensors"}
+        tree(f"zoo/{name}.safetensors")
+        assert found("zoo") == sorted([f"zoo/{name}.safetensors", "zoo/model.safetensors"])
+
+    def test_are_found_by_name_whatever_their_bytes(self, tree):
+        """torch.load takes pickles that do not begin with the protocol."""
+        tree("zoo/model.safetensors")
+        path = Path("zoo/adapter_model.bin")
+        torch.save({"q": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+        path.write_bytes(path.read_bytes().removeprefix(b"\x80\x02"))
+        assert torch.load(path, weights_only=True)["q"].sum() == 2
+        assert set(found("zoo")) == {str(path), "zoo/model.safetensors"}
+
     def test_are_found_where_there_is_nothing_else(self, tree, save_pickles):
         save_pickles("zoo/a")
         tree("zoo/b/adapter_model.safetensors")
