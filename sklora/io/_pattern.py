@@ -88,6 +88,27 @@ def matches_module(pattern: str, module: str) -> bool:
     return _run(_compiled(pattern), module)
 
 
+def matches_whole(pattern: str, module: str) -> bool:
+    r"""Say whether PEFT would adapt `module` where its ``target_modules`` are `pattern`.
+
+    The answer is that of ``re.fullmatch(pattern, module)``, in the time of `matches_module`.
+
+    Raises
+    ------
+    Refusal
+        As `matches_module`.
+
+    Examples
+    --------
+    >>> matches_whole(r".*\.q_proj", "model.layers.0.q_proj")
+    True
+    >>> matches_whole("q_proj", "model.layers.0.q_proj")
+    False
+    """
+    matches_module(pattern, "")  # refuses what is no pattern
+    return _run([*_Parser(pattern).parse(), re.compile(r"\Z")], module)
+
+
 def first_match(patterns: Iterable[str], module: str) -> str | None:
     """Give the first of some patterns under which PEFT would apply a setting to `module`.
 

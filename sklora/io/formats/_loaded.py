@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from sklora._untrusted import Refusal, shown
+from sklora.io._pattern import matches_whole, matching_work
 from sklora.io._plan import AdapterPlan
 
+MAX_MATCHING = 2 * 10**7
 _METHODS = {
     "LORA": ("lora",),
     "ADALORA": ("adalora",),
@@ -81,7 +84,7 @@ def _check_magnitudes(wanted: bool, plan: AdapterPlan) -> None:
 def check_targets(config: Mapping[str, Any], modules: Iterable[str]) -> None:
     """Refuse modules that a configuration does not target, so that PEFT leaves them out.
 
-    Targets that are a pattern, or not told, are not compared.
+    Targets that are not told, and patterns that are not supported, are not compared.
 
     Parameters
     ----------
@@ -99,8 +102,12 @@ def check_targets(config: Mapping[str, Any], modules: Iterable[str]) -> None:
         return
     targets, excluded = _names(config, "target_modules"), _names(config, "exclude_modules")
     saved = [name for name in _names(config, "modules_to_save") or () if _PLAIN.fullmatch(name)]
+    modules = list(modules)
+    pattern = _supported(config.get("target_modules"), modules)
     for module in modules:
-        if targets is not None and not _is_among(module, targets):
+        if pattern and not matches_whole(pattern, module):
+            why = f"target_modules {shown(pattern)} do not match it"
+        elif targets is not None and not _is_among(module, targets):
             why = f"target_modules {shown(sorted(targets))} do not name it"
         elif excluded and _is_among(module, excluded):
             why = f"exclude_modules {shown(sorted(excluded))} name it"
@@ -114,6 +121,16 @@ def check_targets(config: Mapping[str, Any], modules: Iterable[str]) -> None:
             f"module {shown(module)} is none that its configuration adapts, since {why}; PEFT "
             "leaves it out when it loads the file: take it out, or mend the configuration."
         )
+
+
+def _supported(pattern: object, modules: list[str]) -> str | None:
+    """Give a pattern of targets, if it can be matched, in seconds at most."""
+    if not isinstance(pattern, str) or pattern.lower() == "all-linear":
+        return None
+    with suppress(Refusal):
+        if matching_work([f"(?:{pattern})"], modules) <= MAX_MATCHING:
+            return pattern
+    return None
 
 
 def _names(config: Mapping[str, Any], key: str) -> set[str] | None:

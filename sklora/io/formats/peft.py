@@ -43,7 +43,7 @@ from sklora.io._plan import (
     Scale,
     Source,
 )
-from sklora.io.formats._loaded import check_methods, check_targets, is_of_pipeline
+from sklora.io.formats._loaded import MAX_MATCHING, check_methods, check_targets, is_of_pipeline
 
 PREFIX = "base_model.model."
 # Where diffusers keeps a configuration of PEFT for each component.
@@ -57,7 +57,6 @@ _ROLES = {
     "lora_magnitude_vector": "magnitude_out",
     **PRODUCT_ROLES,
 }
-MAX_MATCHING = 2 * 10**7
 _TYPES = ("LORA", "ADALORA", "LOHA", "LOKR")
 # These leave the base model as it is, so that B A is the whole update.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "true", "false")
@@ -288,7 +287,9 @@ def _alpha_by_rank(
 ) -> float:
     """Give alpha/r of one module, or alpha/sqrt(r) with ``use_rslora``."""
     alpha = pattern_value(config, "alpha_pattern", key, module)
-    return alpha / (math.sqrt(_rank(rank)) if config.get("use_rslora") else _rank(rank))
+    # Configurations of LoHa and LoKr have no use_rslora, and PEFT ignores one.
+    by_root = config.get("use_rslora") and key == "lora_alpha"
+    return alpha / (math.sqrt(_rank(rank)) if by_root else _rank(rank))
 
 
 def _rank(rank: int | None) -> int:

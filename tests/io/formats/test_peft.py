@@ -444,6 +444,8 @@ class TestWhatPEFTDoesNotLoad:
         ("settings", "what"),
         [
             ({"target_modules": ["k", "0.q"]}, "target_modules"),
+            ({"target_modules": "q"}, "target_modules"),
+            ({"target_modules": r".*\.0\.(q|k)"}, "target_modules"),
             ({"target_modules": ["q"], "exclude_modules": ["1.q"]}, "exclude_modules"),
             ({"target_modules": ["q"], "modules_to_save": ["layers.1"]}, "modules_to_save"),
             ({"target_modules": ["q"], "layers_to_transform": [0, 2]}, "layers_to_transform"),
@@ -465,6 +467,9 @@ class TestWhatPEFTDoesNotLoad:
             {"target_modules": ["q"]},
             {"target_modules": ["layers.1.q"], "layers_to_transform": [0]},
             {"target_modules": "all-linear"},
+            {"target_modules": "layers.1.q"},
+            {"target_modules": r".*\.(?:q|k)"},
+            {"target_modules": r"(?!k).*q"},
             {"target_modules": None, "exclude_modules": ["k", "my_q"]},
             {"target_modules": ["q"], "modules_to_save": ["layer", "(", 3]},
             {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "layers"},
@@ -484,6 +489,11 @@ class TestWhatPEFTDoesNotLoad:
         hada = named("k", **{role: normal(*shape) for role, shape in HADA.items()})
         why = refusal(save(linear("q", *pair) | hada, LORA))
         assert "module 'base_model.model.k' has the tensors of loha" in why
+
+    def test_rslora_of_other_methods_is_ignored(self, normal, save, scan):
+        tensors = named("q", **{role: normal(*shape) for role, shape in HADA.items()})
+        config = {"peft_type": "LOHA", "alpha": 6, "use_rslora": True}
+        assert scan(save(tensors, config)).scales == (3.0,)
 
     def test_magnitudes_are_there_just_where_the_configuration_says_so(
         self, pair, normal, save, refusal
