@@ -58,6 +58,7 @@ _REFUSED = {
     "on_input": "IA3 multiplies activations, which is no low-rank update",
     "hira_": "HiRA multiplies the weight, which is no low-rank update",
     "vera_lambda_": "VeRA's update needs the input width of each module, which no file tells",
+    "ranknum": "PEFT's AdaLoRA divides its scale by it, which no trainer stores",
     "fourierft_": "the update of FourierFT has full rank",
     "lambda_layer": "T-LoRA's update is a difference to its initial factors, which no file holds",
     "bias_indices": "a sparse part belongs to the update, which is then not of low rank",

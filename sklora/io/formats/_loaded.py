@@ -17,6 +17,7 @@ from sklora.io._pattern import matches_whole, matching_work
 from sklora.io._plan import AdapterPlan
 
 MAX_MATCHING = 2 * 10**7
+_MAX_LETTERS = 2 * 10**8
 _METHODS = {
     "LORA": ("lora",),
     "ADALORA": ("adalora",),
@@ -101,19 +102,21 @@ def check_targets(config: Mapping[str, Any], modules: Iterable[str]) -> None:
     if config.get("target_parameters") or config.get("ensure_weight_tying"):
         return
     targets, excluded = _names(config, "target_modules"), _names(config, "exclude_modules")
-    saved = [name for name in _names(config, "modules_to_save") or () if _PLAIN.fullmatch(name)]
+    saved = {name for name in _names(config, "modules_to_save") or () if _PLAIN.fullmatch(name)}
     modules = list(modules)
+    check_names_work(modules, len(saved))
+    layers = _layers(config)
     pattern = _supported(config.get("target_modules"), modules)
     for module in modules:
         if pattern and not matches_whole(pattern, module):
             why = f"target_modules {shown(pattern)} do not match it"
-        elif targets is not None and not _is_among(module, targets):
+        elif targets is not None and not ends_in(module, targets):
             why = f"target_modules {shown(sorted(targets))} do not name it"
-        elif excluded and _is_among(module, excluded):
+        elif excluded and ends_in(module, excluded):
             why = f"exclude_modules {shown(sorted(excluded))} name it"
         elif any(f".{name}." in f".{module}." for name in saved):
-            why = f"modules_to_save {shown(saved)} hold it"
-        elif targets is not None and module not in targets and not _is_in_layers(module, config):
+            why = f"modules_to_save {shown(sorted(saved))} hold it"
+        elif layers and targets and module not in targets and not _is_in_layers(module, layers):
             why = f"layers_to_transform is {shown(config['layers_to_transform'])}"
         else:
             continue
@@ -140,23 +143,37 @@ def _names(config: Mapping[str, Any], key: str) -> set[str] | None:
     return {name for name in names if isinstance(name, str)}
 
 
-def _is_among(module: str, names: Collection[str]) -> bool:
+def ends_in(module: str, names: Collection[str]) -> bool:
+    """Say whether the last components of a module's name, or all, are one of some names."""
     parts = module.split(".")
     return any(".".join(parts[start:]) in names for start in range(len(parts)))
 
 
-def _is_in_layers(module: str, config: Mapping[str, Any]) -> bool:
-    """Say whether a number in a name is one of the layers; versions differ in which of them."""
+def check_names_work(modules: Collection[str], n_names: int = 0) -> None:
+    """Check that comparing names of modules with others takes seconds at most."""
+    letters = sum(len(module) * (module.count(".") + 1 + n_names) for module in modules)
+    if letters > _MAX_LETTERS:
+        raise Refusal(
+            f"its {len(modules)} modules have names of so many components, or its configuration so "
+            "many names, that comparing them takes too long; leave the adapter out."
+        )
+
+
+def _layers(config: Mapping[str, Any]) -> tuple[set[str], tuple[str, ...]] | None:
+    """Give the numbers of the layers that are adapted, and what may stand before them."""
     layers, before = config.get("layers_to_transform"), config.get("layers_pattern") or ()
     if layers is None or layers == []:
-        return True
+        return None
     wanted = {str(layer) for layer in (layers if isinstance(layers, list) else [layers])}
-    plain = (
-        {before} if isinstance(before, str) else {each for each in before if isinstance(each, str)}
-    )
-    known = bool(plain) and all(_PLAIN.fullmatch(each) for each in plain)
+    plain = {before} if isinstance(before, str) else {one for one in before if isinstance(one, str)}
+    return wanted, tuple(plain) if all(map(_PLAIN.fullmatch, plain)) and len(plain) < 10 else ()
+
+
+def _is_in_layers(module: str, layers: tuple[set[str], tuple[str, ...]]) -> bool:
+    """Say whether a number in a name is one of the layers; versions differ in which of them."""
+    wanted, before = layers
     parts = module.split(".")
     return any(
-        part in wanted and (not known or ".".join(parts[:place]).endswith(tuple(plain)))
+        part in wanted and (not before or ".".join(parts[:place]).endswith(before))
         for place, part in enumerate(parts[:-1])
     )

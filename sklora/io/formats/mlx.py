@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 from sklora._untrusted import Refusal, shown
 from sklora.io._build import (
+    Modules,
     base_model_label,
     by_module,
     has_suffix,
@@ -26,6 +27,7 @@ from sklora.io._build import (
     stated_scale,
 )
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
+from sklora.io.formats._loaded import check_names_work, ends_in
 
 # What mlx-lm's trainer has always stored of its settings, and what it stores since 0.13.1 or later.
 _ALWAYS = ("iters", "lora_layers", "val_batches")
@@ -42,6 +44,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     value = _scale(config, options)
     label = base_model_label(config.get("model")) if config else None
     modules, rest = by_module(source.tensors, _SUFFIXES)
+    _check_loaded(config or {}, modules)
     mark_stacks(source, modules, "a", "b")
     left_out = left_out_of(rest)
     plan = make_plan(
@@ -57,6 +60,28 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
 
 
 FORMAT = Format(_matches, _plan)
+
+
+def _check_loaded(config: Mapping[str, object], modules: Modules) -> None:
+    """Refuse what mlx-lm would leave out in silence, or make up (`load_adapters`)."""
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
+        raise Refusal(
+            f"fine_tune_type is {shown(kind)}, with which mlx-lm loads no low-rank updates; mend "
+            "the configuration."
+        )
+    parameters = config.get("lora_parameters")
+    keys = parameters.get("keys") if isinstance(parameters, Mapping) else None
+    if not isinstance(keys, list):
+        return
+    known = {key for key in keys if isinstance(key, str)}
+    check_names_work(modules)
+    for path in modules:
+        if not ends_in(path, known):
+            raise Refusal(
+                f"module {shown(path)} is none of the keys of lora_parameters, {shown(keys)}, so "
+                "that mlx-lm leaves it out; take it out of the file, or mend the configuration."
+            )
 
 
 def _scale(config: Mapping[str, object] | None, options: ReadOptions) -> float:

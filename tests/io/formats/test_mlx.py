@@ -130,3 +130,17 @@ def test_stacks_that_do_not_fit_are_refused(normal, save, refusal, shape):
 def test_more_experts_than_any_model_has_are_refused(save, refusal):
     a, b = (torch.ones(100_001, *shape, dtype=torch.float16) for shape in ((1, 4), (5, 1)))
     assert "over 100000 experts" in refusal(save(tensors(a, b), CONFIG))
+
+
+class TestWhatMLXDoesNotLoad:
+    def test_type_of_full_weights_is_refused(self, pair, save, refusal):
+        why = refusal(save(tensors(*pair), CONFIG | {"fine_tune_type": "full"}))
+        assert why.startswith("fine_tune_type is 'full'")
+
+    def test_module_that_is_no_key_is_refused(self, pair, save, refusal, scan):
+        parameters = CONFIG["lora_parameters"] | {"keys": ["self_attn.k_proj"]}
+        path = save(tensors(*pair), {"lora_parameters": parameters})
+        assert f"module '{MODULE}' is none of the keys" in refusal(path)
+        for keys in (["self_attn.q_proj"], [MODULE], None):
+            parameters = CONFIG["lora_parameters"] | {"keys": keys}
+            assert scan(save(tensors(*pair), {"lora_parameters": parameters})).scales == (10,)

@@ -490,6 +490,13 @@ class TestWhatPEFTDoesNotLoad:
         why = refusal(save(linear("q", *pair) | hada, LORA))
         assert "module 'base_model.model.k' has the tensors of loha" in why
 
+    @pytest.mark.parametrize("ending", ["", ".default"])
+    def test_rank_by_which_adalora_divides_is_refused(self, normal, save, refusal, ending):
+        """PEFT loads it like a factor; a small one makes the update as large as one likes."""
+        tensors = named("q", lora_A=normal(3, 4), lora_B=normal(5, 3), lora_E=normal(3, 1))
+        tensors[f"{PREFIX}q.ranknum{ending}"] = torch.tensor([1e-3])
+        assert "divides its scale by it" in refusal(save(tensors, LORA | {"peft_type": "ADALORA"}))
+
     def test_rslora_of_other_methods_is_ignored(self, normal, save, scan):
         tensors = named("q", **{role: normal(*shape) for role, shape in HADA.items()})
         config = {"peft_type": "LOHA", "alpha": 6, "use_rslora": True}
