@@ -64,21 +64,25 @@ def check_methods(config: Mapping[str, Any], plan: AdapterPlan) -> None:
                 f"configuration the peft_type {shown(kind)}, with which PEFT loads others; mend "
                 "one of the two."
             )
-    _check_magnitudes(bool(config.get("use_dora")), plan)
+    _check_magnitudes(config, plan)
 
 
-def _check_magnitudes(wanted: bool, plan: AdapterPlan) -> None:
+def _check_magnitudes(config: Mapping[str, Any], plan: AdapterPlan) -> None:
     # One that does not fit is listed as left out, and PEFT raises.
     said = {name.partition(".lora_magnitude_vector")[0] for name, _ in plan.left_out}
     sized = {name.rpartition(":")[0] for name, _, _ in plan.side}
+    # PEFT's own configurations have the entry; of others no more is asked.
+    wanted = config.get("use_dora")
     for module in plan.modules:
-        if (module.name in sized) != wanted and not (wanted and module.path in said):
+        if wanted and module.name not in sized and module.path not in said:
             raise Refusal(
                 f"use_dora is set, but module {shown(module.path)} has no magnitude, so that PEFT "
                 "takes that of the base model; mend the configuration, or the file."
-                if wanted
-                else f"module {shown(module.path)} has a magnitude of DoRA, but use_dora is not "
-                "set, so that PEFT leaves it out; mend the configuration, or the file."
+            )
+        if wanted is False and module.name in sized:
+            raise Refusal(
+                f"module {shown(module.path)} has a magnitude of DoRA, but use_dora is false, so "
+                "that PEFT leaves it out; mend the configuration, or the file."
             )
 
 

@@ -73,8 +73,6 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
         check_config(beside)
         check_patterns(beside, list(modules))
     otherwise = alpha_rule(source, options)
-    # Stable Diffusion's pipelines pass by an alpha, unless the keys are kohya's.
-    heeded = not any(path.startswith("unet.") for path in modules)
 
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
         for component, config in settings.items():
@@ -90,8 +88,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
                     return Scale(value)
                 rival = scale_of_config(beside, path, dimension)
                 return Scale(value if value == rival else _disputed(options, path, value, rival))
-        found = otherwise(path, tensors, dimension)
-        return found if heeded or found.alpha is None else found._replace(rival=1.0)
+        return otherwise(path, tensors, dimension)
 
     plan = make_plan(source, options, "diffusers", modules, scale, left_out=left_out_of(rest))
     check_lokr(source, plan)

@@ -2,6 +2,12 @@
 
 LORA = {"peft_type": "LORA", "r": 3, "lora_alpha": 6}
 PREFIX = "base_model.model."
+HADA = {
+    "hada_w1_a": (5, 2),
+    "hada_w1_b": (2, 4),
+    "hada_w2_a": (5, 2),
+    "hada_w2_b": (2, 4),
+}
 
 
 def named(module, **tensors):

@@ -301,14 +301,6 @@ def test_configuration_of_peft_beside_it_has_to_agree(pair, save, scan, refusal)
     assert (report.format, report.scales) == ("peft", (1,))
 
 
-@pytest.mark.parametrize("keys", [("lora_A", "lora_B"), ("lora.down", "lora.up")])
-def test_alpha_that_stable_diffusion_s_pipelines_pass_by_is_refused(pair, save, refusal, keys):
-    names = "unet.x", "text_encoder.x"
-    tensors = {f"{n}.{key}.weight": x for n in names for key, x in zip(keys, pair, strict=True)}
-    tensors |= {f"{name}.alpha": torch.tensor(1e-6) for name in names}
-    assert "that do not look at it take 1; take it out" in refusal(save(tensors))
-
-
 def test_settings_without_alpha_are_refused(pair, save, refusal):
     """PEFT's default is 8, whatever the rank."""
     tensors = {f"unet.x.lora_{x}.weight": y for x, y in zip("AB", pair, strict=True)}

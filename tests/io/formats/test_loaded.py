@@ -1,0 +1,82 @@
+"""PEFT builds the modules of the configuration, and says nothing of tensors that are left."""
+
+import pytest
+import torch
+
+from tests.io.formats.peft import HADA, LORA, PREFIX, linear, named
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"target_modules": ["k", "0.q"]}, "target_modules"),
+        ({"target_modules": "q"}, "target_modules"),
+        ({"target_modules": r".*\.0\.(q|k)"}, "target_modules"),
+        ({"target_modules": ["q"], "exclude_modules": ["1.q"]}, "exclude_modules"),
+        ({"target_modules": ["q"], "modules_to_save": ["layers.1"]}, "modules_to_save"),
+        ({"target_modules": ["q"], "layers_to_transform": [0, 2]}, "layers_to_transform"),
+        ({"target_modules": ["q"], "layers_to_transform": 0}, "layers_to_transform"),
+        (
+            {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["h"]},
+            "layers_to_transform",
+        ),
+    ],
+)
+def test_module_that_is_not_adapted_is_refused(pair, save, refusal, settings, what):
+    why = refusal(save(linear("layers.1.q", *pair), LORA | settings))
+    assert why.startswith("module 'layers.1.q' is none that its configuration adapts")
+    assert what in why
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q"]},
+        {"target_modules": ["layers.1.q"], "layers_to_transform": [0]},
+        {"target_modules": "all-linear"},
+        {"target_modules": "layers.1.q"},
+        {"target_modules": r".*\.(?:q|k)"},
+        {"target_modules": r"(?!k).*q"},
+        {"target_modules": None, "exclude_modules": ["k", "my_q"]},
+        {"target_modules": ["q"], "modules_to_save": ["layer", "(", 3]},
+        {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["h|layers"]},
+        {"target_modules": [], "target_parameters": ["x"], "r": 3},
+    ],
+)
+def test_module_that_is_adapted_is_read(pair, save, scan, settings):
+    assert scan(save(linear("layers.1.q", *pair), LORA | settings)).ranks == (3,)
+
+
+def test_factor_of_another_method_is_refused(pair, normal, save, refusal):
+    """PEFT passes lora_E by, where the peft_type is LORA; zeros there hid the update."""
+    tensors = linear("q", *pair) | named("q", lora_E=torch.zeros(3, 1))
+    assert "has the tensors of adalora, but" in refusal(save(tensors, LORA))
+    adalora = LORA | {"peft_type": "ADALORA"}
+    assert "has the tensors of lora, but" in refusal(save(linear("q", *pair), adalora))
+    hada = named("k", **{role: normal(*shape) for role, shape in HADA.items()})
+    why = refusal(save(linear("q", *pair) | hada, LORA))
+    assert "module 'base_model.model.k' has the tensors of loha" in why
+
+
+@pytest.mark.parametrize("ending", ["", ".default"])
+def test_rank_by_which_adalora_divides_is_refused(normal, save, refusal, ending):
+    """PEFT loads it like a factor; a small one makes the update as large as one likes."""
+    tensors = named("q", lora_A=normal(3, 4), lora_B=normal(5, 3), lora_E=normal(3, 1))
+    tensors[f"{PREFIX}q.ranknum{ending}"] = torch.tensor([1e-3])
+    assert "divides its scale by it" in refusal(save(tensors, LORA | {"peft_type": "ADALORA"}))
+
+
+def test_rslora_of_other_methods_is_ignored(normal, save, scan):
+    tensors = named("q", **{role: normal(*shape) for role, shape in HADA.items()})
+    config = {"peft_type": "LOHA", "alpha": 6, "use_rslora": True}
+    assert scan(save(tensors, config)).scales == (3.0,)
+
+
+def test_magnitudes_are_there_just_where_the_configuration_says_so(pair, normal, save, refusal):
+    tensors = linear("q", *pair) | linear("k", *pair)
+    tensors |= named("q", lora_magnitude_vector=normal(5))
+    why = refusal(save(tensors, LORA | {"use_dora": True}))
+    assert why.startswith("use_dora is set, but module 'base_model.model.k' has no magnitude")
+    why = refusal(save(tensors, LORA | {"use_dora": False}))
+    assert why.startswith("module 'base_model.model.q' has a magnitude of DoRA, but use_dora")
