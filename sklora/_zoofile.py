@@ -306,7 +306,7 @@ def _read_header(path: str) -> tuple[Mapping[str, str], dict[str, _Tensor], int]
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            text = file.read(min(size, _MAX_HEADER))
+            text = file.read(min(size, _MAX_HEADER, os.path.getsize(path)))
         n_quotes = text.count(b'"') - text.count(b'\\"')
         if n_quotes > _MAX_QUOTES:
             raise ValueError(f"its header has {n_quotes} quotes, of at most {_MAX_QUOTES}")

@@ -65,10 +65,11 @@ def make_targets(labels: Labels, task: str | None) -> Targets:
     ------
     CommandError
         When a cell is no finite number in regression, several columns are no labels of 0 and 1 in
-        classification, or there is one class only.
+        classification, there is one class only, or a column of numbers holds text and `task` is
+        None.
     """
     columns = [[row.targets[place] for row in labels.rows] for place in range(len(labels.targets))]
-    task = task or _task_of(columns)
+    task = task or _task_of(labels, columns)
     if task == "regression":
         y = np.array([_numbers(labels, place) for place in range(len(columns))]).T
     elif len(columns) > 1:
@@ -83,8 +84,18 @@ def make_targets(labels: Labels, task: str | None) -> Targets:
     return Targets(task, labels.targets, y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y)
 
 
-def _task_of(columns: Sequence[Sequence[str]]) -> str:
+def _task_of(labels: Labels, columns: Sequence[Sequence[str]]) -> str:
     numbers = [[_number(cell) for cell in column] for column in columns]
+    for name, column in zip(labels.targets, numbers, strict=True):
+        # What is written for a missing number would make every other one a class.
+        if None in column and len(set(column)) > _MOST_CLASSES + 1:
+            row = labels.rows[column.index(None)]
+            cell = row.targets[labels.targets.index(name)]
+            raise CommandError(
+                f"{labels.path}, line {row.line} ({row.id}): {name} is {cell!r}, among numbers; "
+                "fill it, or leave the row out. If they are names of classes, give --task "
+                "classification."
+            )
     if any(None in column for column in numbers):
         return "classification"
     amounts = any(

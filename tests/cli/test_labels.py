@@ -157,6 +157,7 @@ class TestMakeTargets:
             ([str(n) for n in range(20)], "classification", tuple(range(20))),
             ([str(n) for n in range(21)], "regression", None),
             (["a", *"0123456789" * 3], "classification", (*"0123456789", "a")),
+            (["a", *map(str, range(10, 30))], "classification", (*map(str, range(10, 30)), "a")),
             (("9" * 19, "1", "1"), "classification", ("1", "9" * 19)),
             (("9" * 18, "1", "1"), "classification", (1, int("9" * 18))),
             (("-1", "0", "0"), "classification", (-1, 0)),
@@ -173,6 +174,10 @@ class TestMakeTargets:
         assert numbers.y.tolist() == [1.0, 2.0, 1.0]
         assert numbers.describe() == "regression, 1 number"
         assert make_targets(labels_of(["0.5", "1"]), "classification").classes == ("0.5", "1")
+
+    def test_text_among_numbers_as_asked(self):
+        cells = [*map(str, range(21)), "NA"]
+        assert len(make_targets(labels_of(cells), "classification").classes) == 22
 
     def test_many_labels(self):
         targets = make_targets(labels_of("010", ["1", "1.0", "0"]), None)
@@ -195,6 +200,8 @@ class TestMakeTargets:
             ([["1.5", "inf"]], None, "line 3 (b): t0 is 'inf'"),
             (["01", "02"], None, "line 3 (b): t1 is '2', but several targets are labels"),
             (["01", "xy"], None, "line 2 (a): t1 is 'x', but several targets are labels"),
+            ([[*map(str, range(21)), "NA"]], None, "line 23 (b): t0 is 'NA', among numbers; fill"),
+            (["0" * 22, ["NA", *map(str, range(21))]], None, "line 2 (a): t1 is 'NA', among"),
         ],
     )
     def test_refused(self, columns, task, message):
