@@ -250,6 +250,22 @@ class TestInvariance:
         with pytest.raises(AssertionError, match=r"not invariant to GL\(r\)"):
             assert_gauge_invariant(FunctionTransformer(factors), X, random_state=0)
 
+    def test_large_columns_that_move_by_rounding_hide_little(self, random_loras, rng):
+        def mixed(X):
+            lengths = np.log([np.linalg.norm(U) for U in X.factors()[0][0]])
+            return np.column_stack([1e4 * updates(X), lengths])
+
+        X = random_loras(rng, dtype=np.float32)
+        with pytest.raises(AssertionError, match=r"not invariant to GL\(r\)"):
+            assert_gauge_invariant(FunctionTransformer(mixed), X, random_state=0)
+
+    def test_columns_of_rounding_are_no_deviation(self, random_loras, rng):
+        def mixed(X):
+            return np.column_stack([updates(X), 1e-7 * np.tanh(factors(X)[:, :1])])
+
+        X = random_loras(rng, dtype=np.float32)
+        assert_gauge_invariant(FunctionTransformer(mixed), X, random_state=0)
+
     def test_pipelines_that_end_in_what_needs_no_fit(self, random_loras, rng):
         model = make_pipeline(SVDSpectrum(), Normalizer())
         assert_gauge_invariant(model, random_loras(rng), random_state=0)
