@@ -291,15 +291,17 @@ def method_of(roles: Iterable[str]) -> str | None:
 def dimension(shapes: Shapes) -> int | None:
     """Give the rank by which trainers divide alpha; None for LoKr of two full matrices, of no rank.
 
-    It is read off the tensors: the inner size of the factors as they are stored.
+    It is read off the tensors: the inner size of the factors as they are stored. Where there are
+    two, loaders take that of `down`, of the first part of LoHa, and of the second of LoKr.
     """
     for role, axis in (
+        ("down", 0),
         ("up", 1),
         ("b", 0),
         ("stack_b", 2),
         (_HADA_1.b, 0),
-        (_LOKR_1.b, 0),
         (_LOKR_2.b, 0),
+        (_LOKR_1.b, 0),
     ):
         if role in shapes:
             return shapes[role][axis]

@@ -42,9 +42,10 @@ def test_locon_with_a_tucker_core(normal, save, assert_updates, scan, dtype, ker
 
 
 def test_locon_s_core_is_not_symmetric_in_its_ranks(normal, save, assert_updates):
+    """Such as AUTOMATIC1111 alone loads: alpha is divided by the rank of `lora_down`."""
     down, mid, up = normal(2, 4, 1, 1), normal(3, 2, K, L), normal(5, 3, 1, 1)
     path = save(module(lora_down__weight=down, lora_mid__weight=mid, lora_up__weight=up))
-    assert_updates(path, {MODULE: rebuilt(mid, up.flatten(1).T, down.flatten(1)) * ALPHA / 3})
+    assert_updates(path, {MODULE: rebuilt(mid, up.flatten(1).T, down.flatten(1)) * ALPHA / 2})
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -122,6 +123,14 @@ def test_lokr(normal, save, assert_updates, scan, first, second, dtype):
     scale = scale_of(first, second)
     assert_updates(path, {MODULE: kron * scale})
     assert scan(path).scales == (scale,)
+
+
+def test_lokr_of_two_ranks_divides_by_the_second(normal, save, assert_updates):
+    """ComfyUI, AUTOMATIC1111 and diffusers do."""
+    w1_a, w1_b, w2_a, w2_b = normal(2, 4), normal(4, 2), normal(6, 1), normal(1, 5)
+    path = save(module(lokr_w1_a=w1_a, lokr_w1_b=w1_b, lokr_w2_a=w2_a, lokr_w2_b=w2_b))
+    kron = torch.kron((w1_a @ w1_b).double(), (w2_a @ w2_b).double())
+    assert_updates(path, {MODULE: kron * ALPHA})
 
 
 @pytest.mark.parametrize("alpha", [0.0, None])
