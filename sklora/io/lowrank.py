@@ -165,7 +165,8 @@ class Part(NamedTuple):
             return full[0], _columns(full), min(full[0], _columns(full))
         a, b, core = shapes[self.a], shapes[self.b], shapes.get(self.core)
         if core is None:
-            if len(a) != 2 or len(b) < 2 or a[1] != b[0]:
+            # OneTrainer has a (rows, r, 1, 1) for convolutions.
+            if len(a) < 2 or len(b) < 2 or not _columns(a) == a[1] == b[0]:
                 raise _refuse(shapes, f"{self.a} (rows, r) and {self.b} (r, columns) are expected")
             return a[0], _columns(b), a[1]
         if len(a) != 2 or len(b) != 2 or len(core) < 3 or core[:2] != (a[0], b[0]):
@@ -183,7 +184,7 @@ class Part(NamedTuple):
         a, b = arrays[self.a], arrays[self.b]
         if self.core in arrays:
             return a.T, _with_core(arrays[self.core], b)
-        return a, b.reshape(len(b), -1).T
+        return a.reshape(len(a), -1), b.reshape(len(b), -1).T
 
 
 _HADA_1 = Part("hada_w1", "hada_w1_a", "hada_w1_b", "hada_t1")

@@ -32,6 +32,22 @@ def test_loha_and_dora(normal, save, assert_updates, scan):
     assert scan(path).side == ((f"{NAME}:magnitude_in", 4),)
 
 
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
+def test_loha_of_a_convolution(normal, save, assert_updates, kernel):
+    """Its factors are those of two convolutions, of which the second is (out, r, 1, 1)."""
+    a1, a2 = (normal(5, 2, 1, 1) for _ in range(2))
+    b1, b2 = (normal(2, 4, *kernel) for _ in range(2))
+    roles = {"hada_w1_a": a1, "hada_w1_b": b1, "hada_w2_a": a2, "hada_w2_b": b2}
+    path = save(
+        {f"lora_unet_conv_in.{role}": tensor for role, tensor in roles.items()}
+        | {"lora_unet_conv_in.alpha": torch.tensor(1.0)}
+    )
+    first, second = (
+        a.double().flatten(1) @ b.double().flatten(1) for a, b in ((a1, b1), (a2, b2))
+    )
+    assert_updates(path, {"lora_unet_conv_in": first * second / 2})
+
+
 def test_embeddings_that_it_bundles_are_left_out(normal, save, scan):
     tensors = {f"{MODULE}.lora_down.weight": normal(3, 4), f"{MODULE}.lora_up.weight": normal(5, 3)}
     tensors["bundle_emb.word.clip_l"] = normal(2, 8)
