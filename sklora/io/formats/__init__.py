@@ -20,6 +20,7 @@ from sklora.io.formats import (
     onetrainer,
     peft,
 )
+from sklora.io.names import canonical_name
 
 __all__ = ["FORMATS", "plan_adapter"]
 
@@ -50,6 +51,10 @@ _FACTOR = re.compile(
 )
 # Numbers by which some trainers multiply an update.
 _SCALE = re.compile(r"\.(?:(?:lora_|network_)?alpha|(?:lora_)?scal(?:e|ar|ing))(?:\.default)?$")
+# Whole weights, which ComfyUI takes in place of the factors of a module, and AUTOMATIC1111 adds.
+_DENSE = (".diff", ".set_weight", ".w_norm", ".bias")
+# By which sd-scripts finds alpha and rank of a module, wherever they stand in a name behind it.
+_MARKS = re.compile("alpha|lora_down|hada_|lokr_")
 # By how a component of a tensor's name begins.
 _REFUSED = {
     **dict.fromkeys(("oft_diag", "oft_blocks", "oft_r", "oft_R"), _OFT),
@@ -94,6 +99,7 @@ def plan_adapter(source: Source, options: ReadOptions) -> AdapterPlan:
                 _refuse_methods(left_out)
                 _refuse_factors(left_out, plan.format)
                 _refuse_scales(source, left_out, plan)
+                _refuse_dense(source, left_out, plan)
                 _refuse_settings(source, plan)
             return plan
     _refuse_methods(source.tensors)
@@ -143,16 +149,43 @@ def _refuse_settings(source: Source, plan: AdapterPlan) -> None:
 def _refuse_scales(source: Source, tensors: Iterable[str], plan: AdapterPlan) -> None:
     """Refuse numbers that may be scales of modules, where the format of the file has none."""
     paths = {module.path for module in plan.modules}
+    # As OneTrainer once wrote LoHa: "x_q.alpha" beside "x.q.hada_w1_a".
+    flat = {path.replace(".", "_") for path in paths}
     # As in HCP-Diffusion: "x.alpha" beside "x.layer.lora_up.weight".
     wrappers = Counter(path.rpartition(".")[0] for path in paths)
     for name in tensors:
+        module, _, rest = name.partition(".")
         found = _SCALE.search(name)
-        if found is None or source.tensors[name].size != 1:
+        if module in paths and _MARKS.search(rest):
+            owner = module
+        elif found and source.tensors[name].size == 1:
+            owner = name[: found.start()]
+        else:
             continue
-        owner = name[: found.start()]
-        if owner in paths or owner.rpartition(".")[0] in paths or wrappers[owner] == 1:
+        near = owner in paths or owner.rpartition(".")[0] in paths or wrappers[owner] == 1
+        if near or owner.replace(".", "_") in flat:
             raise Refusal(
                 f"tensor {shown(name)} may be the scale of a module, but no adapter of the format "
                 f"{plan.format} has it there; multiply a factor by what it means, and take it out "
                 "of the file, or pass keys= and scale=."
+            )
+
+
+def _refuse_dense(source: Source, tensors: Iterable[str], plan: AdapterPlan) -> None:
+    """Refuse whole weights of modules that have factors, too: loaders take one of them, or both."""
+    dense = [name for name in tensors if name.endswith(_DENSE)]
+    if not dense:
+        return
+    modules = {canonical_name(module.path): module for module in plan.modules}
+    for name in dense:
+        owner, _, role = name.rpartition(".")
+        module = modules.get(canonical_name(owner))
+        if module is None:
+            continue
+        # A bias that is one has but a number for every row.
+        whole = source.tensors[name].size == module.n * module.m > module.n
+        if role != "bias" or whole:
+            raise Refusal(
+                f"tensor {shown(name)} is dense, but module {shown(module.path)} has factors as "
+                "well: some loaders take the one, some the others, or both; take one of them out."
             )

@@ -42,9 +42,7 @@ def test_loha_of_a_convolution(normal, save, assert_updates, kernel):
         {f"lora_unet_conv_in.{role}": tensor for role, tensor in roles.items()}
         | {"lora_unet_conv_in.alpha": torch.tensor(1.0)}
     )
-    first, second = (
-        a.double().flatten(1) @ b.double().flatten(1) for a, b in ((a1, b1), (a2, b2))
-    )
+    first, second = (a.double().flatten(1) @ b.double().flatten(1) for a, b in ((a1, b1), (a2, b2)))
     assert_updates(path, {"lora_unet_conv_in": first * second / 2})
 
 

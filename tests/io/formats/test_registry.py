@@ -87,6 +87,8 @@ def test_file_of_two_formats_is_refused(save, refusal, one, other):
 
 KOHYA = ("x.lora_down.weight", "x.lora_up.weight")
 DIFFUSERS = ("unet.x.lora_A.weight", "unet.x.lora_B.weight")
+FLAT = ("lora_te_x.lora_down.weight", "lora_te_x.lora_up.weight")
+HADA = tuple(f"lora_te_x.q.hada_w{place}" for place in ("1_a", "1_b", "2_a", "2_b"))
 HCP = ("unet.x.___.layer.lora_down.weight", "unet.x.___.layer.lora_up.weight")
 
 
@@ -101,14 +103,58 @@ HCP = ("unet.x.___.layer.lora_down.weight", "unet.x.___.layer.lora_up.weight")
         (DIFFUSERS, "unet.x.scaling"),
         (DIFFUSERS, "unet.x.lora_A.alpha"),
         (DIFFUSERS, "unet.x.alpha.default"),
+        (FLAT, "lora_te_x.alpha_2"),
+        (FLAT, "lora_te_x.alpha.2"),
+        (FLAT, "lora_te_x.my_alpha"),
+        (FLAT, "lora_te_x.lora_down_2"),
+        (FLAT, "lora_te_x.lora_down.bias"),
+        (HADA, "lora_te_x_q.alpha"),
     ],
 )
 def test_scale_in_another_place_is_refused(save, refusal, factors, scale):
-    """Without it the update would be read at another size."""
+    """Without it the update would be read at another size.
+
+    sd-scripts takes any tensor of a module with "alpha" in its name for alpha, and the length of
+    any with "lora_down" for its rank. OneTrainer once wrote alphas of LoHa under another name.
+    """
     tensors = {name: torch.ones(3, 3) for name in factors}
     why = refusal(save(tensors | {scale: torch.tensor(0.5)}))
     assert why.startswith(f"tensor {scale!r} may be the scale")
     assert "pass keys= and scale=" in why
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("lora_te_x.diff", (3, 3)),
+        ("lora_te_x.set_weight", (3, 3)),
+        ("lora_te_x.w_norm", (3,)),
+        ("lora_te_x.bias", (3, 3)),
+        ("text_encoder.x.diff", (3, 3)),
+    ],
+)
+def test_whole_weight_of_a_module_with_factors_is_refused(save, refusal, name, shape):
+    """ComfyUI takes it in place of the factors, and AUTOMATIC1111 adds such a bias to them."""
+    tensors = {factor: torch.ones(3, 3) for factor in FLAT}
+    why = refusal(save(tensors | {name: torch.ones(shape)}))
+    assert why.startswith(f"tensor {name!r} is dense, but module 'lora_te_x' has factors as well")
+    assert "take one of them out" in why
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("lora_te_x.bias", (3,)),
+        ("lora_te_x.diff_b", (3,)),
+        ("lora_te_y.diff", (3, 3)),
+        ("lora_te_y.bias", (3, 3)),
+        ("diff", (3, 3)),
+    ],
+)
+def test_bias_and_dense_differences_of_other_modules_are_left_out(save, scan, name, shape):
+    tensors = {factor: torch.ones(3, 3) for factor in FLAT}
+    report = scan(save(tensors | {name: torch.ones(shape)}))
+    assert [tensor for tensor, _ in report.left_out] == [name]
 
 
 @pytest.mark.parametrize(
