@@ -227,8 +227,8 @@ def opened(found: Found, options: ReadOptions, stamp: Stamp | None = None) -> It
         raise AdapterError(found.path, f"it cannot be read: {error.strerror or error}.") from error
 
 
-# As transformers and llama.cpp name them.
-_PART = re.compile(r"-[0-9]{5}-of-([0-9]{5})\.[a-z]+$")
+# As transformers and llama.cpp name them; a variant, such as fp16, may follow.
+_PART = re.compile(r"-[0-9]{5}-of-([0-9]{5})(?:\.\w+)?\.[a-z]+$")
 
 
 def _check_whole(path: str) -> None:

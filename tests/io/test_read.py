@@ -350,7 +350,10 @@ def test_nothing_but_headers_is_read_until_it_is_needed(zoo, monkeypatch):
     assert sorted(names) == [f"{PREFIX}layers.10.q.lora_{role}.weight" for role in "AB"]
 
 
-@pytest.mark.parametrize("ending", ["-00001-of-00002.safetensors", "-00003-of-00012.gguf"])
+@pytest.mark.parametrize(
+    "ending",
+    ["-00001-of-00002.safetensors", "-00003-of-00012.gguf", "-00001-of-00002.fp16.safetensors"],
+)
 def test_a_part_of_an_adapter_is_refused(here, factors, ending):
     """Else the modules of the other parts would count as unchanged."""
     kohya(f"part{ending}", factors())

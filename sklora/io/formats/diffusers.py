@@ -38,6 +38,8 @@ _SUFFIXES = {
     "up.weight": "up",
     "lora_A.weight": "down",
     "lora_B.weight": "up",
+    "lora_embedding_A": "down",
+    "lora_embedding_B": "up",
     "alpha": "alpha",
     "lora_magnitude_vector": "magnitude_out",
     "lora_magnitude_vector.weight": "magnitude_out",

@@ -44,6 +44,22 @@ def test_three_generations_of_keys_give_one_name(pair, save, assert_updates, sca
     assert (report.format, report.scales) == ("diffusers", (1,))
 
 
+def test_embedding_of_a_text_encoder(normal, pair, save, assert_updates):
+    """Whose update PEFT writes without "weight", and transposed."""
+    A, B = pair
+    table = "text_encoder.text_model.embeddings.token_embedding"
+    A_table, B_table = normal(2, 7), normal(6, 2)
+    tensors = {
+        f"{TEXT}.q_proj.lora_A.weight": A,
+        f"{TEXT}.q_proj.lora_B.weight": B,
+        f"{table}.lora_embedding_A": A_table,
+        f"{table}.lora_embedding_B": B_table,
+    }
+    path = save(tensors, metadata=described(text_encoder__r=3, text_encoder__lora_alpha=6))
+    expected = {f"{TEXT}.q_proj": product(A, B) * 2, table: product(A_table, B_table) * 3}
+    assert_updates(path, expected, names="canonical")
+
+
 @pytest.mark.parametrize(
     ("down", "up"),
     [
