@@ -239,6 +239,60 @@ def test_diffusers(peft, tmp_path, method, r):
     assert_read(read_adapters(tmp_path, names="raw")[0], expected)
 
 
+OLD = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+
+
+def text_encoder_keys(style, alpha):
+    """Tensors of both text encoders of Stable Diffusion XL, of two ranks each, in some style."""
+    torch.manual_seed(1)
+    tensors = {}
+    for component, width in (("text_encoder", 8), ("text_encoder_2", 12)):
+        for place, name in enumerate([*OLD, "fc1", "fc2"]):
+            n, m = {"fc1": (2 * width, width), "fc2": (width, 2 * width)}.get(name, (width, width))
+            path = f"text_model.encoder.layers.0.{'self_attn' if name in OLD else 'mlp'}."
+            down, up = ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"
+            prefix = f"{component}.{path}"
+            if style == "oldest" and name in OLD:
+                name, down, up = OLD[name], "_lora.down.weight", "_lora.up.weight"
+            elif style == "peft":
+                down, up = ".lora_A.weight", ".lora_B.weight"
+            elif style == "kohya":
+                prefix = f"lora_te{1 + (width > 8)}_{path.replace('.', '_')}"
+                down, up = ".lora_down.weight", ".lora_up.weight"
+                tensors[f"{prefix}{name}.alpha"] = torch.tensor(alpha)
+            tensors[f"{prefix}{name}{down}"] = torch.randn(2 + place % 2, m)
+            tensors[f"{prefix}{name}{up}"] = torch.randn(n, 2 + place % 2)
+    return tensors
+
+
+@pytest.mark.parametrize("style", ["oldest", "old", "peft", "kohya"])
+def test_text_encoders_of_diffusers(peft, tmp_path, style):
+    from safetensors.torch import save_file
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    loaders = pytest.importorskip("diffusers.loaders")
+    pipe = loaders.StableDiffusionXLLoraLoaderMixin
+    save_file(text_encoder_keys(style, 5.0), tmp_path / "x.safetensors")
+    x, alphas, _ = pipe.lora_state_dict(
+        str(tmp_path), weight_name="x.safetensors", return_lora_metadata=True
+    )
+    expected = {}
+    for component, width in (("text_encoder", 8), ("text_encoder_2", 12)):
+        config = CLIPTextConfig(
+            hidden_size=width, intermediate_size=2 * width, num_attention_heads=2, vocab_size=9
+        )
+        config.num_hidden_layers = 1
+        encoder = CLIPTextModel(config)
+        pipe.load_lora_into_text_encoder(x, alphas, encoder, prefix=component)
+        for name, layer in encoder.named_modules():
+            if hasattr(layer, "get_delta_weight"):
+                path = f"{component}.text_model.{name.removeprefix('text_model.')}"
+                [adapter] = layer.active_adapters
+                expected[path] = layer.get_delta_weight(adapter).detach().double().numpy()
+    assert len(expected) == 12
+    assert_read(read_adapters(tmp_path / "x.safetensors")[0], expected)
+
+
 @pytest.mark.parametrize("like", [False, True])
 @pytest.mark.parametrize("settings", LORA[1:], ids=range(1, len(LORA)))
 def test_written_adapters_are_loaded(peft, tmp_path, settings, like):
