@@ -17,6 +17,7 @@ _WRAPPERS = _words("_orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module")
 # In place of these prefixes, whose names have underscores for dots, stand dotted ones. "unet" is
 # any denoiser here: `_component` tells which.
 _FLAT_PREFIXES = {
+    "lora_unet__blocks_": "diffusion_model.blocks.",  # of VideoX-Fun
     "lora_unet_": "diffusion_model.",
     "lora_transformer_": "transformer.",
     "lora_te_": "text_encoder.",

@@ -349,6 +349,12 @@ def test_wrappers_are_no_part_of_a_name(path):
     assert canonical_name(path) == "model.layers.0.self_attn.q_proj"
 
 
+def test_underscore_too_many_of_videox_fun():
+    name = "transformer.blocks.0.cross_attn.k"
+    assert canonical_name("lora_unet__blocks_0_cross_attn_k") == name
+    assert canonical_name("lora_unet_blocks_0_cross_attn_k") == name
+
+
 def test_wrappers_of_denoisers():
     name = "transformer.double_blocks.0.img_attn.proj"
     assert canonical_name("lora_unet__orig_mod_double_blocks_0_img_attn_proj") == name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from sklora._untrusted import Refusal, counted, shown
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Source
@@ -149,26 +149,37 @@ def _refuse_settings(source: Source, plan: AdapterPlan) -> None:
 def _refuse_scales(source: Source, tensors: Iterable[str], plan: AdapterPlan) -> None:
     """Refuse numbers that may be scales of modules, where the format of the file has none."""
     paths = {module.path for module in plan.modules}
-    # As OneTrainer once wrote LoHa: "x_q.alpha" beside "x.q.hada_w1_a".
-    flat = {path.replace(".", "_") for path in paths}
-    # As in HCP-Diffusion: "x.alpha" beside "x.layer.lora_up.weight".
-    wrappers = Counter(path.rpartition(".")[0] for path in paths)
+    owners = {}
     for name in tensors:
         module, _, rest = name.partition(".")
         found = _SCALE.search(name)
         if module in paths and _MARKS.search(rest):
-            owner = module
+            owners[name] = module
         elif found and source.tensors[name].size == 1:
-            owner = name[: found.start()]
-        else:
-            continue
-        near = owner in paths or owner.rpartition(".")[0] in paths or wrappers[owner] == 1
-        if near or owner.replace(".", "_") in flat:
-            raise Refusal(
-                f"tensor {shown(name)} may be the scale of a module, but no adapter of the format "
-                f"{plan.format} has it there; multiply a factor by what it means, and take it out "
-                "of the file, or pass keys= and scale=."
-            )
+            owners[name] = name[: found.start()]
+    for name in _near(owners, paths):
+        raise Refusal(
+            f"tensor {shown(name)} may be the scale of a module, but no adapter of the format "
+            f"{plan.format} has it there; multiply a factor by what it means, and take it out "
+            "of the file, or pass keys= and scale=."
+        )
+
+
+def _near(owners: Mapping[str, str], paths: Collection[str]) -> Iterator[str]:
+    """Give the tensors whose owners a loader may take for one of some modules."""
+    if not owners:
+        return
+    # As in HCP-Diffusion: "x.alpha" beside "x.layer.lora_up.weight".
+    wrappers = Counter(path.rpartition(".")[0] for path in paths)
+    # As OneTrainer once wrote LoHa: "x_q.alpha" beside "x.q.hada_w1_a".
+    flat = {path.replace(".", "_") for path in paths}
+    names = set(map(canonical_name, paths))
+    for tensor, owner in owners.items():
+        # For ComfyUI "x.to_q.alpha" belongs to "x.to_q_lora.up.weight".
+        same = {owner, owner.rpartition(".")[0], f"{owner}_lora"}.intersection(paths)
+        other = owner.replace(".", "_") in flat or canonical_name(owner) in names
+        if same or other or wrappers[owner] == 1:
+            yield tensor
 
 
 def _refuse_dense(source: Source, tensors: Iterable[str], plan: AdapterPlan) -> None:

@@ -89,6 +89,8 @@ KOHYA = ("x.lora_down.weight", "x.lora_up.weight")
 DIFFUSERS = ("unet.x.lora_A.weight", "unet.x.lora_B.weight")
 FLAT = ("lora_te_x.lora_down.weight", "lora_te_x.lora_up.weight")
 HADA = tuple(f"lora_te_x.q.hada_w{place}" for place in ("1_a", "1_b", "2_a", "2_b"))
+OLD = ("unet.x.processor.to_q_lora.down.weight", "unet.x.processor.to_q_lora.up.weight")
+XLABS = tuple(f"double_blocks.0.processor.qkv_lora1.{role}.weight" for role in ("down", "up"))
 HCP = ("unet.x.___.layer.lora_down.weight", "unet.x.___.layer.lora_up.weight")
 
 
@@ -109,13 +111,17 @@ HCP = ("unet.x.___.layer.lora_down.weight", "unet.x.___.layer.lora_up.weight")
         (FLAT, "lora_te_x.lora_down_2"),
         (FLAT, "lora_te_x.lora_down.bias"),
         (HADA, "lora_te_x_q.alpha"),
+        (OLD, "unet.x.processor.to_q.alpha"),
+        (OLD, "unet.x.to_q.alpha"),
+        (XLABS, "double_blocks.0.img_attn.qkv.alpha"),
     ],
 )
 def test_scale_in_another_place_is_refused(save, refusal, factors, scale):
     """Without it the update would be read at another size.
 
     sd-scripts takes any tensor of a module with "alpha" in its name for alpha, and the length of
-    any with "lora_down" for its rank. OneTrainer once wrote alphas of LoHa under another name.
+    any with "lora_down" for its rank. OneTrainer once wrote alphas of LoHa under another name, and
+    ComfyUI looks for those of old files of diffusers there.
     """
     tensors = {name: torch.ones(3, 3) for name in factors}
     why = refusal(save(tensors | {scale: torch.tensor(0.5)}))
