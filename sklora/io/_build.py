@@ -21,7 +21,7 @@ from sklora.io._plan import (
     Source,
 )
 from sklora.io._tensors import FLOAT_DTYPES, TensorInfo
-from sklora.io.lowrank import METHODS, dimension, method_of
+from sklora.io.lowrank import METHODS, Shapes, dimension, method_of
 from sklora.io.names import canonical_name
 
 Modules = dict[str, dict[str, str]]
@@ -242,11 +242,23 @@ def _plan_module(
     if "alpha" in tensors and source.tensors[tensors["alpha"]].size != 1:
         shape = source.tensors[tensors["alpha"]].shape
         raise Refusal(f"{shown(tensors['alpha'])} has shape {shape}, but alpha is one number.")
+    _check_ranks(path, tensors, shapes)
     found = scale(path, tensors, dimension(shapes))
     if not math.isfinite(found.value):
         raise Refusal(f"module {shown(path)} has the scale {found.value}; it must be finite.")
     name = canonical_name(path) if options.names == "canonical" else path
     return ModulePlan(path, name, method, factors, n, m, rank, found)
+
+
+def _check_ranks(path: str, tensors: Mapping[str, str], shapes: Shapes) -> None:
+    """Refuse LoKr of two ranks: some loaders divide alpha by the one, some by the other."""
+    ranks = [shapes[role][0] for role in ("lokr_w1_b", "lokr_w2_b") if role in shapes]
+    if "alpha" in tensors and len(set(ranks)) > 1:
+        raise Refusal(
+            f"module {shown(path)} has parts of the ranks {ranks[0]} and {ranks[1]}: ComfyUI "
+            "divides alpha by the latter, InvokeAI by the former; multiply a factor by the scale "
+            "that is meant, and take alpha out of the file."
+        )
 
 
 def check_floats(name: str, info: TensorInfo) -> None:

@@ -293,7 +293,7 @@ def dimension(shapes: Shapes) -> int | None:
     """Give the rank by which trainers divide alpha; None for LoKr of two full matrices, of no rank.
 
     It is read off the tensors: the inner size of the factors as they are stored. Where there are
-    two, loaders take that of `down`, of the first part of LoHa, and of the second of LoKr.
+    two, loaders take that of `down`, and of the first part of LoHa.
     """
     for role, axis in (
         ("down", 0),
@@ -301,8 +301,8 @@ def dimension(shapes: Shapes) -> int | None:
         ("b", 0),
         ("stack_b", 2),
         (_HADA_1.b, 0),
-        (_LOKR_2.b, 0),
         (_LOKR_1.b, 0),
+        (_LOKR_2.b, 0),
     ):
         if role in shapes:
             return shapes[role][axis]

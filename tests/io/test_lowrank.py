@@ -312,10 +312,9 @@ def test_no_roles_are_no_method():
         ({"lokr_w1_a": (2, 6), "lokr_w1_b": (6, 3), "lokr_w2": (4, 5)}, 6),
         ({"lokr_w1": (2, 3), "lokr_w2_a": (6, 4), "lokr_w2_b": (6, 5)}, 6),
         ({"lokr_w1": (2, 3), "lokr_w2": (4, 5)}, None),
-        # Of two ranks that of loaders: ComfyUI, AUTOMATIC1111, diffusers.
+        # Of two ranks that of loaders: ComfyUI, AUTOMATIC1111, InvokeAI.
         ({"down": (2, 4, 1, 1), "mid": (3, 2, 3, 3), "up": (5, 3, 1, 1)}, 2),
         ({"hada_w1_b": (2, 4), "hada_w2_b": (3, 4)}, 2),
-        ({"lokr_w1_a": (2, 6), "lokr_w1_b": (6, 3), "lokr_w2_a": (4, 1), "lokr_w2_b": (1, 5)}, 1),
     ],
 )
 def test_rank_by_which_alpha_is_divided(shapes, r):

@@ -2,9 +2,9 @@
 
 Scale: alpha/r, with r the inner size of the stored factors; exactly 1 for LoKr of two full
 matrices, which has none (`lycoris/modules/locon.py`, `loha.py`, `lokr.py`, ``__init__``). A missing
-alpha, and an alpha of 0, means r. LyCORIS has one r; of two, loaders take that of ``lokr_w2_b``,
-``hada_w1_b`` and ``lora_down`` (`comfy/weight_adapter/`). Its own `merge_to` applies the scale of
-LoHa and LoKr twice, and its networks once, as others do.
+alpha, and an alpha of 0, means r. LyCORIS has one r; of two, loaders take that of ``hada_w1_b`` and
+of ``lora_down`` (`comfy/weight_adapter/`). Its own `merge_to` applies the scale of LoHa and LoKr
+twice, and its networks once, as others do.
 """
 
 from __future__ import annotations

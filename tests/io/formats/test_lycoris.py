@@ -125,12 +125,15 @@ def test_lokr(normal, save, assert_updates, scan, first, second, dtype):
     assert scan(path).scales == (scale,)
 
 
-def test_lokr_of_two_ranks_divides_by_the_second(normal, save, assert_updates):
-    """ComfyUI, AUTOMATIC1111 and diffusers do."""
+def test_lokr_of_two_ranks_is_refused_beside_an_alpha(normal, save, assert_updates, refusal):
+    """ComfyUI, AUTOMATIC1111 and diffusers divide it by the second rank, InvokeAI by the first."""
     w1_a, w1_b, w2_a, w2_b = normal(2, 4), normal(4, 2), normal(6, 1), normal(1, 5)
-    path = save(module(lokr_w1_a=w1_a, lokr_w1_b=w1_b, lokr_w2_a=w2_a, lokr_w2_b=w2_b))
+    roles = {"lokr_w1_a": w1_a, "lokr_w1_b": w1_b, "lokr_w2_a": w2_a, "lokr_w2_b": w2_b}
+    for options in ({}, {"lokr": "kronecker"}):
+        why = refusal(save(module(**roles)), **options)
+        assert why.startswith(f"module {MODULE!r} has parts of the ranks 4 and 1: ComfyUI")
     kron = torch.kron((w1_a @ w1_b).double(), (w2_a @ w2_b).double())
-    assert_updates(path, {MODULE: kron * ALPHA})
+    assert_updates(save(module(None, **roles)), {MODULE: kron})
 
 
 @pytest.mark.parametrize("alpha", [0.0, None])
