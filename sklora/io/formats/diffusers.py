@@ -15,6 +15,7 @@ from typing import Any
 from sklora._untrusted import Refusal, parse_json, shown
 from sklora.io._build import (
     PRODUCT_ROLES,
+    Modules,
     alpha_rule,
     by_module,
     has_suffix,
@@ -46,6 +47,7 @@ _SUFFIXES = {
     "dora_scale": "magnitude",
 }
 _MAGNITUDES = {"magnitude", "magnitude_out"}
+_OF_FLUX = ("transformer.", "text_encoder.")
 # By which a component of the metadata is a configuration of LoRA.
 _TOLD = ("r", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
 
@@ -94,10 +96,27 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
 
     plan = make_plan(source, options, "diffusers", modules, scale, left_out=left_out_of(rest))
     check_lokr(source, plan)
+    _check_alphas(plan, modules)
     return plan
 
 
 FORMAT = Format(_matches, _plan)
+
+
+def _check_alphas(plan: AdapterPlan, modules: Modules) -> None:
+    """Refuse an alpha of no module: for FLUX, diffusers takes it for all modules that have none."""
+    bare = {
+        module.path.partition(".")[0]: module.path
+        for module in plan.modules
+        if module.path.startswith(_OF_FLUX) and "alpha" not in modules[module.path]
+    }
+    for name, _ in plan.left_out:
+        other = bare.get(name.partition(".")[0])
+        if other and "alpha" in name:
+            raise Refusal(
+                f"tensor {shown(name)} is the alpha of no module; diffusers takes one for modules "
+                f"that have none, such as {shown(other)}: take it out of the file."
+            )
 
 
 def _disputed(options: ReadOptions, path: str, value: float, rival: float) -> float:

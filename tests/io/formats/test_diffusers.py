@@ -317,6 +317,22 @@ def test_configuration_of_peft_beside_it_has_to_agree(pair, save, scan, refusal)
     assert (report.format, report.scales) == ("peft", (1,))
 
 
+@pytest.mark.parametrize("name", ["transformer.other.alpha", "transformer.my_alpha_note"])
+def test_alpha_of_no_module_is_refused_where_one_has_none(pair, save, refusal, scan, name):
+    """diffusers takes it for all modules of FLUX that have none, and sees "alpha" anywhere."""
+    A, B = pair
+    tensors = {"transformer.x.lora_A.weight": A, "transformer.x.lora_B.weight": B}
+    tensors[name] = torch.tensor(1000.0)
+    why = refusal(save(tensors))
+    assert why.startswith(f"tensor {name!r} is the alpha of no module")
+    assert "such as 'transformer.x': take it out" in why
+    # Those of other components, and beside modules that have their own, mean nothing.
+    tensors["text_encoder.alpha"] = tensors.pop(name)
+    assert scan(save(tensors)).scales == (1,)
+    tensors |= {name: torch.tensor(1000.0), "transformer.x.alpha": torch.tensor(6.0)}
+    assert scan(save(tensors)).scales == (2,)
+
+
 def test_settings_without_alpha_are_refused(pair, save, refusal):
     """PEFT's default is 8, whatever the rank."""
     tensors = {f"unet.x.lora_{x}.weight": y for x, y in zip("AB", pair, strict=True)}
