@@ -139,7 +139,7 @@ def _refuse_factors(tensors: Iterable[str], format: str) -> None:
 
 def _refuse_settings(source: Source, plan: AdapterPlan) -> None:
     """Refuse settings of diffusers beside others' keys, which it loads by these settings."""
-    if peft.METADATA in source.metadata and plan.format not in ("diffusers", "peft"):
+    if peft.METADATA in source.metadata and plan.format != "diffusers":
         raise Refusal(
             f"its metadata entry {peft.METADATA} is that of diffusers, which scales by it, but its "
             f"keys are of the format {plan.format}, whose loaders do not; take the entry out."

@@ -16,6 +16,7 @@ from sklora._untrusted import Refusal, parse_json, shown
 from sklora.io._build import (
     PRODUCT_ROLES,
     Modules,
+    alpha_over_rank,
     alpha_rule,
     by_module,
     has_suffix,
@@ -47,6 +48,11 @@ _SUFFIXES = {
     "dora_scale": "magnitude",
 }
 _MAGNITUDES = {"magnitude", "magnitude_out"}
+# Others diffusers renames to one of these, if it takes them at all.
+_COMPONENTS = (
+    *("unet.", "transformer.", "transformer_2.", "prior.", "controlnet."),
+    *("text_encoder.", "text_encoder_2.", "text_encoder_3."),
+)
 _OF_FLUX = ("transformer.", "text_encoder.")
 # By which a component of the metadata is a configuration of LoRA.
 _TOLD = ("r", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
@@ -88,10 +94,18 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
                         "magnitude, so that PEFT takes that of the base model; mend one of them."
                     )
                 value = scale_of_config(config, module, dimension)
-                if beside is None or is_of_pipeline(path):
-                    return Scale(value)
-                rival = scale_of_config(beside, path, dimension)
-                return Scale(value if value == rival else _disputed(options, path, value, rival))
+                if beside is not None and not is_of_pipeline(path):
+                    rival = scale_of_config(beside, path, dimension)
+                    value = value if value == rival else _disputed(options, path, value, rival)
+                # ComfyUI follows an alpha instead.
+                found = alpha_over_rank(path, tensors, dimension)
+                return Scale(value) if found.alpha is None else found._replace(rival=value)
+        if settings and not path.startswith(_COMPONENTS):
+            raise Refusal(
+                f"its metadata entry {METADATA} has settings of {shown(next(iter(settings)))}; "
+                f"diffusers follows them for module {shown(path)}, to which it gives another name, "
+                "and others do not: take the entry out of the file."
+            )
         return otherwise(path, tensors, dimension)
 
     plan = make_plan(source, options, "diffusers", modules, scale, left_out=left_out_of(rest))

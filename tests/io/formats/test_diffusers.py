@@ -140,10 +140,24 @@ class TestScale:
         tensors = self.tensors(pair, "transformer.x") | {"transformer.x.alpha": alpha}
         assert_updates(save(tensors), {"transformer.x": product(*pair) * 6 / 3})
 
-    def test_is_that_of_the_metadata_even_against_a_tensor(self, pair, save, assert_updates):
+    def test_of_metadata_and_a_tensor_have_to_agree(self, pair, save, assert_updates, refusal):
+        """diffusers follows the former, and ComfyUI the latter."""
         tensors = self.tensors(pair, "transformer.x") | {"transformer.x.alpha": torch.tensor(6.0)}
         path = save(tensors, metadata=described(transformer__r=3, transformer__lora_alpha=12))
-        assert_updates(path, {"transformer.x": product(*pair) * 12 / 3})
+        assert "gives its module the scale 2, but loaders that do not look at it take 4" in refusal(
+            path
+        )
+        path = save(tensors, metadata=described(transformer__r=3, transformer__lora_alpha=6))
+        assert_updates(path, {"transformer.x": product(*pair) * 6 / 3})
+
+    @pytest.mark.parametrize("prefix", ["diffusion_model.", ""])
+    def test_of_the_metadata_is_that_of_modules_renamed(self, pair, save, scan, refusal, prefix):
+        """diffusers follows it, other loaders of such names do not."""
+        tensors = self.tensors(pair, f"{prefix}blocks.0.q")
+        why = refusal(save(tensors, metadata=described(transformer__lora_alpha=3000)))
+        assert "has settings of 'transformer'; diffusers follows them for module" in why
+        assert f"{prefix}blocks.0.q" in why
+        assert scan(save(tensors, metadata=described(lora_alpha=6))).scales == (2,)
 
     def test_is_that_of_the_component(self, pair, save, assert_updates):
         modules = ["transformer.x", "text_encoder.x", "text_encoder_2.x"]
@@ -346,10 +360,15 @@ def test_settings_of_dora_without_magnitudes_are_refused(pair, save, refusal):
     assert "module 'unet.x' has no magnitude" in refusal(path)
 
 
-def test_settings_beside_the_keys_of_kohya_are_refused(pair, save, refusal):
+@pytest.mark.parametrize(
+    "name", ["lora_unet_x.lora_{}.weight", "base_model.model.x.lora_{}.weight"]
+)
+def test_settings_beside_the_keys_of_others_are_refused(pair, save, refusal, name):
     """Diffusers scales by them."""
-    tensors = {f"lora_unet_x.lora_{x}.weight": y for x, y in zip(("down", "up"), pair, strict=True)}
-    path = save(tensors, metadata=described(unet__lora_alpha=3000))
+    roles = "AB" if name.startswith("base") else ("down", "up")
+    tensors = {name.format(x): y for x, y in zip(roles, pair, strict=True)}
+    config = {"peft_type": "LORA", "lora_alpha": 3}
+    path = save(tensors, config, metadata=described(unet__lora_alpha=3000))
     assert "its metadata entry lora_adapter_metadata is that of diffusers" in refusal(path)
 
 
