@@ -25,7 +25,7 @@ from sklora.io._build import (
     stated_scale,
 )
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
-from sklora.io.formats._loaded import is_of_pipeline
+from sklora.io.formats._loaded import check_targets, is_of_pipeline
 from sklora.io.formats.peft import (
     METADATA,
     check_config,
@@ -111,6 +111,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     plan = make_plan(source, options, "diffusers", modules, scale, left_out=left_out_of(rest))
     check_lokr(source, plan)
     _check_alphas(plan, modules)
+    _check_text_encoders(plan, settings)
     return plan
 
 
@@ -131,6 +132,14 @@ def _check_alphas(plan: AdapterPlan, modules: Modules) -> None:
                 f"tensor {shown(name)} is the alpha of no module; diffusers takes one for modules "
                 f"that have none, such as {shown(other)}: take it out of the file."
             )
+
+
+def _check_text_encoders(plan: AdapterPlan, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse modules that settings do not target: of denoisers the tensors alone tell targets."""
+    for component, config in settings.items():
+        if component.startswith("text_encoder"):
+            own = (module.path.partition(f"{component}.") for module in plan.modules)
+            check_targets(config, [rest for before, _, rest in own if rest and not before])
 
 
 def _disputed(options: ReadOptions, path: str, value: float, rival: float) -> float:

@@ -347,6 +347,24 @@ def test_alpha_of_no_module_is_refused_where_one_has_none(pair, save, refusal, s
     assert scan(save(tensors)).scales == (2,)
 
 
+@pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2"])
+def test_module_of_a_text_encoder_that_settings_do_not_target_is_refused(
+    pair, save, scan, refusal, component
+):
+    """Transformers leaves it out when it loads the file; denoisers load all that is there."""
+    tensors = {
+        f"{part}.layers.0.{name}.lora_{x}.weight": y.clone()
+        for part, name in ((component, "q_proj"), (component, "k_proj"), ("unet", "to_q"))
+        for x, y in zip("AB", pair, strict=True)
+    }
+    settings = {f"{component}__lora_alpha": 3, "unet__lora_alpha": 3, "unet__target_modules": ["x"]}
+    targets = f"{component}__target_modules"
+    path = save(tensors, metadata=described(**settings, **{targets: ["q_proj", "k_proj"]}))
+    assert scan(path).scales == (1,)
+    path = save(tensors, metadata=described(**settings, **{targets: ["q_proj"]}))
+    assert "module 'layers.0.k_proj' is none that its configuration adapts" in refusal(path)
+
+
 def test_settings_without_alpha_are_refused(pair, save, refusal):
     """PEFT's default is 8, whatever the rank."""
     tensors = {f"unet.x.lora_{x}.weight": y for x, y in zip("AB", pair, strict=True)}
