@@ -88,11 +88,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
         for component, config in settings.items():
             if path.startswith(f"{component}.") or (len(settings) == 1 and not component):
                 module = path.removeprefix(f"{component}.")
-                if config.get("use_dora") and not tensors.keys() & _MAGNITUDES:
-                    raise Refusal(
-                        f"use_dora is set in its metadata, but module {shown(path)} has no "
-                        "magnitude, so that PEFT takes that of the base model; mend one of them."
-                    )
+                _check_dora(path, config, tensors)
                 value = scale_of_config(config, module, dimension)
                 if beside is not None and not is_of_pipeline(path):
                     rival = scale_of_config(beside, path, dimension)
@@ -132,6 +128,20 @@ def _check_alphas(plan: AdapterPlan, modules: Modules) -> None:
                 f"tensor {shown(name)} is the alpha of no module; diffusers takes one for modules "
                 f"that have none, such as {shown(other)}: take it out of the file."
             )
+
+
+def _check_dora(path: str, config: Mapping[str, Any], tensors: Mapping[str, str]) -> None:
+    """Refuse a magnitude that PEFT leaves out, or has to make up."""
+    if config.get("use_dora") and not tensors.keys() & _MAGNITUDES:
+        raise Refusal(
+            f"use_dora is set in its metadata, but module {shown(path)} has no magnitude, so that "
+            "PEFT takes that of the base model; mend one of them."
+        )
+    if config.get("use_dora") is False and "magnitude_out" in tensors:
+        raise Refusal(
+            f"module {shown(path)} has a magnitude of DoRA, but use_dora is false in its metadata, "
+            "so that PEFT leaves it out; mend one of them."
+        )
 
 
 def _check_text_encoders(plan: AdapterPlan, settings: Mapping[str, Mapping[str, Any]]) -> None:

@@ -372,10 +372,14 @@ def test_settings_without_alpha_are_refused(pair, save, refusal):
     assert "has settings of 'unet' without lora_alpha, for which PEFT takes 8" in why
 
 
-def test_settings_of_dora_without_magnitudes_are_refused(pair, save, refusal):
+def test_settings_of_dora_and_magnitudes_have_to_agree(pair, save, scan, refusal):
     tensors = {f"unet.x.lora_{x}.weight": y for x, y in zip("AB", pair, strict=True)}
     path = save(tensors, metadata=described(unet__lora_alpha=3, unet__use_dora=True))
     assert "module 'unet.x' has no magnitude" in refusal(path)
+    tensors["unet.x.lora_magnitude_vector"] = torch.ones(5)
+    assert scan(save(tensors, metadata=described(unet__lora_alpha=3, unet__use_dora=True))).side
+    path = save(tensors, metadata=described(unet__lora_alpha=3, unet__use_dora=False))
+    assert "module 'unet.x' has a magnitude of DoRA, but use_dora is false" in refusal(path)
 
 
 @pytest.mark.parametrize(
