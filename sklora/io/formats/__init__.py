@@ -68,6 +68,7 @@ _REFUSED = {
     "lambda_layer": "T-LoRA's update is a difference to its initial factors, which no file holds",
     "bias_indices": "a sparse part belongs to the update, which is then not of low rank",
     "a1.weight": "GLoRA multiplies the weight, which is no low-rank update",
+    "lora_controlnet": "a control LoRA is a network of its own, which diffusers scales otherwise",
     "lora_a.weight": "torchtune's checkpoints are read after its export to PEFT",
 }
 

@@ -20,6 +20,8 @@ REFUSED = {
     "lora_unet_x.lambda_layer": "T-LoRA's update is a difference",
     "lora_unet_x.bias_indices": "a sparse part belongs to the update",
     "lora_unet_x.a1.weight": "GLoRA multiplies",
+    "lora_controlnet": "a control LoRA is a network of its own",
+    "unet.lora_controlnet": "a control LoRA is a network of its own",
     "layers.0.attn.q_proj.lora_a.weight": "after its export to PEFT",
 }
 
