@@ -50,8 +50,8 @@ _SUFFIXES = {
 _MAGNITUDES = {"magnitude", "magnitude_out"}
 # Others diffusers renames to one of these, if it takes them at all.
 _COMPONENTS = (
-    *("unet.", "transformer.", "transformer_2.", "prior.", "controlnet."),
-    *("text_encoder.", "text_encoder_2.", "text_encoder_3."),
+    *("unet.", "transformer.", "transformer_2.", "transformer_ref.", "connectors.", "prior."),
+    *("controlnet.", "text_encoder.", "text_encoder_2.", "text_encoder_3."),
 )
 _OF_FLUX = ("transformer.", "text_encoder.")
 # By which a component of the metadata is a configuration of LoRA.
@@ -83,8 +83,10 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
         check_config(beside)
         check_patterns(beside, list(modules))
     otherwise = alpha_rule(source, options)
+    known = (*_COMPONENTS, *(f"{component}." for component in settings if component))
 
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
+        _check_component(path, settings, known)
         for component, config in settings.items():
             if path.startswith(f"{component}.") or (len(settings) == 1 and not component):
                 module = path.removeprefix(f"{component}.")
@@ -96,12 +98,6 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
                 # ComfyUI follows an alpha instead.
                 found = alpha_over_rank(path, tensors, dimension)
                 return Scale(value) if found.alpha is None else found._replace(rival=value)
-        if settings and not path.startswith(_COMPONENTS):
-            raise Refusal(
-                f"its metadata entry {METADATA} has settings of {shown(next(iter(settings)))}; "
-                f"diffusers follows them for module {shown(path)}, to which it gives another name, "
-                "and others do not: take the entry out of the file."
-            )
         return otherwise(path, tensors, dimension)
 
     plan = make_plan(source, options, "diffusers", modules, scale, left_out=left_out_of(rest))
@@ -128,6 +124,17 @@ def _check_alphas(plan: AdapterPlan, modules: Modules) -> None:
                 f"tensor {shown(name)} is the alpha of no module; diffusers takes one for modules "
                 f"that have none, such as {shown(other)}: take it out of the file."
             )
+
+
+def _check_component(path: str, settings: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Refuse settings that diffusers follows for a module under another name, or not at all."""
+    renamed = path.startswith("diffusion_model.")
+    if settings and (renamed or path.startswith(known) == ("" in settings)):
+        raise Refusal(
+            f"its metadata entry {METADATA} has settings of {shown(next(iter(settings)))}, but "
+            f"module {shown(path)} is of no such component; there are loaders that follow them, "
+            "and others that do not: take the entry out of the file."
+        )
 
 
 def _check_dora(path: str, config: Mapping[str, Any], tensors: Mapping[str, str]) -> None:

@@ -150,14 +150,24 @@ class TestScale:
         path = save(tensors, metadata=described(transformer__r=3, transformer__lora_alpha=6))
         assert_updates(path, {"transformer.x": product(*pair) * 6 / 3})
 
-    @pytest.mark.parametrize("prefix", ["diffusion_model.", ""])
-    def test_of_the_metadata_is_that_of_modules_renamed(self, pair, save, scan, refusal, prefix):
-        """diffusers follows it, other loaders of such names do not."""
-        tensors = self.tensors(pair, f"{prefix}blocks.0.q")
-        why = refusal(save(tensors, metadata=described(transformer__lora_alpha=3000)))
-        assert "has settings of 'transformer'; diffusers follows them for module" in why
-        assert f"{prefix}blocks.0.q" in why
-        assert scan(save(tensors, metadata=described(lora_alpha=6))).scales == (2,)
+    @pytest.mark.parametrize(
+        ("module", "component"),
+        [("diffusion_model.x", "transformer."), ("x", "transformer."), ("diffusion_model.x", "")]
+        + [(f"{part}.x", "") for part in ("unet", "transformer", "text_encoder_2")],
+    )
+    def test_of_another_component_is_refused(self, pair, save, refusal, module, component):
+        """diffusers follows it for modules that it renames, and ComfyUI never."""
+        text = json.dumps({f"{component}lora_alpha": 3000})
+        path = save(self.tensors(pair, module), metadata={"lora_adapter_metadata": text})
+        assert f"settings of {component[:-1]!r}, but module {module!r} is of no" in refusal(path)
+
+    def test_of_any_component_is_that_of_its_modules(self, pair, save, scan):
+        path = save(self.tensors(pair, "new.x"), metadata=described(new__lora_alpha=6))
+        assert scan(path).scales == (2,)
+
+    def test_of_no_component_is_that_of_a_model(self, pair, save, scan):
+        path = save(self.tensors(pair, "x"), metadata=described(lora_alpha=6))
+        assert scan(path).scales == (2,)
 
     def test_is_that_of_the_component(self, pair, save, assert_updates):
         modules = ["transformer.x", "text_encoder.x", "text_encoder_2.x"]
