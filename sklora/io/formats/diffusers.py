@@ -51,7 +51,7 @@ _MAGNITUDES = {"magnitude", "magnitude_out"}
 # Others diffusers renames to one of these, if it takes them at all.
 _COMPONENTS = (
     *("unet.", "transformer.", "transformer_2.", "transformer_ref.", "connectors.", "prior."),
-    *("controlnet.", "text_encoder.", "text_encoder_2.", "text_encoder_3."),
+    *("controlnet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "text_conditioner."),
 )
 _OF_FLUX = ("transformer.", "text_encoder.")
 # By which a component of the metadata is a configuration of LoRA.
