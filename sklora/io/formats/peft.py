@@ -358,18 +358,28 @@ def _with_experts(
     for target in targets:
         parent, _, parameter = target.rpartition(".")
         parameters.setdefault(parent, set()).add(parameter)
-    experts = (_experts(each, parameters, config) for each in plan.modules)
+    columns: dict[str, list[int]] = {}
+    for module in plan.modules:
+        columns.setdefault(_wrapped(module.path), []).append(module.rank)
+    experts = (_experts(each, parameters, config, columns) for each in plan.modules)
     return with_modules(plan, chain.from_iterable(experts))
 
 
-def _experts(
-    module: ModulePlan, parameters: Mapping[str, set[str]], config: Mapping[str, Any]
-) -> Iterator[ModulePlan]:
-    path = module.path.removeprefix(PREFIX)
-    # Further parameters of the same module are wrapped inside each other.
-    owner = path
+def _wrapped(path: str) -> str:
+    """Give the module of a parameter; further ones of it are wrapped inside each other."""
+    owner = path.removeprefix(PREFIX)
     while owner.endswith(".base_layer"):
         owner = owner.removesuffix(".base_layer")
+    return owner
+
+
+def _experts(
+    module: ModulePlan,
+    parameters: Mapping[str, set[str]],
+    config: Mapping[str, Any],
+    columns: Mapping[str, Sequence[int]],
+) -> Iterator[ModulePlan]:
+    path, owner = module.path.removeprefix(PREFIX), _wrapped(module.path)
     parts = owner.split(".")
     ends = (".".join(parts[start:]) for start in range(len(parts)))
     named = set[str]().union(*(parameters.get(end, ()) for end in ends))
@@ -380,7 +390,9 @@ def _experts(
     ):
         yield module
         return
-    rank, value = _settings_of_experts(config, owner, sorted(named.union(loose)))
+    rank, value = _settings_of_experts(
+        config, owner, sorted(named.union(loose)), module.rank, columns[owner]
+    )
     if rank < 1 or module.rank % rank or module.method != "lora":
         raise Refusal(
             f"module {shown(path)} has factors of {counted(module.rank, 'column')}, no whole "
@@ -390,15 +402,25 @@ def _experts(
 
 
 def _settings_of_experts(
-    config: Mapping[str, Any], owner: str, parameters: Sequence[str]
+    config: Mapping[str, Any],
+    owner: str,
+    parameters: Sequence[str],
+    width: int,
+    columns: Sequence[int],
 ) -> tuple[int, float]:
-    """Give the rank of one expert, and the scale."""
+    """Give the rank of one expert, and the scale, of the factors of `width` columns."""
     settings = set()
     for parameter in parameters:
         name = f"{owner}.{parameter}"
         rank = int(pattern_value(config, "rank_pattern", "r", name))
         settings.add((rank, _alpha_by_rank(config, name, max(rank, 1))))
     if len(settings) > 1:
+        # All parameters of a module have as many experts: PEFT gives "gate_up_proj" twice the rank.
+        ranks = [rank for rank, _ in settings if rank > 0]
+        counts = ({each // rank for rank in ranks if each % rank == 0} for each in columns)
+        shared = set.intersection(*counts)
+        settings = {setting for setting in settings if any(setting[0] * n == width for n in shared)}
+    if len(settings) != 1:
         raise Refusal(
             f"its patterns of ranks and alphas tell the parameters {shown(parameters)[1:-1]} of "
             f"module {shown(owner)} apart, but its tensors do not."

@@ -56,6 +56,40 @@ class TestExperts:
         )
         assert "down_proj', 'gate_up_proj' of module 'mlp.experts'" in refusal(path)
 
+    def test_parameters_of_unequal_ranks_are_told_apart_by_the_number_of_experts(
+        self, normal, save, assert_updates
+    ):
+        """PEFT gives the fused "gate_up_proj" twice the rank where transformers fuses it."""
+        config = LORA | {
+            "target_parameters": ["gate.weight", "gate_up_proj", "down_proj"],
+            "rank_pattern": {r".*\.gate_up_proj": 6},
+            "alpha_pattern": {r".*\.gate_up_proj": 5},
+        }
+        stacks = {"mlp.experts": 3, "mlp.experts.base_layer": 6}
+        A, B = normal(3, 4), normal(5, 3)
+        tensors, expected = linear("mlp.gate", A, B), {}
+        expected[PREFIX + "mlp.gate.0"] = B.double() @ A.double() * 2
+        for (module, r), scale in zip(stacks.items(), (2, 5 / 6), strict=True):
+            A, B = normal(4 * r, 7), normal(8, 4 * r)
+            tensors |= linear(module, A, B)
+            for e in range(4):
+                update = B.double()[:, e::4] @ A.double()[e * r :][:r]
+                expected[f"{PREFIX}{module}.{e}"] = update * scale
+        assert_updates(save(tensors, config), expected)
+
+    @pytest.mark.parametrize(
+        ("columns", "ranks"),
+        [((6, 6), (3, 6)), ((12, 24), (2, 6)), ((12,), (3, 6)), ((6, 3), (0, 3)), ((5, 7), (2, 4))],
+    )
+    def test_ranks_that_fit_in_no_one_way_are_refused(self, normal, save, refusal, columns, ranks):
+        tensors = {}
+        for depth, n_columns in enumerate(columns):
+            module = "mlp.experts" + ".base_layer" * depth
+            tensors |= linear(module, normal(n_columns, 6), normal(5, n_columns))
+        patterns = dict(zip(("gate_up_proj", "down_proj"), ranks, strict=True))
+        why = refusal(save(tensors, self.CONFIG | {"rank_pattern": patterns}))
+        assert "of module 'mlp.experts' apart" in why
+
     def test_many_targets_of_many_modules_are_refused(self, normal, save, refusal):
         tensors = {}
         for place in range(300):
