@@ -21,6 +21,7 @@ from sklora.io._find import CONFIG, find_files, read_config
 from sklora.io._plan import ModulePlan, ReadOptions
 from sklora.io._read import first_of
 from sklora.io._tensors import check_tensor
+from sklora.io.formats._loaded import SAVED_WHOLE
 from sklora.io.formats.peft import ATTENTION_OUT, PREFIX
 from sklora.io.names import canonical_name
 
@@ -195,6 +196,12 @@ def _like(
                 path,
                 f"it is no plain LoRA of PEFT, but {' and '.join(methods)} of {plan.format}; pass "
                 "another like=, or none.",
+            )
+        if SAVED_WHOLE in {reason for _, reason in plan.left_out}:
+            raise AdapterError(
+                path,
+                "it has factors in modules that were saved whole, which PEFT has left out since "
+                "0.16; pass another like=, or none.",
             )
         known = _canonical({module.path: module for module in plan.modules})
         known |= {module.path.removeprefix(PREFIX): module for module in plan.modules}

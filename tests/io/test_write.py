@@ -360,6 +360,13 @@ class TestLike:
         with pytest.raises(AdapterError, match="no plain LoRA of PEFT, but loha of peft; pass"):
             write_adapter("a", read_adapters("like")[0], like="like")
 
+    def test_factors_in_a_module_that_was_saved_whole_are_an_error(self, like, factors):
+        copy = f"{PREFIX}classifier.modules_to_save"
+        like |= {f"{copy}.lora_A.weight": np.ones((1, 4)), f"{copy}.lora_B.weight": np.ones((3, 1))}
+        save_file(like, "like/adapter_model.safetensors")
+        with pytest.raises(AdapterError, match=r"factors in modules .* saved whole.*like="):
+            write_adapter("a", read_adapters("like")[0], like="like")
+
     def test_has_to_be_one_adapter_of_peft(self, like, factors):
         write_adapter("two/a", factors())
         write_adapter("two/b", factors())

@@ -20,6 +20,7 @@ from sklora.io.formats import (
     onetrainer,
     peft,
 )
+from sklora.io.formats._loaded import SAVED_WHOLE
 from sklora.io.names import canonical_name
 
 __all__ = ["FORMATS", "plan_adapter"]
@@ -96,9 +97,10 @@ def plan_adapter(source: Source, options: ReadOptions) -> AdapterPlan:
         if format.matches(source, options):
             plan = format.plan(source, options)
             if format is not custom.FORMAT:
-                left_out = [name for name, _ in plan.left_out if source.tensors[name].size]
+                left_out = {name: why for name, why in plan.left_out if source.tensors[name].size}
                 _refuse_methods(left_out)
-                _refuse_factors(left_out, plan.format)
+                unknown = (name for name, why in left_out.items() if why != SAVED_WHOLE)
+                _refuse_factors(unknown, plan.format)
                 _refuse_scales(source, left_out, plan)
                 _refuse_dense(source, left_out, plan)
                 _refuse_settings(source, plan)

@@ -35,6 +35,15 @@ _COMPONENTS = (
 _OTHERS = ("transformer.h.", "transformer.encoder.")
 # PEFT takes some of these names for patterns.
 _PLAIN = re.compile(r"[\w.-]+")
+# PEFT has two copies of a module that it saves whole, and saves some for a task: until 0.10 no
+# configuration names those.
+_COPIES = re.compile(r"\.(?:modules_to_save|original_module)(?![^.])")
+_HEADS = {
+    "SEQ_CLS": {"classifier", "score"},
+    "TOKEN_CLS": {"classifier", "score"},
+    "QUESTION_ANS": {"qa_outputs"},
+}
+SAVED_WHOLE = "a factor in a module that was saved whole"
 
 
 def is_of_pipeline(name: str) -> bool:
@@ -86,6 +95,32 @@ def _check_magnitudes(config: Mapping[str, Any], plan: AdapterPlan) -> None:
             )
 
 
+def saved_whole(config: Mapping[str, Any], modules: Collection[str]) -> set[str]:
+    """Find the modules in others that were saved whole, as PEFT until 0.15 wrote them.
+
+    Its `modules_to_save` and `target_modules` could name the same modules; it has left out such
+    factors since.
+
+    Parameters
+    ----------
+    config : mapping
+        Of PEFT.
+    modules : collection of str
+
+    Returns
+    -------
+    set of str
+    """
+    copied = [_COPIES.split(module, maxsplit=1)[0] for module in modules if _COPIES.search(module)]
+    if not copied:
+        return set()
+    check_names_work(modules)
+    heads = _HEADS.get(str(config.get("task_type")), set())
+    names = heads.union(_names(config, "modules_to_save") or ())
+    holders = {holder for holder in copied if ends_in(holder, names)}
+    return {module for module in modules if _begins_in(module, holders)}
+
+
 def check_targets(config: Mapping[str, Any], modules: Iterable[str]) -> None:
     """Refuse modules that a configuration does not target, so that PEFT leaves them out.
 
@@ -118,6 +153,8 @@ def check_targets(config: Mapping[str, Any], modules: Iterable[str]) -> None:
             why = f"target_modules {shown(sorted(targets))} do not name it"
         elif excluded and ends_in(module, excluded):
             why = f"exclude_modules {shown(sorted(excluded))} name it"
+        elif _COPIES.search(module):
+            why = "it is the copy of one that modules_to_save do not name"
         elif any(f".{name}." in f".{module}." for name in saved):
             why = f"modules_to_save {shown(sorted(saved))} hold it"
         elif layers and targets and module not in targets and not _is_in_layers(module, layers):
@@ -151,6 +188,12 @@ def ends_in(module: str, names: Collection[str]) -> bool:
     """Say whether the last components of a module's name, or all, are one of some names."""
     parts = module.split(".")
     return any(".".join(parts[start:]) in names for start in range(len(parts)))
+
+
+def _begins_in(module: str, names: Collection[str]) -> bool:
+    """Say whether the first components of a module's name, or all, are one of some names."""
+    parts = module.split(".")
+    return any(".".join(parts[:end]) in names for end in range(1, len(parts) + 1))
 
 
 def check_names_work(modules: Collection[str], n_names: int = 0) -> None:

@@ -43,7 +43,14 @@ from sklora.io._plan import (
     Scale,
     Source,
 )
-from sklora.io.formats._loaded import MAX_MATCHING, check_methods, check_targets, is_of_pipeline
+from sklora.io.formats._loaded import (
+    MAX_MATCHING,
+    SAVED_WHOLE,
+    check_methods,
+    check_targets,
+    is_of_pipeline,
+    saved_whole,
+)
 
 PREFIX = "base_model.model."
 # Where diffusers keeps a configuration of PEFT for each component.
@@ -104,6 +111,8 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
         check_lokr(source, plan)
         return plan
     check_config(config)
+    for path in saved_whole(config, modules):
+        left_out += [LeftOut(name, SAVED_WHOLE) for name in modules.pop(path).values()]
     targets = _targets(config)
     longest = max(map(len, targets), default=0)
     check_patterns(config, list(modules), max(len(targets), 1), longest)

@@ -80,3 +80,56 @@ def test_magnitudes_are_there_just_where_the_configuration_says_so(pair, normal,
     assert why.startswith("use_dora is set, but module 'base_model.model.k' has no magnitude")
     why = refusal(save(tensors, LORA | {"use_dora": False}))
     assert why.startswith("module 'base_model.model.q' has a magnitude of DoRA, but use_dora")
+
+
+COPIES = ("", ".modules_to_save", ".original_module")
+
+
+@pytest.mark.parametrize(
+    ("settings", "head"),
+    [
+        ({"task_type": "SEQ_CLS", "modules_to_save": None}, "classifier"),
+        ({"task_type": "TOKEN_CLS"}, "score"),
+        ({"task_type": "QUESTION_ANS", "modules_to_save": ["classifier"]}, "qa_outputs"),
+        ({"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}, "classifier"),
+        ({"task_type": None, "modules_to_save": ["head.last"]}, "model.head.last"),
+    ],
+)
+@pytest.mark.parametrize("inner", ["", ".dense"])
+def test_factors_in_a_module_that_was_saved_whole_are_left_out(
+    pair, save, scan, settings, head, inner
+):
+    """PEFT until 0.15 adapted the heads of classifiers, too, where targets name them."""
+    copies = {}
+    for copy in COPIES:
+        copies |= linear(f"{head}{copy}{inner}", *pair)
+    other = linear("model.classifiers.dense", *pair)
+    config = LORA | {"target_modules": ["dense", "classifier", "score", "last"]} | settings
+    report = scan(save(copies | other, config))
+    assert [module.name for module in report.modules] == ["model.classifiers.dense"]
+    reason = "a factor in a module that was saved whole"
+    assert set(report.left_out) == {(name, reason) for name in copies}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"task_type": "CAUSAL_LM"},
+        {"task_type": ["SEQ_CLS"]},
+        {"task_type": "SEQ_CLS", "target_modules": None},
+        {"task_type": "SEQ_CLS", "modules_to_save": ["layers.2"]},
+    ],
+)
+def test_copies_of_modules_that_were_not_saved_whole_hide_nothing(pair, save, refusal, settings):
+    """PEFT loads the factors beside them."""
+    tensors = linear("layers.1.q", *pair) | linear("layers.1.modules_to_save.q", *pair)
+    why = refusal(save(tensors, LORA | {"target_modules": ["q"]} | settings))
+    assert "module 'layers.1.modules_to_save.q' is none that its configuration adapts" in why
+    assert "modules_to_save do not name" in why
+
+
+def test_factors_of_other_formats_are_refused_in_a_module_that_was_saved_whole(pair, save, refusal):
+    A, B = pair
+    tensors = linear("q", A, B) | {f"{PREFIX}classifier.modules_to_save.lora_down.weight": A}
+    tensors |= linear("classifier.modules_to_save", A, B)
+    assert "mixes two formats" in refusal(save(tensors, LORA | {"task_type": "SEQ_CLS"}))
