@@ -12,7 +12,7 @@ def _words(text: str) -> frozenset[str]:
 
 _PEFT = "base_model.model."
 # What torch.compile, FSDP and checkpointing put around a module.
-_WRAPPERS = _words("_orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module")
+WRAPPERS = _words("_orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module")
 
 # In place of these prefixes, whose names have underscores for dots, stand dotted ones. "unet" is
 # any denoiser here: `_component` tells which.
@@ -176,8 +176,8 @@ def canonical_name(path: str) -> str:
     """
     # llama.cpp's names, such as "blk.0.attn_q", stay too: its converter permutes the rows of
     # queries and keys in models of the llama type, so the update is another than PEFT's.
-    bare = _without(_unwrapped(path), _PEFT)
-    component, parts = _component(_unwrapped(_unflattened(bare)))
+    bare = _without(unwrapped(path), _PEFT)
+    component, parts = _component(unwrapped(_unflattened(bare)))
     if component == "unet":
         parts = _from_ldm(parts)
     elif component in _TEXT_ENCODERS and _is_bare_clip(parts):
@@ -186,9 +186,9 @@ def canonical_name(path: str) -> str:
     return ".".join(parts if component is None else [component, *parts])
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
     """Drop the components of wrappers, but never all."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS) or name
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS) or name
 
 
 def _without(name: str, prefix: str) -> str:

@@ -51,6 +51,7 @@ from sklora.io.formats._loaded import (
     is_of_pipeline,
     saved_whole,
 )
+from sklora.io.names import WRAPPERS, unwrapped
 
 PREFIX = "base_model.model."
 # Where diffusers keeps a configuration of PEFT for each component.
@@ -68,6 +69,8 @@ _TYPES = ("LORA", "ADALORA", "LOHA", "LOKR")
 # These leave the base model as it is, so that B A is the whole update.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "true", "false")
 _CONV1D = 3
+# Where configurations name modules.
+_NAMES = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
 # Where the output projection of a MultiheadAttention is, whose settings are those of the whole.
 ATTENTION_OUT = ".base_layer.out_proj"
 _OF_A_PIPELINE = "diffusers, which looks at no adapter_config.json,"
@@ -116,9 +119,10 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     targets = _targets(config)
     longest = max(map(len, targets), default=0)
     check_patterns(config, list(modules), max(len(targets), 1), longest)
+    wrapped = _names_wrappers(config)
 
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
-        value = scale_of_config(config, _owner(path), dimension)
+        value = scale_of_config(config, _owner(path, wrapped), dimension)
         if "alpha" in tensors:
             # PEFT and transformers pass by a tensor that is called alpha.
             return alpha_over_rank(path, tensors, dimension)._replace(rival=value)
@@ -131,7 +135,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     plan = make_plan(source, options, "peft", modules, scale, left_out=left_out, base_model=label)
     check_lokr(source, plan)
     check_methods(config, plan)
-    check_targets(config, (_owner(module.path) for module in plan.modules))
+    check_targets(config, (_owner(module.path, wrapped) for module in plan.modules))
     return _with_experts(plan, config, targets)
 
 
@@ -152,9 +156,19 @@ def _role_of(name: str) -> tuple[str, str] | None:
     return None
 
 
-def _owner(path: str) -> str:
+def _owner(path: str, wrapped: bool) -> str:
     """Give the module that a configuration means by its name."""
-    return path.removeprefix(PREFIX).removesuffix(ATTENTION_OUT)
+    name = path if wrapped else unwrapped(path)
+    return name.removeprefix(PREFIX).removesuffix(ATTENTION_OUT)
+
+
+def _names_wrappers(config: Mapping[str, Any]) -> bool:
+    """Say whether a configuration is of a model in its wrappers, such as torch.compile's."""
+    names: list[object] = []
+    for value in map(config.get, _NAMES):
+        names += value if isinstance(value, (list, Mapping)) else [value]
+    texts = [name for name in names if isinstance(name, str)]
+    return any(wrapper in text for text in texts for wrapper in WRAPPERS)
 
 
 def _without_alphas(modules: Modules, rest: list[str]) -> list[str]:

@@ -48,6 +48,40 @@ def test_module_that_is_adapted_is_read(pair, save, scan, settings):
     assert scan(save(linear("layers.1.q", *pair), LORA | settings)).ranks == (3,)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": r"layers\.\d+\.q", "lora_alpha": 9},
+        {"target_modules": ["layers.1.q"], "lora_alpha": 9},
+        {"target_modules": ["q"], "alpha_pattern": {"layers.1.q": 9}},
+        {"target_modules": ["q"], "layers_to_transform": [1], "lora_alpha": 9},
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "wrapper"),
+    [
+        ("base_model.model._orig_mod.layers.1.q", "_orig_mod"),
+        ("_orig_mod.base_model.model.layers.1.q", None),
+        ("base_model.model.layers._fsdp_wrapped_module.1.q", None),
+        ("base_model.model.layers.1._checkpoint_wrapped_module.q", None),
+    ],
+)
+def test_what_wrappers_put_between_is_no_part_of_a_name(pair, save, scan, settings, name, wrapper):
+    A, B = pair
+    tensors = {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+    report = scan(save(tensors, LORA | settings))
+    assert [(module.name, module.scale) for module in report.modules] == [("layers.1.q", 3.0)]
+    if wrapper is not None:
+        inside = {"target_modules": [f"{wrapper}.layers.1.q"]}
+        assert scan(save(tensors, LORA | settings | inside)).scales == (3.0,)
+
+
+@pytest.mark.parametrize("value", [None, 3, "_orig_mod", [["_orig_mod"]]])
+def test_names_of_modules_may_be_anything(pair, save, scan, value):
+    config = LORA | {"exclude_modules": value}
+    assert scan(save(linear("layers.1.q", *pair), config)).ranks == (3,)
+
+
 def test_factor_of_another_method_is_refused(pair, normal, save, refusal):
     """PEFT passes lora_E by, where the peft_type is LORA; zeros there hid the update."""
     tensors = linear("q", *pair) | named("q", lora_E=torch.zeros(3, 1))
