@@ -11,7 +11,7 @@ no configuration, so its scale is not known. DoRA keeps its magnitude in ``.m``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from sklora._untrusted import Refusal, shown
 from sklora.io._build import (
@@ -27,7 +27,7 @@ from sklora.io._build import (
     stated_scale,
 )
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
-from sklora.io.formats._loaded import check_names_work, ends_in
+from sklora.io.formats._loaded import check_names_work
 
 # What mlx-lm's trainer has always stored of its settings, and what it stores since 0.13.1 or later.
 _ALWAYS = ("iters", "lora_layers", "val_batches")
@@ -70,17 +70,62 @@ def _check_loaded(config: Mapping[str, object], modules: Modules) -> None:
             f"fine_tune_type is {shown(kind)}, with which mlx-lm loads no low-rank updates; mend "
             "the configuration."
         )
+    _check_magnitudes(config, modules)
+    check_names_work(modules)
     parameters = config.get("lora_parameters")
     keys = parameters.get("keys") if isinstance(parameters, Mapping) else None
-    if not isinstance(keys, list):
-        return
-    known = {key for key in keys if isinstance(key, str)}
-    check_names_work(modules)
+    known = {key for key in keys if isinstance(key, str)} if isinstance(keys, list) else None
+    layers: dict[str, dict[int, str]] = {}
     for path in modules:
-        if not ends_in(path, known):
+        if known and path in known:
+            continue
+        place = _layer(path, known)
+        if place is not None:
+            layers.setdefault(place[0], {})[place[1]] = path
+        elif known is not None:
             raise Refusal(
-                f"module {shown(path)} is none of the keys of lora_parameters, {shown(keys)}, so "
-                "that mlx-lm leaves it out; take it out of the file, or mend the configuration."
+                f"module {shown(path)} is none of the keys of lora_parameters, {shown(keys)}, in a "
+                "layer or as a whole, so that mlx-lm leaves it out; take it out of the file, or "
+                "mend the configuration."
+            )
+    _check_layers(config, layers)
+
+
+def _check_magnitudes(config: Mapping[str, object], modules: Modules) -> None:
+    kind = config.get("fine_tune_type")  # which 0.13.1 to 0.18 called use_dora
+    dora = config.get("use_dora") if kind is None else kind == "dora"
+    for path, tensors in modules.items():
+        if dora is False and "magnitude" in tensors:
+            why = "a magnitude of DoRA, but its configuration no DoRA, so that mlx-lm leaves it out"
+        elif dora and "magnitude" not in tensors:
+            why = "no magnitude, but its configuration DoRA, so that mlx-lm takes the base model's"
+        else:
+            continue
+        raise Refusal(f"module {shown(path)} has {why}; mend the configuration, or the file.")
+
+
+def _layer(path: str, keys: Collection[str] | None) -> tuple[str, int] | None:
+    """Find the layer that a module is in: a number, before a key if there are keys."""
+    parts = path.split(".")
+    for place, part in enumerate(parts[:-1]):
+        rest = ".".join(parts[place + 1 :])
+        if part.isascii() and part.isdigit() and (keys is None or rest in keys):
+            return ".".join(parts[:place]), int(part)
+    return None
+
+
+def _check_layers(config: Mapping[str, object], layers: Mapping[str, Mapping[int, str]]) -> None:
+    """Refuse modules that lie further apart than the last layers, which alone are adapted."""
+    count = config.get("num_layers", config.get("lora_layers"))
+    if type(count) is not int or count < 1:  # all of them
+        return
+    for found in layers.values():
+        first, last = min(found), max(found)
+        if last - first >= count:
+            raise Refusal(
+                f"num_layers is {count}, but modules {shown(found[first])} and "
+                f"{shown(found[last])} lie further apart, so that mlx-lm leaves out the first; "
+                "take it out of the file, or mend the configuration."
             )
 
 

@@ -137,10 +137,61 @@ class TestWhatMLXDoesNotLoad:
         why = refusal(save(tensors(*pair), CONFIG | {"fine_tune_type": "full"}))
         assert why.startswith("fine_tune_type is 'full'")
 
-    def test_module_that_is_no_key_is_refused(self, pair, save, refusal, scan):
-        parameters = CONFIG["lora_parameters"] | {"keys": ["self_attn.k_proj"]}
+    @pytest.mark.parametrize("key", ["self_attn.k_proj", "q_proj", "0.self_attn.q_proj"])
+    def test_module_that_is_no_key_is_refused(self, pair, save, refusal, key):
+        """A key is the whole name, or all of it below the layer (`linear_to_lora_layers`)."""
+        parameters = CONFIG["lora_parameters"] | {"keys": [key]}
         path = save(tensors(*pair), {"lora_parameters": parameters})
         assert f"module '{MODULE}' is none of the keys" in refusal(path)
-        for keys in (["self_attn.q_proj"], [MODULE], None):
-            parameters = CONFIG["lora_parameters"] | {"keys": keys}
-            assert scan(save(tensors(*pair), {"lora_parameters": parameters})).scales == (10,)
+
+    @pytest.mark.parametrize(
+        "keys", [["self_attn.q_proj"], [MODULE], None, ["x", "self_attn.q_proj"]]
+    )
+    def test_keys_are_of_a_layer_or_whole_names(self, pair, save, scan, keys):
+        parameters = CONFIG["lora_parameters"] | {"keys": keys}
+        assert scan(save(tensors(*pair), {"lora_parameters": parameters})).scales == (10,)
+
+    @pytest.mark.parametrize(("first", "last"), [(0, 2), (9, 11)])
+    @pytest.mark.parametrize("keys", [{}, {"keys": ["mlp.experts.7.up"]}])
+    @pytest.mark.parametrize("name", ["num_layers", "lora_layers"])
+    def test_more_layers_than_the_last_are_refused(
+        self, pair, save, refusal, scan, name, keys, first, last
+    ):
+        a, b = pair
+        both = {}
+        for layer in (first, last):
+            module = f"model.layers.{layer}.mlp.experts.7.up"
+            both |= {f"{module}.lora_a": a, f"{module}.lora_b": b}
+        config = {"lora_parameters": CONFIG["lora_parameters"] | keys}
+        why = refusal(save(both, config | {name: 2}))
+        assert f"num_layers is 2, but modules 'model.layers.{first}.mlp.experts.7.up' and" in why
+        for enough in (3, -1, 0, None):
+            assert len(scan(save(both, config | {name: enough})).modules) == 2
+
+    def test_whole_names_are_adapted_in_every_layer(self, pair, save, scan):
+        a, b = pair
+        both = {}
+        for layer in (0, 9):
+            both |= {f"layers.{layer}.q.lora_a": a, f"layers.{layer}.q.lora_b": b}
+        parameters = CONFIG["lora_parameters"] | {"keys": ["layers.0.q", "q"]}
+        path = save(both, {"lora_parameters": parameters, "num_layers": 1})
+        assert len(scan(path).modules) == 2
+
+    @pytest.mark.parametrize(
+        ("config", "dora"),
+        [
+            ({"fine_tune_type": "dora"}, True),
+            ({"fine_tune_type": "lora"}, False),
+            ({"fine_tune_type": "lora", "use_dora": True}, False),
+            ({"use_dora": True}, True),
+            ({"use_dora": False}, False),
+        ],
+    )
+    def test_magnitudes_that_do_not_fit_the_type_are_refused(
+        self, pair, normal, save, refusal, scan, config, dora
+    ):
+        plain, full = tensors(*pair), tensors(*pair) | {f"{MODULE}.m": normal(5)}
+        good, bad = (full, plain) if dora else (plain, full)
+        why = "no magnitude" if dora else "a magnitude of DoRA"
+        assert f"module '{MODULE}' has {why}" in refusal(save(bad, CONFIG | config))
+        assert len(scan(save(good, CONFIG | config)).side) == dora
