@@ -301,9 +301,10 @@ def check_names(plans: Iterable[ModulePlan]) -> None:
 
 
 def mark_stacks(source: Source, modules: Modules, a: str, b: str) -> None:
-    """Give the factors of stacked experts, whose second has three axes, roles of their own."""
+    """Give the factors of stacked experts, which have more axes, roles of their own."""
     for tensors in modules.values():
-        if tensors.keys() >= {a, b} and len(source.tensors[tensors[b]].shape) == 3:
+        shapes = [source.tensors[tensors[role]].shape for role in (a, b) if role in tensors]
+        if len(shapes) == 2 and max(map(len, shapes)) > 2:
             tensors["stack_a"], tensors["stack_b"] = tensors.pop(a), tensors.pop(b)
 
 

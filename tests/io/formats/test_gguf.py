@@ -111,6 +111,15 @@ def test_every_expert_is_a_module(rng, factors, save_gguf, assert_updates, rank)
     assert_updates(path, expected | {"blk.0.attn_q": 2 * product(*factors)})
 
 
+@pytest.mark.parametrize(
+    ("a", "b"), [((2, 2, 4), (5, 2)), ((2, 4, 1, 1), (5, 2)), ((2, 4, 3, 3), (5, 2, 1, 1))]
+)
+def test_factors_of_a_convolution_are_refused(rng, save_gguf, refusal, a, b):
+    """The product of matrices of llama.cpp is along the last axis."""
+    A, B = (rng.normal(size=shape).astype(np.float32) for shape in (a, b))
+    assert f"stack_a {a}, stack_b {b} do not fit" in refusal(save_gguf(pair(A, B)))
+
+
 def test_others_are_left_out(rng, factors, save_gguf, scan):
     norm = {"blk.0.attn_norm.weight": (rng.normal(size=4).astype(np.float32), None)}
     [(name, reason)] = scan(save_gguf(pair(*factors) | norm)).left_out
