@@ -7,6 +7,7 @@ import pandas as pd
 import polars as pl
 import pytest
 import sklearn
+import torch
 from scipy import sparse
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
@@ -92,6 +93,12 @@ def test_one_adapter_equals_many(featurizer, mixed):
     for position in range(len(mixed)):
         one = np.asarray(featurizer.transform(mixed[[position]]))
         np.testing.assert_allclose(one[0], many[position], atol=1e-12)
+
+
+def test_a_device_of_torch_is_one(featurizer, X):
+    expected = np.asarray(featurizer.fit_transform(X))
+    featurizer.set_params(device=torch.device("cpu"))
+    np.testing.assert_array_equal(np.asarray(featurizer.fit_transform(X)), expected)
 
 
 def test_clone_and_pickle(featurizer, X):
@@ -255,6 +262,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match="'adapter-4' has NaN or infinity in module 'm1'"):
             getattr(fitted, method)(bad)
 
+    def test_what_overflows(self, fitted, X):
+        """In `fit_transform` it is found after the fit, which is undone."""
+        huge = LoRACollection.from_array(np.sign(np.asarray(X)) * 1.7e308, X.layout, ids=X.ids)
+        with pytest.raises(ValueError, match="what is computed from them overflows"):
+            fitted.fit_transform(huge)
+
     @pytest.mark.parametrize("method", ["fit", "transform"])
     def test_empty(self, fitted, X, method):
         with pytest.raises(ValueError, match="0 adapters"):
@@ -295,7 +308,10 @@ class TestBadInput:
 
     @pytest.mark.parametrize(
         ("name", "value"),
-        [("device", 3), ("device", "abacus"), ("n_jobs", "two"), ("layout", [("q", 3, 3, 1)])],
+        [
+            *(("device", 3), ("device", "abacus"), ("n_jobs", "two"), ("verbose", "much")),
+            ("layout", [("q", 3, 3, 1)]),
+        ],
     )
     def test_parameters(self, fitted, X, name, value):
         if name not in fitted.get_params():
