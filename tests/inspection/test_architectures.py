@@ -1,3 +1,5 @@
+from functools import partial
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -101,6 +103,15 @@ class TestFromEstimator:
         display = ArchitectureComparisonDisplay.from_estimator(search.fit(*zoo))
         assert display.ax_.get_xlabel() == name
         assert rows(display.ax_) == ["SVDSpectrum + Ridge"]
+
+    def test_first_of_equal_candidates(self, zoo):
+        model = Pipeline([("features", SVDSpectrum()), ("model", Ridge())])
+        equal = {"model": [DummyRegressor()], "model__quantile": [0.2, 0.8]}  # of no effect
+        search = GridSearchCV(model, [{"model": [Ridge()]}, equal], cv=2, refit=lambda results: 0)
+        display = ArchitectureComparisonDisplay.from_estimator(search.fit(*zoo))
+        times = display.fit_times["regression"]
+        first = search.cv_results_["mean_fit_time"][1]
+        assert times["SVDSpectrum + DummyRegressor"] == first
 
     def test_classification(self, zoo):
         search = GridSearchCV(DummyClassifier(), {"strategy": ["prior"]}, cv=2)
@@ -323,6 +334,11 @@ class TestFromPredictions:
         assert display.folds_[0].get_xdata() == [r2_score([0, 1, 2], [0, 1, 5])]
         assert display.folds_[0].get_marker() == "x"
         assert display.errorbars_[0][0].get_markersize() == 9
+
+    def test_metric_without_a_name(self):
+        metric = partial(accuracy_score, normalize=False)
+        display = ArchitectureComparisonDisplay.from_predictions([0], {"a": [0]}, metric=metric)
+        assert display.ax_.get_xlabel() == "score"
 
     def test_lengths(self):
         with pytest.raises(ValueError, match="inconsistent"):
