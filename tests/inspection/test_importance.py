@@ -1,10 +1,11 @@
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 
-from sklora import SVDSpectrum
-from sklora.inspection import ModuleImportanceDisplay, module_importance
+from sklora import LoRACollection, SVDSpectrum
+from sklora.inspection import ModuleImportanceDisplay, _importance, module_importance
 from sklora.inspection._importance import _spread_out
 
 
@@ -29,6 +30,30 @@ def test_from_estimator(rng, random_loras):
     assert {label.get_size() for label in display.ax_.get_yticklabels()} == {9}
     assert display.ax_.yaxis_inverted()
     assert display.ax_.get_ylabel() == ""
+
+
+def test_blocks_jobs_and_axes(rng, monkeypatch):
+    names = ["layers.0.q", "layers.0.v", "layers.1.q", "layers.1.v"]
+    X = LoRACollection.from_factors(
+        {name: (rng.normal(size=(6, 2)), rng.normal(size=(5, 2))) for name in names}
+        for _ in range(30)
+    )
+    y = rng.normal(size=30)
+    model = make_pipeline(SVDSpectrum(), RidgeCV()).fit(X, y)
+    given = []
+
+    def in_one_job(*args, n_jobs, **kwargs):
+        given.append(n_jobs)
+        return module_importance(*args, **kwargs)
+
+    monkeypatch.setattr(_importance, "module_importance", in_one_job)
+    _, ax = plt.subplots()
+    display = ModuleImportanceDisplay.from_estimator(
+        model, X, y, by="depth", n_repeats=1, n_jobs=2, ax=ax
+    )
+    assert display.ax_ is ax
+    assert display.names == ("layers.0", "layers.1")
+    assert given == [2]
 
 
 def test_error_bars_are_standard_deviations(rng):
