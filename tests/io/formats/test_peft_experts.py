@@ -90,6 +90,32 @@ class TestExperts:
         why = refusal(save(tensors, self.CONFIG | {"rank_pattern": patterns}))
         assert "of module 'mlp.experts' apart" in why
 
+    @pytest.mark.parametrize("use_rslora", [False, True])
+    def test_ranks_tell_parameters_of_a_module_apart(
+        self, normal, save, assert_updates, use_rslora
+    ):
+        """As PEFT converts old adapters of Mixtral: the fused parameter has twice the rank."""
+        stacks = {
+            "mlp.experts": (2, 6, normal(6, 6), normal(5, 6)),
+            "mlp.experts.base_layer": (4, 12, normal(12, 5), normal(7, 12)),
+        }
+        tensors, expected = {}, {}
+        for module, (r, alpha, A, B) in stacks.items():
+            tensors |= linear(module, A, B)
+            scale = alpha / (r**0.5 if use_rslora else r)
+            for e in range(3):
+                update = B.double()[:, e::3] @ A.double()[e * r : (e + 1) * r]
+                expected[f"{PREFIX}{module}.{e}"] = scale * update
+        config = {
+            "r": 2,
+            "lora_alpha": 6,
+            "rank_pattern": {r".*\.gate_up_proj": 4},
+            "alpha_pattern": {r".*\.gate_up_proj": 12},
+            "target_parameters": ["down_proj", "gate_up_proj"],
+            "use_rslora": use_rslora,
+        }
+        assert_updates(save(tensors, self.CONFIG | config), expected)
+
     def test_many_targets_of_many_modules_are_refused(self, normal, save, refusal):
         tensors = {}
         for place in range(300):
