@@ -18,7 +18,9 @@ from sklora.inspection._plotting import (
     COLORMAP,
     MARKERS,
     PALETTE,
+    ending_of,
     plain_labels,
+    room_for_labels,
     save_figure,
     short_names,
     windowless_axes,
@@ -133,3 +135,15 @@ class TestEveryDisplay:
 def test_import_needs_no_matplotlib():
     code = "import sys, sklora.inspection; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("height", "dpi", "room"), [(2, 50, 12), (2, 200, 12), (0.1, 100, 2)])
+def test_room_for_labels_is_that_of_the_height(height, dpi, room):
+    axes = plt.figure(figsize=(9, height), dpi=dpi).add_axes((0, 0, 1, 1))
+    assert room_for_labels(axes, 9) == room
+
+
+def test_figures_have_a_place(tmp_path):
+    assert ending_of(tmp_path / "a.b.PNG") == "png"
+    with pytest.raises(ValueError, match=f"path='{tmp_path}' is a folder"):
+        save_figure(plt.figure(), tmp_path)
