@@ -352,7 +352,8 @@ def blocks(n_rows: int, bytes_per_row: float) -> Iterator[slice]:
 
 def check_order(X: Any, layout: LoRALayout) -> None:
     """Raise if the names of a data frame are those of the layout, but stand elsewhere."""
-    names = _get_feature_names(X)
+    # Without the wait for scikit-learn to find out that an array is no data frame.
+    names = None if isinstance(X, np.ndarray) else _get_feature_names(X)
     if names is None or layout.has_plain_rows:
         return
     expected = layout.feature_names()
@@ -442,6 +443,8 @@ def _checked_ranks(ranks: ArrayLike, n_adapters: int, layout: LoRALayout) -> NDA
     return checked
 
 
+# So much is always to be had, and looking how much there is takes a tenth of a millisecond.
+_CERTAIN_BYTES = 2**24
 _READ_IN_BLOCKS = (
     "Give the collection itself to a step of sklora, such as SVDSpectrum, which reads it in "
     "blocks, or take fewer adapters."
@@ -458,6 +461,8 @@ def check_memory(
 ) -> None:
     """Check that an array with a row for each of some adapters fits into memory."""
     needed = n_rows * width * dtype.itemsize
+    if needed <= _CERTAIN_BYTES:
+        return
     available = available_memory()
     if available is not None and needed > available:
         raise MemoryError(

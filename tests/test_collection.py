@@ -125,6 +125,7 @@ class TestArrayLike:
 
     @pytest.mark.parametrize("available", [100, None])
     def test_what_does_not_fit_in_memory_is_refused_with_its_size(self, monkeypatch, available):
+        monkeypatch.setattr("sklora._stores._CERTAIN_BYTES", 0)
         monkeypatch.setattr(sklora._stores, "available_memory", lambda: available)
         if available is None:
             assert np.asarray(LORAS[1:]).shape == (4, 15)

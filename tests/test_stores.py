@@ -227,6 +227,13 @@ class TestWorkers:
         )
 
 
+def test_for_a_few_bytes_nobody_looks_how_much_memory_there_is(monkeypatch):
+    monkeypatch.setattr(_stores, "available_memory", lambda: 0)
+    _stores.check_memory(2**20, 4, np.dtype(np.float32))
+    with pytest.raises(MemoryError, match=r"1048577 adapters x 4 columns .* 0\.0 GiB are free"):
+        _stores.check_memory(2**20 + 1, 4, np.dtype(np.float32))
+
+
 class TestAvailableMemory:
     def test_is_a_number_of_bytes_where_known(self):
         available = _stores.available_memory()

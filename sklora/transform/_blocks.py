@@ -364,11 +364,14 @@ def run_tasks(
     n_adapters = sum(len(X) for _, X, _ in tasks)
     _logger.debug("%s: %d adapters in %d blocks on %s", what, n_adapters, len(tasks), where)
     streams = getattr(backend, "supports_return_generator", False)
-    parallel = Parallel(
-        n_jobs=n_jobs,
-        prefer="threads" if shared else None,
-        return_as="generator" if streams else "list",
-    )
+    parallel: Callable[[Iterable[Any]], Iterable[Any]] = _here
+    # Joblib takes a tenth of a millisecond to start, as long as the work on a small block takes.
+    if not shared or len(tasks) > 1:
+        parallel = Parallel(
+            n_jobs=n_jobs,
+            prefer="threads" if shared else None,
+            return_as="generator" if streams else "list",
+        )
     if shared:
         work = (delayed(_run)(*task, device) for task in tasks)
     else:
@@ -378,6 +381,10 @@ def run_tasks(
             if not shared:
                 out[:] = part
             advance(len(X))
+
+
+def _here(work: Iterable[Any]) -> Iterator[Any]:
+    return (function(*args, **options) for function, args, options in work)
 
 
 def _result(

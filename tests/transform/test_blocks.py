@@ -157,6 +157,15 @@ def test_every_backend_of_joblib_gives_the_same(featurizer, mixed, tmp_path, bac
         np.testing.assert_allclose(np.asarray(found), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("featurizer", [BY_BLOCKS[0], BY_PAIRS[0]], ids=str)
+@pytest.mark.parametrize("n_jobs", [None, 2])
+def test_one_block_needs_no_joblib(featurizer, X, n_jobs, monkeypatch):
+    featurizer = clone(featurizer).set_params(device="cpu", n_jobs=n_jobs).fit(X[:1])
+    expected = np.asarray(featurizer.transform(X))[:1]
+    monkeypatch.setattr(_blocks, "Parallel", None)
+    np.testing.assert_allclose(np.asarray(featurizer.transform(X[:1])), expected, atol=1e-12)
+
+
 def test_errors_of_other_processes_name_the_adapter(X):
     flat = np.array(X)
     flat[7, 0] = np.nan

@@ -57,6 +57,7 @@ ATOL = {np.float64: 1e-12, np.float32: 1e-5}
 
 
 def test_entries_that_do_not_fit_into_memory_are_refused_with_their_size(X, monkeypatch):
+    monkeypatch.setattr("sklora._stores._CERTAIN_BYTES", 0)
     monkeypatch.setattr("sklora._stores.available_memory", lambda: 100)
     with pytest.raises(
         MemoryError,
