@@ -3,9 +3,10 @@
 On the zoo of digits where every set of digits comes twice: of the rows that are held out to stop
 by, most have a twin among the training rows. Test adapters are of sets that training did not see.
 Each line is a mean over folds and seeds: both scores, the gain by groups with its standard error
-over the folds of all seeds, which is a little too small, the best epochs, and the share of held-out
-rows with a twin. Some 10 minutes a seed on a core of its own, once the zoo exists. With --copies
-twins are near copies: the bundled zoo, with a copy of each adapter at rank 3 in another gauge.
+over the folds of all seeds, which is a little too small, the best epochs, the losses on the rows
+held out then, and the share of these rows with a twin. Some 10 minutes a seed on a core of its own,
+once the zoo exists. With --copies twins are near copies: the bundled zoo, with a copy of each
+adapter at rank 3 in another gauge.
 
     python benchmarks/score_group_holdout.py
     python benchmarks/score_group_holdout.py --copies --architectures gl-net --seeds 1
@@ -81,7 +82,7 @@ zoo = (
 )
 for name in args.architectures:
     for target, task in {"presence": "classification", "loss": "regression"}.items():
-        scores, epochs, twins = [], [], []
+        scores, epochs, losses, twins = [], [], [], []
         for seed in range(args.seeds):
             folds = GroupKFold(5, shuffle=True, random_state=seed)
             for train, test in folds.split(zoo.size, groups=zoo.groups):
@@ -92,16 +93,18 @@ for name in args.architectures:
                     predicted, true = model.predict(zoo.data[test]), zoo[target][test]
                     right = (predicted == true).mean() if target == "presence" else None
                     score = r2_score(true, predicted) if right is None else right
-                    best = 1 + np.argmin([epoch["valid_loss"] for epoch in model[-1].history_])
-                    row.append((score, best, share))
-                for kept, pair in zip((scores, epochs, twins), zip(*row, strict=True), strict=True):
-                    kept.append(pair)
+                    curve = [epoch["valid_loss"] for epoch in model[-1].history_]
+                    row.append((score, 1 + np.argmin(curve), min(curve), share))
+                kept = (scores, epochs, losses, twins)
+                for every, pair in zip(kept, zip(*row, strict=True), strict=True):
+                    every.append(pair)
         gains = np.diff(scores)
         error = gains.std(ddof=1) / len(gains) ** 0.5
         rows, whole = np.mean(scores, axis=0)
-        before, after = np.mean(epochs, axis=0)
+        (before, after), (loss, fair) = np.mean(epochs, axis=0), np.mean(losses, axis=0)
         print(
             f"{name:8}{target:10}{rows:7.3f}{whole:7.3f}{gains.mean():+8.4f} ± {error:.4f}"
-            f"   epochs {before:.1f} and {after:.1f}, twins {np.mean(twins, axis=0)[0]:.0%}",
+            f"   epochs {before:.1f} and {after:.1f}, losses {loss:.3f} and {fair:.3f}, "
+            f"twins {np.mean(twins, axis=0)[0]:.0%}",
             flush=True,
         )
