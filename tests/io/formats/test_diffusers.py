@@ -375,6 +375,14 @@ def test_module_of_a_text_encoder_that_settings_do_not_target_is_refused(
     assert "module 'layers.0.k_proj' is none that its configuration adapts" in refusal(path)
 
 
+def test_text_encoders_that_no_pipeline_has_are_not_compared(pair, save, scan, monkeypatch):
+    """Each may have a pattern that takes seconds, and there could be hundreds."""
+    monkeypatch.setattr("sklora.io.formats.diffusers.check_targets", pytest.fail)
+    tensors = {f"text_encoder_9.k.lora_{x}.weight": y for x, y in zip("AB", pair, strict=True)}
+    settings = {"text_encoder_9__lora_alpha": 6, "text_encoder_9__target_modules": "(a?a?)+b"}
+    assert scan(save(tensors, metadata=described(**settings))).scales == (2,)
+
+
 def test_settings_without_alpha_are_refused(pair, save, refusal):
     """PEFT's default is 8, whatever the rank."""
     tensors = {f"unet.x.lora_{x}.weight": y for x, y in zip("AB", pair, strict=True)}
