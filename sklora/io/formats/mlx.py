@@ -74,7 +74,10 @@ def _check_loaded(config: Mapping[str, object], modules: Modules) -> None:
     check_names_work(modules)
     parameters = config.get("lora_parameters")
     keys = parameters.get("keys") if isinstance(parameters, Mapping) else None
-    known = {key for key in keys if isinstance(key, str)} if isinstance(keys, list) else None
+    if not isinstance(keys, list | None):
+        # To mlx-lm "v_proj" has the key "v".
+        raise Refusal(f"keys is {shown(keys)} in its lora_parameters; it must be a list of names.")
+    known = None if keys is None else {key for key in keys if isinstance(key, str)}
     layers: dict[str, dict[int, str]] = {}
     for path in modules:
         if known and path in known:
@@ -116,14 +119,15 @@ def _layer(path: str, keys: Collection[str] | None) -> tuple[str, int] | None:
 
 def _check_layers(config: Mapping[str, object], layers: Mapping[str, Mapping[int, str]]) -> None:
     """Refuse modules that lie further apart than the last layers, which alone are adapted."""
-    count = config.get("num_layers", config.get("lora_layers"))
-    if type(count) is not int or count < 1:  # all of them
+    name = "num_layers" if "num_layers" in config else "lora_layers"
+    count = config.get(name)
+    if not isinstance(count, int) or count < 1:  # all of them
         return
     for found in layers.values():
         first, last = min(found), max(found)
         if last - first >= count:
             raise Refusal(
-                f"num_layers is {count}, but modules {shown(found[first])} and "
+                f"{name} is {count}, but modules {shown(found[first])} and "
                 f"{shown(found[last])} lie further apart, so that mlx-lm leaves out the first; "
                 "take it out of the file, or mend the configuration."
             )

@@ -151,6 +151,12 @@ class TestWhatMLXDoesNotLoad:
         parameters = CONFIG["lora_parameters"] | {"keys": keys}
         assert scan(save(tensors(*pair), {"lora_parameters": parameters})).scales == (10,)
 
+    @pytest.mark.parametrize("keys", ["self_attn.q_proj", {"self_attn.q_proj": 1}])
+    def test_keys_that_are_no_list_are_refused(self, pair, save, refusal, keys):
+        parameters = CONFIG["lora_parameters"] | {"keys": keys}
+        why = refusal(save(tensors(*pair), {"lora_parameters": parameters}))
+        assert why.startswith(f"keys is {keys!r} in its lora_parameters; it must be a list")
+
     @pytest.mark.parametrize(("first", "last"), [(0, 2), (9, 11)])
     @pytest.mark.parametrize("keys", [{}, {"keys": ["mlp.experts.7.up"]}])
     @pytest.mark.parametrize("name", ["num_layers", "lora_layers"])
@@ -164,7 +170,8 @@ class TestWhatMLXDoesNotLoad:
             both |= {f"{module}.lora_a": a, f"{module}.lora_b": b}
         config = {"lora_parameters": CONFIG["lora_parameters"] | keys}
         why = refusal(save(both, config | {name: 2}))
-        assert f"num_layers is 2, but modules 'model.layers.{first}.mlp.experts.7.up' and" in why
+        assert f"{name} is 2, but modules 'model.layers.{first}.mlp.experts.7.up' and" in why
+        assert refusal(save(both, config | {name: True})).startswith(f"{name} is True")
         for enough in (3, -1, 0, None):
             assert len(scan(save(both, config | {name: enough})).modules) == 2
 
