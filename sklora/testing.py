@@ -29,7 +29,7 @@ Group = Literal["GL", "O"]
 RandomState = int | np.random.RandomState | None
 
 _METHODS = ("predict_proba", "decision_function", "predict", "transform")
-_LEAST_SHARE = 0.01  # of the largest column's scale, that of any other
+_LEAST_SHARE = 0.1  # of the largest column's scale, that of any other
 _RTOL = {np.dtype(np.float32): 1e-3, np.dtype(np.float64): 1e-6}
 
 
@@ -177,7 +177,7 @@ def assert_gauge_invariant(
         `condition` times the rounding of the input.
     rtol, atol : float, default=None and 0
         Every number may change by ``atol + rtol * s``, with ``s`` the largest magnitude in its
-        column, or a hundredth of the largest in the output where that is more. Columns that stay
+        column, or a tenth of the largest in the output where that is more. Columns that stay
         the same to the bit, as side features do, do not count. By default `rtol` is 1e-6 where `X`
         is float64 and 1e-3 where it is float32. Outputs that are not floating point, such as class
         labels, may not change.

@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_array
 from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, Normalizer
+from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
 
-from sklora import SVDSpectrum
+from sklora import DenseProduct, SVDSpectrum
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.testing import (
     apply_gauge,
@@ -253,11 +254,29 @@ class TestInvariance:
     def test_large_columns_that_move_by_rounding_hide_little(self, random_loras, rng):
         def mixed(X):
             lengths = np.log([np.linalg.norm(U) for U in X.factors()[0][0]])
-            return np.column_stack([1e4 * updates(X), lengths])
+            return np.column_stack([1e3 * updates(X), lengths])
 
         X = random_loras(rng, dtype=np.float32)
         with pytest.raises(AssertionError, match=r"not invariant to GL\(r\)"):
             assert_gauge_invariant(FunctionTransformer(mixed), X, random_state=0)
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_directions_that_hardly_vary_are_no_deviation(self, seed):
+        """Adapters with one start differ by little, and the last components by less."""
+        rng = np.random.default_rng(seed)
+        start = [(rng.normal(size=(20, 4)), rng.normal(size=(16, 4))) for _ in range(2)]
+        X = LoRACollection.from_factors(
+            {
+                f"m{place}": tuple(
+                    (factor + 0.01 * rng.normal(size=factor.shape)).astype(np.float32)
+                    for factor in pair
+                )
+                for place, pair in enumerate(start)
+            }
+            for _ in range(40)
+        )
+        model = make_pipeline(DenseProduct("gram"), StandardScaler(), PCA())
+        assert_gauge_invariant(model, X, random_state=seed)
 
     def test_columns_of_rounding_are_no_deviation(self, random_loras, rng):
         def mixed(X):
