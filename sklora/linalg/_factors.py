@@ -63,10 +63,17 @@ def product_size(U: Tensor, V: Tensor) -> Tensor:
     where a gauge scales columns, which rounds nothing away. Times the precision of the factors, it
     is what says nothing about the update.
     """
-    # By products, which are faster than norms of columns, and of which torch.export has no doubts.
-    u, v = ((A.mT @ A).diagonal(dim1=-2, dim2=-1).sqrt() for A in (U, V))
-    size: Tensor = (u * v).sum(dim=-1)
+    size: Tensor = (_lengths(U) * _lengths(V)).sum(dim=-1)
     return size
+
+
+def _lengths(A: Tensor) -> Tensor:
+    """Lengths (..., r) of columns."""
+    # Products are faster for tall factors, and torch.export, which has doubts about sums and which
+    # side is longer, has none of them; of wide ones they would be large.
+    if torch.compiler.is_exporting() or A.shape[-2] > A.shape[-1]:
+        return (A.mT @ A).diagonal(dim1=-2, dim2=-1).sqrt()
+    return A.square().sum(dim=-2).sqrt()
 
 
 def column_signs(A: Tensor) -> Tensor:

@@ -68,6 +68,11 @@ def test_rank_above_the_shape_gives_trailing_zeros(make_factors, dtype, n, m, r)
     np.testing.assert_allclose(values, dense_spectrum(U, V, r), rtol=RTOL[dtype], atol=1e-12)
 
 
+def test_memory_does_not_grow_with_the_square_of_the_rank():
+    ones = torch.ones(2, 10**6)  # a matrix of rank x rank would take terabytes
+    assert spectrum(ones, ones)[0] == 2e6
+
+
 def test_zero_padded_rank_adds_zeros_only(make_factors, dtype):
     U, V = make_factors(4, 8, 6, 3, batch=(5,), dtype=dtype)
     padded = spectrum(*(torch.nn.functional.pad(factor, (0, 2)) for factor in (U, V)))
