@@ -470,7 +470,7 @@ class LoRACollection:
             if key.ndim != 1 or key.dtype.kind not in "iub":
                 raise IndexError(
                     "adapters are picked by an integer, a slice, or a 1-D array of integers or "
-                    f"booleans, got an array of shape {key.shape} and dtype {key.dtype}."
+                    f"booleans, as np.isin(X.ids, ids), not of shape {key.shape}, {key.dtype}."
                 )
         index = np.arange(len(self)) if self._index is None else self._index
         return index[key]  # type: ignore[no-any-return]

@@ -168,7 +168,10 @@ def match(labels: Labels, names: Sequence[Iterable[str]]) -> list[int]:
     if unknown:
         rows = few((f"{row.id!r} (line {row.line})" for row in unknown), len(unknown))
         there = few((repr(sorted(every, key=len)[0]) for every in names), len(names))
-        raise CommandError(f"{labels.path}: no adapter is called {rows}; there are {there}.")
+        raise CommandError(
+            f"{labels.path}: no adapter is called {rows}; there are {there}. If another column "
+            "names them, give --id."
+        )
     places: list[int] = []
     taken: dict[int, Row] = {}
     for row in labels.rows:

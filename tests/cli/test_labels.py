@@ -120,12 +120,12 @@ class TestMatch:
         message = refusal(match, labels_of("1234", ids=["a", "x", "y", "z"]), [["a"], ["b"]])
         assert message == (
             "labels.csv: no adapter is called 'x' (line 3), 'y' (line 4), 'z' (line 5); "
-            "there are 'a', 'b'."
+            "there are 'a', 'b'. If another column names them, give --id."
         )
 
     def test_an_adapter_goes_by_its_shortest_name(self):
         message = refusal(match, labels_of("1", ids=["x"]), [["a/very/long/way", "z", "zoo/z"]])
-        assert message.endswith("there are 'z'.")
+        assert "there are 'z'." in message
 
     def test_spaces_around_names_and_how_accents_are_written_do_not_count(self):
         names = [["zoo/  lead", "  lead"], ["zoo/e\u0301", "e\u0301"]]
