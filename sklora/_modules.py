@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from sklora._loras import LoRACollection
 
 _REMEDY = (
-    "Build the collection with LoRACollection.from_factors(..., layout=estimator.layout_), for "
-    "which a module that an adapter lacks is the zero update, or fit again."
+    "Make the collection by read_adapters or LoRACollection.from_factors with "
+    "layout=estimator.layout_, for which a module that an adapter lacks is the zero update, or fit "
+    "again."
 )
 
 
@@ -138,7 +139,8 @@ def raise_first_difference(expected: LoRALayout, found: LoRALayout) -> None:
     if expected.side != found.side:
         raise ValueError(
             f"side features are {list(found.side)}, but {list(expected.side)} are expected. "
-            "Pass the same ones to LoRACollection.from_factors(..., side=...)."
+            "Pass the same ones to LoRACollection.from_factors(..., side=...), or read files with "
+            "layout=estimator.layout_."
         )
 
 
