@@ -57,7 +57,8 @@ def by_module(
     ----------
     tensors : iterable of str
     suffixes : mapping of str to str
-        From the end of a name, of one or two components such as "lora_up.weight", to the role.
+        From the end of a name, of one or two components such as "lora_up.weight", or three such as
+        "lora_A.default.weight", to the role.
     strip : iterable of str, default=()
         What else a module's name may end in and is not to.
 
@@ -73,6 +74,9 @@ def by_module(
     for tensor in tensors:
         head, _, last = tensor.rpartition(".")
         path, _, middle = head.rpartition(".")
+        if middle == "default":
+            path, _, before = path.rpartition(".")
+            middle = f"{before}.default"
         role = suffixes.get(f"{middle}.{last}")
         if role is None or not path:
             path, role = head, suffixes.get(last)

@@ -1,10 +1,11 @@
 """diffusers: ``pytorch_lora_weights.safetensors``, in three generations of keys.
 
 ``.processor.to_q_lora.down``, ``.to_q.lora.down`` and ``.to_q.lora_A``; ``.lora_linear_layer.`` in
-text encoders. Scale: that of the metadata entry ``lora_adapter_metadata`` (a configuration of PEFT
-for each component), else alpha/r of an ``.alpha`` tensor, else 1
-(`diffusers/loaders/lora_base.py`, `diffusers/utils/state_dict_utils.py`). Of LoHa and LoKr with
-that entry (`diffusers/loaders/peft.py`, ``save_lora_adapter``) keys and scale are those of PEFT.
+text encoders. DiffSynth-Studio keeps PEFT's name of the adapter: ``.to_q.lora_A.default``. Scale:
+that of the metadata entry ``lora_adapter_metadata`` (a configuration of PEFT for each component),
+else alpha/r of an ``.alpha`` tensor, else 1 (`diffusers/loaders/lora_base.py`,
+`diffusers/utils/state_dict_utils.py`). Of LoHa and LoKr with that entry
+(`diffusers/loaders/peft.py`, ``save_lora_adapter``) keys and scale are those of PEFT.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ _SUFFIXES = {
     "lora_magnitude_vector.weight": "magnitude_out",
     "dora_scale": "magnitude",
 }
+_NAMED = {"lora_A.default.weight": "down", "lora_B.default.weight": "up"}
 _MAGNITUDES = {"magnitude", "magnitude_out"}
 # Others diffusers renames to one of these, if it takes them at all.
 _COMPONENTS = (
@@ -64,7 +66,7 @@ def _matches(source: Source, options: ReadOptions) -> bool:
         return True
     if METADATA in source.metadata and has_suffix(source, *PRODUCT_ROLES):
         return True
-    new = has_suffix(source, ".lora_A.weight")
+    new = has_suffix(source, ".lora_A.weight", ".lora_A.default.weight")
     named = any(map(is_of_pipeline, source.tensors))
     return new and (named or METADATA in source.metadata)
 
@@ -72,6 +74,8 @@ def _matches(source: Source, options: ReadOptions) -> bool:
 def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     # Without a configuration they are LyCORIS's.
     suffixes = _SUFFIXES | PRODUCT_ROLES if METADATA in source.metadata else _SUFFIXES
+    if not has_suffix(source, ".lora_A.weight"):  # else there are loaders that take those alone
+        suffixes = suffixes | _NAMED
     modules, rest = by_module(source.tensors, suffixes, strip=(".lora", ".lora_linear_layer"))
     settings = _settings(source.metadata)
     for config in settings.values():

@@ -44,6 +44,19 @@ def test_three_generations_of_keys_give_one_name(pair, save, assert_updates, sca
     assert (report.format, report.scales) == ("diffusers", (1,))
 
 
+@pytest.mark.parametrize("prefix", ["", "transformer.", "diffusion_model."])
+def test_diffsynth_keeps_the_name_of_the_adapter(pair, save, assert_updates, scan, prefix):
+    """ComfyUI, InvokeAI and diffusers (of Qwen-Image) load these files as those without it."""
+    A, B = pair
+    name = f"{prefix}transformer_blocks.0.attn.to_q"
+    tensors = {f"{name}.lora_A.default.weight": A, f"{name}.lora_B.default.weight": B}
+    path = save(tensors)
+    assert_updates(path, {name: product(A, B)})
+    assert scan(path).format == "diffusers"
+    path = save(tensors | {f"{name}.alpha": torch.tensor(6.0)}, folder="alpha")
+    assert_updates(path, {name: product(A, B) * 2})
+
+
 def test_embedding_of_a_text_encoder(normal, pair, save, assert_updates):
     """Whose update PEFT writes without "weight", and transposed."""
     A, B = pair
