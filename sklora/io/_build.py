@@ -60,7 +60,7 @@ def by_module(
         From the end of a name, of one or two components such as "lora_up.weight", or three such as
         "lora_A.default.weight", to the role.
     strip : iterable of str, default=()
-        What else a module's name may end in and is not to.
+        What else a module's name may end in, before a factor, and is not to.
 
     Returns
     -------
@@ -83,7 +83,7 @@ def by_module(
         if role is None or not path:
             rest.append(tensor)
             continue
-        for ending in strip:
+        for ending in () if role in _SIDE_ROLES else strip:
             path = path.removesuffix(ending)
         add_role(modules, path, role, tensor)
     return modules, tuple(rest)

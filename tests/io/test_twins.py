@@ -77,7 +77,7 @@ def diffusers(folder, factors):
 
 
 def old_diffusers(folder, factors):
-    """Alpha is in tensors; keys are those of attention processors where there were such."""
+    """Alpha is in tensors, but not of attention processors, where there were such."""
     tensors = {}
     for name, (A, B) in factors.items():
         owner, _, layer = name.rpartition(".")
@@ -87,9 +87,11 @@ def old_diffusers(folder, factors):
             down, up = f"{owner}.processor.to_q_lora.down", f"{owner}.processor.to_q_lora.up"
         else:
             down, up = f"{name}.lora.down", f"{name}.lora.up"
+        if "processor" in down:
+            A = A * np.float32(ALPHA / len(A))
+        else:
+            tensors[f"{name}.alpha"] = np.float32(ALPHA)
         tensors |= {f"{down}.weight": A, f"{up}.weight": B}
-        alpha = f"{owner}.processor.to_q_lora" if "processor" in down else name
-        tensors[f"{alpha}.alpha"] = np.float32(ALPHA)
     return written(folder, tensors)
 
 

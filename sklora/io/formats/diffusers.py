@@ -92,6 +92,11 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
 
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
         _check_component(path, settings, known)
+        if path.endswith("_lora") and "alpha" in tensors:
+            raise Refusal(
+                f"tensor {shown(tensors['alpha'])} looks like an alpha, but loaders of these keys "
+                "look at none of this name; take it out of the file."
+            )
         for component, config in settings.items():
             if path.startswith(f"{component}.") or (len(settings) == 1 and not component):
                 module = path.removeprefix(f"{component}.")

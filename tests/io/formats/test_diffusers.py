@@ -57,6 +57,15 @@ def test_diffsynth_keeps_the_name_of_the_adapter(pair, save, assert_updates, sca
     assert_updates(path, {name: product(A, B) * 2})
 
 
+def test_alpha_that_no_loader_looks_at_is_refused(pair, save, refusal):
+    """Of attention processors diffusers looks at none, and ComfyUI at `to_q.alpha`."""
+    A, B = pair
+    name = f"unet.{BLOCK}.processor.to_q_lora"
+    tensors = {f"{name}.down.weight": A, f"{name}.up.weight": B}
+    why = refusal(save(tensors | {f"{name}.alpha": torch.tensor(6.0)}))
+    assert "looks like an alpha, but loaders of these keys look at none of this name" in why
+
+
 def test_embedding_of_a_text_encoder(normal, pair, save, assert_updates):
     """Whose update PEFT writes without "weight", and transposed."""
     A, B = pair

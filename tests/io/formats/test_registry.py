@@ -91,6 +91,7 @@ KOHYA = ("x.lora_down.weight", "x.lora_up.weight")
 DIFFUSERS = ("unet.x.lora_A.weight", "unet.x.lora_B.weight")
 FLAT = ("lora_te_x.lora_down.weight", "lora_te_x.lora_up.weight")
 HADA = tuple(f"lora_te_x.q.hada_w{place}" for place in ("1_a", "1_b", "2_a", "2_b"))
+NEWER = ("unet.x.lora.down.weight", "unet.x.lora.up.weight")
 OLD = ("unet.x.processor.to_q_lora.down.weight", "unet.x.processor.to_q_lora.up.weight")
 XLABS = tuple(f"double_blocks.0.processor.qkv_lora1.{role}.weight" for role in ("down", "up"))
 HCP = ("unet.x.___.layer.lora_down.weight", "unet.x.___.layer.lora_up.weight")
@@ -107,6 +108,8 @@ HCP = ("unet.x.___.layer.lora_down.weight", "unet.x.___.layer.lora_up.weight")
         (DIFFUSERS, "unet.x.scaling"),
         (DIFFUSERS, "unet.x.lora_A.alpha"),
         (DIFFUSERS, "unet.x.alpha.default"),
+        (DIFFUSERS, "unet.x.lora.alpha"),
+        (NEWER, "unet.x.lora.alpha"),
         (FLAT, "lora_te_x.alpha_2"),
         (FLAT, "lora_te_x.alpha.2"),
         (FLAT, "lora_te_x.my_alpha"),
