@@ -193,7 +193,9 @@ def _refuse_dense(source: Source, tensors: Iterable[str], plan: AdapterPlan) -> 
     modules = {canonical_name(module.path): module for module in plan.modules}
     for name in dense:
         owner, _, role = name.rpartition(".")
-        module = modules.get(canonical_name(owner))
+        # For ComfyUI "x.to_q.diff" belongs to "x.to_q_lora.up.weight".
+        same = map(canonical_name, (owner, f"{owner}_lora"))
+        module = next((modules[name] for name in same if name in modules), None)
         if module is None:
             continue
         # A bias that is one has but a number for every row.

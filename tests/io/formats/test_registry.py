@@ -152,6 +152,13 @@ def test_whole_weight_of_a_module_with_factors_is_refused(save, refusal, name, s
     assert "take one of them out" in why
 
 
+@pytest.mark.parametrize("name", ["unet.x.to_q.diff", "unet.x.processor.to_q.set_weight"])
+def test_whole_weight_beside_attention_processors_is_refused(save, refusal, name):
+    tensors = {factor: torch.ones(3, 3) for factor in (*OLD, name)}
+    why = refusal(save(tensors))
+    assert why.startswith(f"tensor {name!r} is dense, but module 'unet.x.processor.to_q_lora' has")
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
