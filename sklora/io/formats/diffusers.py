@@ -47,6 +47,7 @@ _SUFFIXES = {
     "lora_magnitude_vector": "magnitude_out",
     "lora_magnitude_vector.weight": "magnitude_out",
     "dora_scale": "magnitude",
+    "magnitude": "magnitude_out",  # of ai-toolkit
 }
 _NAMED = {"lora_A.default.weight": "down", "lora_B.default.weight": "up"}
 _MAGNITUDES = {"magnitude", "magnitude_out"}

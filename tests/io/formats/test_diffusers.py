@@ -316,12 +316,14 @@ class TestLoKr:
         assert "no Kronecker product" in refusal(save(tensors, metadata=metadata))
 
 
-@pytest.mark.parametrize("ending", ["", ".weight"])
-def test_magnitude_of_dora(pair, normal, save, scan, ending):
+@pytest.mark.parametrize(
+    "role", ["lora_magnitude_vector", "lora_magnitude_vector.weight", "magnitude"]
+)
+def test_magnitude_of_dora(pair, normal, save, scan, role):
     tensors = {
         f"unet.{BLOCK}.to_q.lora_{role}.weight": x for role, x in zip("AB", pair, strict=True)
     }
-    tensors[f"unet.{BLOCK}.to_q.lora_magnitude_vector{ending}"] = normal(5)
+    tensors[f"unet.{BLOCK}.to_q.{role}"] = normal(5)
     assert scan(save(tensors)).side == ((f"unet.{BLOCK}.to_q:magnitude_out", 5),)
 
 
