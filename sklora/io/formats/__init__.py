@@ -56,6 +56,11 @@ _SCALE = re.compile(r"\.(?:(?:lora_|network_)?alpha|(?:lora_)?scal(?:e|ar|ing))(
 _DENSE = (".diff", ".set_weight", ".w_norm", ".bias")
 # By which sd-scripts finds alpha and rank of a module, wherever they stand in a name behind it.
 _MARKS = re.compile("alpha|lora_down|hada_|lokr_")
+# How modules of FLUX begin in the names of its makers, and in those of diffusers.
+_FLUX = (
+    ("transformer.double_blocks.", "transformer.single_blocks."),
+    ("transformer.transformer_blocks.", "transformer.single_transformer_blocks."),
+)
 # By how a component of a tensor's name begins.
 _REFUSED = {
     **dict.fromkeys(("oft_diag", "oft_blocks", "oft_r", "oft_R"), _OFT),
@@ -104,6 +109,7 @@ def plan_adapter(source: Source, options: ReadOptions) -> AdapterPlan:
                 _refuse_scales(source, left_out, plan)
                 _refuse_dense(source, left_out, plan)
                 _refuse_settings(source, plan)
+                _refuse_two_namings(plan)
             return plan
     _refuse_methods(source.tensors)
     if not source.tensors:
@@ -146,6 +152,17 @@ def _refuse_settings(source: Source, plan: AdapterPlan) -> None:
         raise Refusal(
             f"its metadata entry {peft.METADATA} is that of diffusers, which scales by it, but its "
             f"keys are of the format {plan.format}, whose loaders do not; take the entry out."
+        )
+
+
+def _refuse_two_namings(plan: AdapterPlan) -> None:
+    """Refuse FLUX in two namings: of two updates of one module ComfyUI applies the last alone."""
+    names = [canonical_name(module.path) for module in plan.modules]
+    one, other = (next((name for name in names if name.startswith(kind)), "") for kind in _FLUX)
+    if one and other:
+        raise Refusal(
+            f"modules {shown(one)} and {shown(other)} are named as FLUX's makers and as diffusers "
+            "name them, so that two may be one, of which loaders apply one update; split the file."
         )
 
 

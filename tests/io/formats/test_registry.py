@@ -87,6 +87,18 @@ def test_file_of_two_formats_is_refused(save, refusal, one, other):
     assert any(repr(name) in why for name in MIXED[one] + MIXED[other])
 
 
+def test_flux_in_the_names_of_its_makers_and_of_diffusers_is_refused(save, refusal):
+    """Both are one module here, and ComfyUI applies the second alone."""
+    modules = (
+        "lora_unet_double_blocks_0_img_attn_proj",
+        "lora_transformer_transformer_blocks_0_attn_to_out_0",
+    )
+    names = [f"{module}.lora_{role}.weight" for module in modules for role in ("down", "up")]
+    why = refusal(save({name: torch.ones(3, 3) for name in names}))
+    assert "'transformer.double_blocks.0.img_attn.proj' and 'transformer.transformer_blocks" in why
+    assert "split the file" in why
+
+
 KOHYA = ("x.lora_down.weight", "x.lora_up.weight")
 DIFFUSERS = ("unet.x.lora_A.weight", "unet.x.lora_B.weight")
 FLAT = ("lora_te_x.lora_down.weight", "lora_te_x.lora_up.weight")
