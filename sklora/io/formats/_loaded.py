@@ -73,26 +73,17 @@ def check_methods(config: Mapping[str, Any], plan: AdapterPlan) -> None:
                 f"configuration the peft_type {shown(kind)}, with which PEFT loads others; mend "
                 "one of the two."
             )
-    _check_magnitudes(config, plan)
 
 
-def _check_magnitudes(config: Mapping[str, Any], plan: AdapterPlan) -> None:
-    # One that does not fit is listed as left out, and PEFT raises.
-    said = {name.partition(".lora_magnitude_vector")[0] for name, _ in plan.left_out}
-    sized = {name.rpartition(":")[0] for name, _, _ in plan.side}
-    # PEFT's own configurations have the entry; of others no more is asked.
-    wanted = config.get("use_dora")
-    for module in plan.modules:
-        if wanted and module.name not in sized and module.path not in said:
-            raise Refusal(
-                f"use_dora is set, but module {shown(module.path)} has no magnitude, so that PEFT "
-                "takes that of the base model; mend the configuration, or the file."
-            )
-        if wanted is False and module.name in sized:
-            raise Refusal(
-                f"module {shown(module.path)} has a magnitude of DoRA, but use_dora is false, so "
-                "that PEFT leaves it out; mend the configuration, or the file."
-            )
+def check_dora(path: str, has_magnitude: bool, dora: object, loader: str = "PEFT") -> None:
+    """Refuse a magnitude that a loader leaves out, or has to make up, where settings say either."""
+    if has_magnitude and dora is False:
+        why = f"a magnitude of DoRA, but its settings are of none, so that {loader} leaves it out"
+    elif dora and not has_magnitude:
+        why = f"no magnitude, but its settings are of DoRA, so that {loader} takes the base model's"
+    else:
+        return
+    raise Refusal(f"module {shown(path)} has {why}; mend the configuration, or the file.")
 
 
 def saved_whole(config: Mapping[str, Any], modules: Collection[str]) -> set[str]:

@@ -26,7 +26,7 @@ from sklora.io._build import (
     stated_scale,
 )
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
-from sklora.io.formats._loaded import check_targets, is_of_pipeline
+from sklora.io.formats._loaded import check_dora, check_targets, is_of_pipeline
 from sklora.io.formats.peft import (
     METADATA,
     check_config,
@@ -101,7 +101,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
         for component, config in settings.items():
             if path.startswith(f"{component}.") or (len(settings) == 1 and not component):
                 module = path.removeprefix(f"{component}.")
-                _check_dora(path, config, tensors)
+                check_dora(path, bool(tensors.keys() & _MAGNITUDES), config.get("use_dora"))
                 value = scale_of_config(config, module, dimension)
                 if beside is not None and not is_of_pipeline(path):
                     rival = scale_of_config(beside, path, dimension)
@@ -145,20 +145,6 @@ def _check_component(path: str, settings: Mapping[str, Any], known: tuple[str, .
             f"its metadata entry {METADATA} has settings of {shown(next(iter(settings)))}, but "
             f"module {shown(path)} is of no such component; there are loaders that follow them, "
             "and others that do not: take the entry out of the file."
-        )
-
-
-def _check_dora(path: str, config: Mapping[str, Any], tensors: Mapping[str, str]) -> None:
-    """Refuse a magnitude that PEFT leaves out, or has to make up."""
-    if config.get("use_dora") and not tensors.keys() & _MAGNITUDES:
-        raise Refusal(
-            f"use_dora is set in its metadata, but module {shown(path)} has no magnitude, so that "
-            "PEFT takes that of the base model; mend one of them."
-        )
-    if config.get("use_dora") is False and "magnitude_out" in tensors:
-        raise Refusal(
-            f"module {shown(path)} has a magnitude of DoRA, but use_dora is false in its metadata, "
-            "so that PEFT leaves it out; mend one of them."
         )
 
 

@@ -27,7 +27,7 @@ from sklora.io._build import (
     stated_scale,
 )
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
-from sklora.io.formats._loaded import check_names_work
+from sklora.io.formats._loaded import check_dora, check_names_work
 
 # What mlx-lm's trainer has always stored of its settings, and what it stores since 0.13.1 or later.
 _ALWAYS = ("iters", "lora_layers", "val_batches")
@@ -70,7 +70,10 @@ def _check_loaded(config: Mapping[str, object], modules: Modules) -> None:
             f"fine_tune_type is {shown(kind)}, with which mlx-lm loads no low-rank updates; mend "
             "the configuration."
         )
-    _check_magnitudes(config, modules)
+    # 0.13.1 to 0.18 called it use_dora.
+    dora = kind == "dora" if "fine_tune_type" in config else config.get("use_dora")
+    for path, tensors in modules.items():
+        check_dora(path, "magnitude" in tensors, dora, "mlx-lm")
     check_names_work(modules)
     parameters = config.get("lora_parameters")
     keys = parameters.get("keys") if isinstance(parameters, Mapping) else None
@@ -92,19 +95,6 @@ def _check_loaded(config: Mapping[str, object], modules: Modules) -> None:
                 "mend the configuration."
             )
     _check_layers(config, layers)
-
-
-def _check_magnitudes(config: Mapping[str, object], modules: Modules) -> None:
-    kind = config.get("fine_tune_type")  # which 0.13.1 to 0.18 called use_dora
-    dora = config.get("use_dora") if kind is None else kind == "dora"
-    for path, tensors in modules.items():
-        if dora is False and "magnitude" in tensors:
-            why = "a magnitude of DoRA, but its configuration no DoRA, so that mlx-lm leaves it out"
-        elif dora and "magnitude" not in tensors:
-            why = "no magnitude, but its configuration DoRA, so that mlx-lm takes the base model's"
-        else:
-            continue
-        raise Refusal(f"module {shown(path)} has {why}; mend the configuration, or the file.")
 
 
 def _layer(path: str, keys: Collection[str] | None) -> tuple[str, int] | None:

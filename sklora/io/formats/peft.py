@@ -46,6 +46,7 @@ from sklora.io._plan import (
 from sklora.io.formats._loaded import (
     MAX_MATCHING,
     SAVED_WHOLE,
+    check_dora,
     check_methods,
     check_targets,
     is_of_pipeline,
@@ -122,6 +123,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     wrapped = _names_wrappers(config)
 
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
+        check_dora(path, "magnitude_out" in tensors, config.get("use_dora"))
         value = scale_of_config(config, _owner(path, wrapped), dimension)
         if "alpha" in tensors:
             # PEFT and transformers pass by a tensor that is called alpha.

@@ -421,7 +421,7 @@ def test_settings_of_dora_and_magnitudes_have_to_agree(pair, save, scan, refusal
     tensors["unet.x.lora_magnitude_vector"] = torch.ones(5)
     assert scan(save(tensors, metadata=described(unet__lora_alpha=3, unet__use_dora=True))).side
     path = save(tensors, metadata=described(unet__lora_alpha=3, unet__use_dora=False))
-    assert "module 'unet.x' has a magnitude of DoRA, but use_dora is false" in refusal(path)
+    assert "module 'unet.x' has a magnitude of DoRA, but its settings are of none" in refusal(path)
 
 
 @pytest.mark.parametrize(
