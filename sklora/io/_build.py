@@ -204,15 +204,10 @@ def plan_by_suffix(
     format: str,
     suffixes: Mapping[str, str],
     scale: ScaleRule,
-    *,
-    base_model: str | None = None,
 ) -> AdapterPlan:
     """Plan a file in which names end in roles, as `by_module` sorts them and `make_plan` checks."""
     modules, rest = by_module(source.tensors, suffixes)
-    left_out = left_out_of(rest)
-    return make_plan(
-        source, options, format, modules, scale, left_out=left_out, base_model=base_model
-    )
+    return make_plan(source, options, format, modules, scale, left_out=left_out_of(rest))
 
 
 def _plan_module(

@@ -12,7 +12,7 @@ References
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -141,13 +141,13 @@ def first_match(patterns: Iterable[str], module: str) -> str | None:
     return None
 
 
-def matching_work(patterns: Iterable[str], modules: Sequence[str], n_more: int = 0) -> int:
+def matching_work(patterns: Iterable[str], modules: Collection[str], n_more: int = 0) -> int:
     """Bound the steps that matching all patterns with all modules may take; some 10^6 a second.
 
     Parameters
     ----------
     patterns : iterable of str
-    modules : sequence of str
+    modules : collection of str
     n_more : int, default=0
         How many letters more than these the names may have.
 

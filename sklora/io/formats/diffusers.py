@@ -32,7 +32,7 @@ from sklora.io.formats.peft import (
     check_config,
     check_lokr,
     check_patterns,
-    is_config,
+    config_of,
     scale_of_config,
 )
 
@@ -59,7 +59,8 @@ _COMPONENTS = (
 _TEXT_ENCODERS = {"text_encoder", "text_encoder_2", "text_encoder_3"}
 _OF_FLUX = ("transformer.", "text_encoder.")
 # By which a component of the metadata is a configuration of LoRA.
-_TOLD = ("r", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
+_TOLD = {"r", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora"}
+_ALPHAS = {"lora_alpha", "alpha"}
 
 
 def _matches(source: Source, options: ReadOptions) -> bool:
@@ -81,13 +82,11 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     settings = _settings(source.metadata)
     for config in settings.values():
         check_config(config)
-        check_patterns(config, list(modules), len(settings))
-
-    beside = None
-    if is_config(source.config) and not all(map(is_of_pipeline, modules)):
-        beside = source.config
+        check_patterns(config, modules, len(settings))
+    beside = None if all(map(is_of_pipeline, modules)) else config_of(source)
+    if beside is not None:
         check_config(beside)
-        check_patterns(beside, list(modules))
+        check_patterns(beside, modules)
     otherwise = alpha_rule(source, options)
     known = (*_COMPONENTS, *(f"{component}." for component in settings if component))
 
@@ -174,15 +173,11 @@ def _settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     settings: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         component, _, name = key.rpartition(".")
-        settings.setdefault(component, {})[name] = value
-    for name, config in settings.items():
-        if config.keys() & set(_TOLD) and not config.keys() & {"lora_alpha", "alpha"}:
+        settings.setdefault(component, {"peft_type": "LORA"})[name] = value
+    for component, config in settings.items():
+        if config.keys() & _TOLD and not config.keys() & _ALPHAS:
             raise Refusal(
-                f"the metadata entry {METADATA} has settings of {shown(name)} without lora_alpha, "
-                "for which PEFT takes 8; write it there."
+                f"the metadata entry {METADATA} has settings of {shown(component)} without "
+                "lora_alpha, for which PEFT takes 8; write it there."
             )
-    return {
-        name: {"peft_type": "LORA", **config}
-        for name, config in settings.items()
-        if config.keys() & {"lora_alpha", "alpha"}
-    }
+    return {name: config for name, config in settings.items() if config.keys() & _ALPHAS}

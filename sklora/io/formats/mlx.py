@@ -30,8 +30,8 @@ from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
 from sklora.io.formats._loaded import check_dora, check_names_work
 
 # What mlx-lm's trainer has always stored of its settings, and what it stores since 0.13.1 or later.
-_ALWAYS = ("iters", "lora_layers", "val_batches")
-_SINCE = ("use_dora", "fine_tune_type", "num_layers")
+_ALWAYS = {"iters", "lora_layers", "val_batches"}
+_SINCE = {"use_dora", "fine_tune_type", "num_layers"}
 _SUFFIXES = {"lora_a": "a", "lora_b": "b", "m": "magnitude"}
 
 
@@ -40,21 +40,15 @@ def _matches(source: Source, options: ReadOptions) -> bool:
 
 
 def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
-    config = source.config
-    value = _scale(config, options)
-    label = base_model_label(config.get("model")) if config else None
+    config = source.config or {}
+    scale = Scale(_scale(config, options))
+    label = base_model_label(config.get("model"))
     modules, rest = by_module(source.tensors, _SUFFIXES)
-    _check_loaded(config or {}, modules)
+    _check_loaded(config, modules)
     mark_stacks(source, modules, "a", "b")
     left_out = left_out_of(rest)
     plan = make_plan(
-        source,
-        options,
-        "mlx",
-        modules,
-        lambda *_: Scale(value),
-        left_out=left_out,
-        base_model=label,
+        source, options, "mlx", modules, lambda *_: scale, left_out=left_out, base_model=label
     )
     return split_stacks(source, plan)
 
@@ -123,8 +117,8 @@ def _check_layers(config: Mapping[str, object], layers: Mapping[str, Mapping[int
             )
 
 
-def _scale(config: Mapping[str, object] | None, options: ReadOptions) -> float:
-    parameters = config.get("lora_parameters") if config else None
+def _scale(config: Mapping[str, object], options: ReadOptions) -> float:
+    parameters = config.get("lora_parameters")
     if parameters is None:
         return stated_scale(
             options,
@@ -138,7 +132,7 @@ def _scale(config: Mapping[str, object] | None, options: ReadOptions) -> float:
             options, "its lora_parameters have no scale, without which mlx-lm does not load it;"
         )
     scale = number(parameters, "scale")
-    old = config is not None and config.keys() >= set(_ALWAYS) and not config.keys() & set(_SINCE)
+    old = config.keys() >= _ALWAYS and not config.keys() & _SINCE
     if not old or not parameters.keys() >= {"alpha", "rank"}:
         return scale
     rank = number(parameters, "rank")

@@ -13,9 +13,9 @@ a module, which other trainers write, has to agree with a configuration, which P
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, TypeGuard
+from typing import Any
 
 from sklora._untrusted import Refusal, counted, shown
 from sklora.io._build import (
@@ -80,9 +80,8 @@ _OTHER_BASES = ("use_qalora", "kasa_config", "use_bdlora")
 
 def _matches(source: Source, options: ReadOptions) -> bool:
     # Other trainers' files may tell their scale themselves, whatever lies beside them.
-    stated = is_config(source.config) and not (
-        METADATA in source.metadata or has_suffix(source, ".alpha")
-    )
+    told = METADATA in source.metadata or has_suffix(source, ".alpha")
+    stated = config_of(source) is not None and not told
     return any(
         (stated or name.startswith(PREFIX)) and _role_of(name) is not None
         for name in source.tensors
@@ -90,16 +89,17 @@ def _matches(source: Source, options: ReadOptions) -> bool:
 
 
 def _matches_loosely(source: Source, options: ReadOptions) -> bool:
-    return is_config(source.config) or any(_role_of(name) for name in source.tensors)
+    return config_of(source) is not None or any(_role_of(name) for name in source.tensors)
 
 
-def is_config(config: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
-    """Tell whether a configuration is PEFT's."""
-    return config is not None and "peft_type" in config
+def config_of(source: Source) -> Mapping[str, Any] | None:
+    """Give the configuration beside a file, if it is PEFT's."""
+    config = source.config
+    return config if config is not None and "peft_type" in config else None
 
 
 def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
-    config = source.config if is_config(source.config) else None
+    config = config_of(source)
     modules: Modules = {}
     rest = []
     for name in source.tensors:
@@ -119,7 +119,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
         left_out += [LeftOut(name, SAVED_WHOLE) for name in modules.pop(path).values()]
     targets = _targets(config)
     longest = max(map(len, targets), default=0)
-    check_patterns(config, list(modules), max(len(targets), 1), longest)
+    check_patterns(config, modules, max(len(targets), 1), longest)
     wrapped = _names_wrappers(config)
 
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
@@ -324,14 +324,14 @@ def _rank(rank: int | None) -> int:
 
 
 def check_patterns(
-    config: Mapping[str, Any], modules: Sequence[str], n_repeats: int = 1, n_more: int = 0
+    config: Mapping[str, Any], modules: Collection[str], n_repeats: int = 1, n_more: int = 0
 ) -> None:
     """Check that matching the patterns of a configuration with all modules takes seconds at most.
 
     Parameters
     ----------
     config : mapping
-    modules : sequence of str
+    modules : collection of str
     n_repeats : int, default=1
         How often all of that may happen: there are many target parameters, or configurations.
     n_more : int, default=0
