@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from sklora._untrusted import Refusal, counted, shown
-from sklora.io._plan import AdapterPlan, Format, ReadOptions, Source
+from sklora.io._plan import AdapterPlan, Format, ModulePlan, ReadOptions, Source
 from sklora.io.formats import (
     cloneofsimo,
     custom,
@@ -53,7 +53,7 @@ _FACTOR = re.compile(
 # Numbers by which some trainers multiply an update.
 _SCALE = re.compile(r"\.(?:(?:lora_|network_)?alpha|(?:lora_)?scal(?:e|ar|ing))(?:\.default)?$")
 # Whole weights, which ComfyUI takes in place of the factors of a module, and AUTOMATIC1111 adds.
-_DENSE = (".diff", ".set_weight", ".w_norm", ".bias")
+_DENSE = {"diff", "set_weight", "w_norm", "bias"}
 # By which sd-scripts finds alpha and rank of a module, wherever they stand in a name behind it.
 _MARKS = re.compile("alpha|lora_down|hada_|lokr_")
 # How modules of FLUX begin in the names of its makers, and in those of diffusers.
@@ -65,8 +65,7 @@ _FLUX = (
 _REFUSED = {
     **dict.fromkeys(("oft_diag", "oft_blocks", "oft_r", "oft_R"), _OFT),
     "boft_": "BOFT rotates the weight, which is no low-rank update",
-    "ia3_l": "IA3 multiplies activations, which is no low-rank update",
-    "on_input": "IA3 multiplies activations, which is no low-rank update",
+    **dict.fromkeys(("ia3_l", "on_input"), "IA3 multiplies activations: no low-rank update"),
     "hira_": "HiRA multiplies the weight, which is no low-rank update",
     "vera_lambda_": "VeRA's update needs the input width of each module, which no file tells",
     "ranknum": "PEFT's AdaLoRA divides its scale by it, which no trainer stores",
@@ -102,14 +101,9 @@ def plan_adapter(source: Source, options: ReadOptions) -> AdapterPlan:
         if format.matches(source, options):
             plan = format.plan(source, options)
             if format is not custom.FORMAT:
-                left_out = {name: why for name, why in plan.left_out if source.tensors[name].size}
-                _refuse_methods(left_out)
-                unknown = (name for name, why in left_out.items() if why != SAVED_WHOLE)
-                _refuse_factors(unknown, plan.format)
-                _refuse_scales(source, left_out, plan)
-                _refuse_dense(source, left_out, plan)
                 _refuse_settings(source, plan)
                 _refuse_two_namings(plan)
+                _refuse_left_out(source, plan)
             return plan
     _refuse_methods(source.tensors)
     if not source.tensors:
@@ -128,6 +122,16 @@ def plan_adapter(source: Source, options: ReadOptions) -> AdapterPlan:
     )
 
 
+def _refuse_left_out(source: Source, plan: AdapterPlan) -> None:
+    left_out = {name: why for name, why in plan.left_out if source.tensors[name].size}
+    if left_out:
+        named = {canonical_name(module.path): module for module in plan.modules}
+        _refuse_methods(left_out)
+        _refuse_factors(left_out, plan.format)
+        _refuse_scales(source, left_out, plan, named)
+        _refuse_dense(source, left_out, named)
+
+
 def _refuse_methods(tensors: Iterable[str]) -> None:
     """Refuse tensors of methods whose updates are not read."""
     for name in tensors:
@@ -136,10 +140,10 @@ def _refuse_methods(tensors: Iterable[str]) -> None:
                 raise Refusal(f"tensor {shown(name)}: {why}.")
 
 
-def _refuse_factors(tensors: Iterable[str], format: str) -> None:
+def _refuse_factors(tensors: Mapping[str, str], format: str) -> None:
     """Refuse factors that the format of the file does not know."""
-    for name in tensors:
-        if _FACTOR.search(name):
+    for name, why in tensors.items():
+        if why != SAVED_WHOLE and _FACTOR.search(name):
             raise Refusal(
                 f"tensor {shown(name)} is a factor of an update, but no adapter of the format "
                 f"{format} has it; the file mixes two formats: split it."
@@ -166,58 +170,46 @@ def _refuse_two_namings(plan: AdapterPlan) -> None:
         )
 
 
-def _refuse_scales(source: Source, tensors: Iterable[str], plan: AdapterPlan) -> None:
+def _refuse_scales(
+    source: Source, tensors: Iterable[str], plan: AdapterPlan, named: Mapping[str, ModulePlan]
+) -> None:
     """Refuse numbers that may be scales of modules, where the format of the file has none."""
     paths = {module.path for module in plan.modules}
-    owners = {}
-    for name in tensors:
-        module, _, rest = name.partition(".")
-        found = _SCALE.search(name)
-        if module in paths and _MARKS.search(rest):
-            owners[name] = module
-        elif found and source.tensors[name].size == 1:
-            owners[name] = name[: found.start()]
-    for name in _near(owners, paths):
-        raise Refusal(
-            f"tensor {shown(name)} may be the scale of a module, but no adapter of the format "
-            f"{plan.format} has it there; multiply a factor by what it means, and take it out "
-            "of the file, or pass keys= and scale=."
-        )
-
-
-def _near(owners: Mapping[str, str], paths: Collection[str]) -> Iterator[str]:
-    """Give the tensors whose owners a loader may take for one of some modules."""
-    if not owners:
-        return
     # As in HCP-Diffusion: "x.alpha" beside "x.layer.lora_up.weight".
     wrappers = Counter(path.rpartition(".")[0] for path in paths)
     # As OneTrainer once wrote LoHa: "x_q.alpha" beside "x.q.hada_w1_a".
     flat = {path.replace(".", "_") for path in paths}
-    names = set(map(canonical_name, paths))
-    for tensor, owner in owners.items():
+    for name in tensors:
+        first, _, rest = name.partition(".")
+        found = _SCALE.search(name)
+        if first in paths and _MARKS.search(rest):
+            owner = first
+        elif found and source.tensors[name].size == 1:
+            owner = name[: found.start()]
+        else:
+            continue
         # For ComfyUI "x.to_q.alpha" belongs to "x.to_q_lora.up.weight".
-        same = {owner, owner.rpartition(".")[0], f"{owner}_lora"}.intersection(paths)
-        other = owner.replace(".", "_") in flat or canonical_name(owner) in names
-        if same or other or wrappers[owner] == 1:
-            yield tensor
+        around = paths & {owner.rpartition(".")[0], f"{owner}_lora"}
+        called = owner.replace(".", "_") in flat or canonical_name(owner) in named
+        if around or called or wrappers[owner] == 1:
+            raise Refusal(
+                f"tensor {shown(name)} may be the scale of a module, but no adapter of the format "
+                f"{plan.format} has it there; multiply a factor by what it means, and take it out "
+                "of the file, or pass keys= and scale=."
+            )
 
 
-def _refuse_dense(source: Source, tensors: Iterable[str], plan: AdapterPlan) -> None:
+def _refuse_dense(source: Source, tensors: Iterable[str], named: Mapping[str, ModulePlan]) -> None:
     """Refuse whole weights of modules that have factors, too: loaders take one of them, or both."""
-    dense = [name for name in tensors if name.endswith(_DENSE)]
-    if not dense:
-        return
-    modules = {canonical_name(module.path): module for module in plan.modules}
-    for name in dense:
+    for name in tensors:
         owner, _, role = name.rpartition(".")
         # For ComfyUI "x.to_q.diff" belongs to "x.to_q_lora.up.weight".
-        same = map(canonical_name, (owner, f"{owner}_lora"))
-        module = next((modules[name] for name in same if name in modules), None)
+        same = map(canonical_name, (owner, f"{owner}_lora") if role in _DENSE else ())
+        module = next((named[name] for name in same if name in named), None)
         if module is None:
             continue
         # A bias that is one has but a number for every row.
-        whole = source.tensors[name].size == module.n * module.m > module.n
-        if role != "bias" or whole:
+        if role != "bias" or source.tensors[name].size == module.n * module.m > module.n:
             raise Refusal(
                 f"tensor {shown(name)} is dense, but module {shown(module.path)} has factors as "
                 "well: some loaders take the one, some the others, or both; take one of them out."
