@@ -86,7 +86,7 @@ def draw(zoo: LabelledZoo, evaluations: Sequence[Evaluation], path: str) -> None
     from sklora.inspection import ArchitectureComparisonDisplay
     from sklora.inspection._plotting import save_figure, windowless_axes
 
-    task = few(map(printable, zoo.targets.names), len(zoo.targets.names))
+    task = few(map(printable, zoo.targets.names))
     display = ArchitectureComparisonDisplay(
         scores={task: {one.architecture: one.scores for one in evaluations}},
         fit_times={task: {one.architecture: one.fit_seconds for one in evaluations}},

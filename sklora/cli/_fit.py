@@ -101,7 +101,7 @@ def _check_columns(zoo: LabelledZoo) -> None:
     twice = sorted({column for column in columns if columns.count(column) > 1})
     if twice:
         raise CommandError(
-            f"predict would write two columns {few(map(repr, twice), len(twice))}; rename that "
+            f"predict would write two columns {few(map(repr, twice))}; rename that "
             "target, or give it once."
         )
 

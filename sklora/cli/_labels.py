@@ -166,8 +166,8 @@ def match(labels: Labels, names: Sequence[Iterable[str]]) -> list[int]:
     known = _by_name(names)
     unknown = [row for row in labels.rows if not known.get(_normal(row.id))]
     if unknown:
-        rows = few((f"{row.id!r} (line {row.line})" for row in unknown), len(unknown))
-        there = few((repr(sorted(every, key=len)[0]) for every in names), len(names))
+        rows = few(f"{row.id!r} (line {row.line})" for row in unknown)
+        there = few(repr(sorted(every, key=len)[0]) for every in names)
         raise CommandError(
             f"{labels.path}: no adapter is called {rows}; there are {there}. If another column "
             "names them, give --id."
@@ -178,7 +178,7 @@ def match(labels: Labels, names: Sequence[Iterable[str]]) -> list[int]:
         found = known[_normal(row.id)]
         where = f"{labels.path}, line {row.line}: {row.id!r}"
         if len(found) > 1:
-            some = few((next(iter(names[place])) for place in found), len(found))
+            some = few(next(iter(names[place])) for place in found)
             raise CommandError(f"{where} may be any of {some}; give the whole path.")
         [place] = found
         if place in taken:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from typing import TextIO
 
 from sklora._progress import write
@@ -96,8 +95,8 @@ def _width(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in shown)
 
 
-def few(names: Iterable[str], total: int) -> str:
+def few(names: Iterable[str]) -> str:
     """Name the first of many."""
-    first = list(islice(names, 3))
-    more = total - len(first)
-    return ", ".join(first) + (f" and {more} more" if more else "")
+    every = list(names)
+    more = f" and {len(every) - 3} more" if len(every) > 3 else ""
+    return ", ".join(every[:3]) + more

@@ -129,7 +129,7 @@ def _say_unlabelled(names: Sequence[Sequence[str]], places: Sequence[int]) -> No
     labelled = set(places)
     left_out = [every[0] for place, every in enumerate(names) if place not in labelled]
     if left_out:
-        some = few(left_out, len(left_out))
+        some = few(left_out)
         say(f"left out, for want of a label: {len(left_out)} of {len(names)} adapters, {some}")
 
 
