@@ -36,7 +36,7 @@ _SUFFIXES = {"lora_a": "a", "lora_b": "b", "m": "magnitude"}
 
 
 def _matches(source: Source, options: ReadOptions) -> bool:
-    return source.container != "gguf" and has_suffix(source, ".lora_a", ".lora_b")
+    return has_suffix(source, ".lora_a", ".lora_b")
 
 
 def _plan(source: Source, options: ReadOptions) -> AdapterPlan:

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from sklora.io import _build, read_adapters
+from sklora.io.formats import _loaded
 
 MODULE = "model.layers.0.self_attn.q_proj"
 CONFIG = {"model": "/Users/me/models/Qwen", "lora_parameters": {"rank": 64, "scale": 10.0}}
@@ -76,6 +77,7 @@ PARAMETERS = {"rank": 8, "alpha": 16, "scale": 10.0}
         (OLD, 20),
         (OLD | {"lora_parameters": {"rank": 8, "scale": 10.0}}, 10),
         (OLD | {"lora_parameters": {"alpha": 16, "scale": 10.0}}, 10),
+        (OLD | {"lora_parameters": {"rank": 1, "alpha": 16, "scale": 10.0}}, 160),
         (OLD | {"use_dora": False}, 10),  # of 0.14.2 to 0.18
         (OLD | {"fine_tune_type": "lora"}, 10),  # of later ones, with settings of old ones
         (OLD | {"num_layers": 16}, 10),
@@ -137,11 +139,15 @@ class TestWhatMLXDoesNotLoad:
         why = refusal(save(tensors(*pair), CONFIG | {"fine_tune_type": "full"}))
         assert why.startswith("fine_tune_type is 'full'")
 
-    @pytest.mark.parametrize("key", ["self_attn.k_proj", "q_proj", "0.self_attn.q_proj"])
+    @pytest.mark.parametrize(
+        "key", ["self_attn.k_proj", "q_proj", "0.self_attn.q_proj", ["self_attn.q_proj"]]
+    )
     def test_module_that_is_no_key_is_refused(self, pair, save, refusal, key):
         """A key is the whole name, or all of it below the layer (`linear_to_lora_layers`)."""
-        parameters = CONFIG["lora_parameters"] | {"keys": [key]}
-        path = save(tensors(*pair), {"lora_parameters": parameters})
+        a, b = pair
+        parameters = CONFIG["lora_parameters"] | {"keys": ["head", key]}
+        both = {"head.lora_a": a, "head.lora_b": b} | tensors(a, b)
+        path = save(both, {"lora_parameters": parameters})
         assert f"module '{MODULE}' is none of the keys" in refusal(path)
 
     @pytest.mark.parametrize(
@@ -156,6 +162,20 @@ class TestWhatMLXDoesNotLoad:
         parameters = CONFIG["lora_parameters"] | {"keys": keys}
         why = refusal(save(tensors(*pair), {"lora_parameters": parameters}))
         assert why.startswith(f"keys is {keys!r} in its lora_parameters; it must be a list")
+
+    def test_layers_have_plain_numbers(self, pair, save, refusal):
+        a, b = pair
+        parameters = CONFIG["lora_parameters"] | {"keys": ["q"]}
+        path = save({"h.².q.lora_a": a, "h.².q.lora_b": b}, {"lora_parameters": parameters})
+        assert "is none of the keys" in refusal(path)
+
+    def test_names_that_take_too_long_to_compare_are_refused(
+        self, pair, save, refusal, monkeypatch
+    ):
+        monkeypatch.setattr(_loaded, "_MAX_LETTERS", 8)
+        a, b = pair
+        path = save({"a.b.c.lora_a": a, "a.b.c.lora_b": b}, CONFIG)
+        assert "comparing them takes too long" in refusal(path)
 
     @pytest.mark.parametrize(("first", "last"), [(0, 2), (9, 11)])
     @pytest.mark.parametrize("keys", [{}, {"keys": ["mlp.experts.7.up"]}])
