@@ -9,6 +9,7 @@ LORA = {"lora_unet_x.lora_down.weight": (3, 4), "lora_unet_x.lora_up.weight": (5
 REFUSED = {
     "lora_unet_x.oft_diag": "OFT rotates",
     "lora_te_x.oft_blocks": "OFT rotates",
+    "base_model.model.q.oft_r.default": "OFT rotates",
     "base_model.model.q.oft_R.weight": "OFT rotates",
     "lora_unet_x.boft_blocks": "BOFT rotates",
     "base_model.model.q.boft_R": "BOFT rotates",
@@ -99,6 +100,38 @@ def test_flux_in_the_names_of_its_makers_and_of_diffusers_is_refused(save, refus
     assert "split the file" in why
 
 
+CLONEOFSIMO = {name: torch.ones(3, 3) for name in MIXED["cloneofsimo"]}
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [
+        *(f"x.lora_{role}.weight" for role in ("down", "up", "mid", "A", "B")),
+        *("lora_A", "x.lora_B.default.weight", "x.lora_a", "x.lora_b", "x.lora_E"),
+        *("x.lora_embedding_A", "x.lora_embedding_B.default"),
+        *("x.hada_w1", "x.hada_w2_a", "x.hada_w1_b", "x.hada_t1"),
+        *("x.lokr_w1", "x.lokr_w2_a", "x.lokr_w1_b", "x.lokr_t2"),
+        *("x.lora.down.weight", "x.to_q_lora.up.weight", "x.qkv_lora1.down.weight"),
+        *("x.lora_linear_layer.up.weight", ":up", ":down"),
+    ],
+)
+def test_factor_of_any_trainer_is_told(save, refusal, factor):
+    why = refusal(save(CLONEOFSIMO | {factor: torch.ones(3, 3)}))
+    assert why.startswith(f"tensor {factor!r} is a factor of an update")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("x.lora_C.weight", "x.my_lora_A", "x.hada_w1_c", "x.lokr_w", "x.lora_A.a.b.weight"),
+        *("x.lora_B.bias", "x.lora_A.alpha", "x.down.weight", "x.lora.down.weights", "x:upper"),
+    ],
+)
+def test_other_names_are_those_of_no_factor(save, scan, name):
+    report = scan(save(CLONEOFSIMO | {name: torch.ones(3, 3)}))
+    assert [tensor for tensor, _ in report.left_out] == [name]
+
+
 KOHYA = ("x.lora_down.weight", "x.lora_up.weight")
 DIFFUSERS = ("unet.x.lora_A.weight", "unet.x.lora_B.weight")
 FLAT = ("lora_te_x.lora_down.weight", "lora_te_x.lora_up.weight")
@@ -118,6 +151,10 @@ HCP = ("unet.x.___.layer.lora_down.weight", "unet.x.___.layer.lora_up.weight")
         (KOHYA, "x.lora_alpha"),
         (KOHYA, "x.lora_down.alpha"),
         (DIFFUSERS, "unet.x.scaling"),
+        (DIFFUSERS, "unet.x.scalar"),
+        (DIFFUSERS, "unet.x.lora_scale"),
+        (DIFFUSERS, "unet.x.lora_alpha"),
+        (DIFFUSERS, "unet.x.network_alpha"),
         (DIFFUSERS, "unet.x.lora_A.alpha"),
         (DIFFUSERS, "unet.x.alpha.default"),
         (DIFFUSERS, "unet.x.lora.alpha"),
@@ -127,7 +164,10 @@ HCP = ("unet.x.___.layer.lora_down.weight", "unet.x.___.layer.lora_up.weight")
         (FLAT, "lora_te_x.my_alpha"),
         (FLAT, "lora_te_x.lora_down_2"),
         (FLAT, "lora_te_x.lora_down.bias"),
+        (FLAT, "lora_te_x.hada_1"),
+        (FLAT, "lora_te_x.lokr_1"),
         (HADA, "lora_te_x_q.alpha"),
+        (HADA, "lora_te.x_q.alpha"),
         (OLD, "unet.x.processor.to_q.alpha"),
         (OLD, "unet.x.to_q.alpha"),
         (XLABS, "double_blocks.0.img_attn.qkv.alpha"),
@@ -140,7 +180,7 @@ def test_scale_in_another_place_is_refused(save, refusal, factors, scale):
     any with "lora_down" for its rank. OneTrainer once wrote alphas of LoHa under another name, and
     ComfyUI looks for those of old files of diffusers there.
     """
-    tensors = {name: torch.ones(3, 3) for name in factors}
+    tensors = {name: torch.ones(3, 3) for name in factors} | {"a.bias": torch.ones(3)}
     why = refusal(save(tensors | {scale: torch.tensor(0.5)}))
     assert why.startswith(f"tensor {scale!r} may be the scale")
     assert "pass keys= and scale=" in why
@@ -158,7 +198,7 @@ def test_scale_in_another_place_is_refused(save, refusal, factors, scale):
 )
 def test_whole_weight_of_a_module_with_factors_is_refused(save, refusal, name, shape):
     """ComfyUI takes it in place of the factors, and AUTOMATIC1111 adds such a bias to them."""
-    tensors = {factor: torch.ones(3, 3) for factor in FLAT}
+    tensors = {factor: torch.ones(3, 3) for factor in FLAT} | {"a.bias": torch.ones(3)}
     why = refusal(save(tensors | {name: torch.ones(shape)}))
     assert why.startswith(f"tensor {name!r} is dense, but module 'lora_te_x' has factors as well")
     assert "take one of them out" in why
@@ -187,9 +227,19 @@ def test_bias_and_dense_differences_of_other_modules_are_left_out(save, scan, na
     assert [tensor for tensor, _ in report.left_out] == [name]
 
 
+def test_bias_of_a_module_with_one_input_is_left_out(save, scan):
+    """It has as many numbers as the whole weight."""
+    tensors = {name: torch.ones(3, 1) for name in (FLAT[1], "lora_te_x.bias")}
+    report = scan(save(tensors | {FLAT[0]: torch.ones(1, 1)}))
+    assert [tensor for tensor, _ in report.left_out] == ["lora_te_x.bias"]
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("visual.logit_scale", ()), ("unet.scale", ()), ("unet.x.norm.scale", (3,)), ("y.alpha", ())],
+    [
+        *(("visual.logit_scale", ()), ("unet.scale", ()), ("unet.x.norm.scale", (3,))),
+        *(("y.alpha", ()), ("unet.x.my_scale", ()), ("unet.x.scale.other", ())),
+    ],
 )
 def test_other_numbers_are_left_out(save, scan, name, shape):
     tensors = {
