@@ -33,7 +33,7 @@ _COMPONENTS = (
 )
 # Language models have names in which "transformer" is no component of a pipeline.
 _OTHERS = ("transformer.h.", "transformer.encoder.")
-# PEFT takes some of these names for patterns.
+# PEFT takes what `layers_pattern` names for patterns.
 _PLAIN = re.compile(r"[\w.-]+")
 # PEFT has two copies of a module that it saves whole, and saves some for a task: until 0.10 no
 # configuration names those.
@@ -102,7 +102,7 @@ def saved_whole(config: Mapping[str, Any], modules: Collection[str]) -> set[str]
     -------
     set of str
     """
-    copied = [_COPIES.split(module, maxsplit=1)[0] for module in modules if _COPIES.search(module)]
+    copied = [_COPIES.split(module)[0] for module in modules if _COPIES.search(module)]
     if not copied:
         return set()
     check_names_work(modules)
@@ -132,7 +132,7 @@ def check_targets(config: Mapping[str, Any], modules: Iterable[str]) -> None:
     if config.get("target_parameters") or config.get("ensure_weight_tying"):
         return
     targets, excluded = _names(config, "target_modules"), _names(config, "exclude_modules")
-    saved = {name for name in _names(config, "modules_to_save") or () if _PLAIN.fullmatch(name)}
+    saved = _names(config, "modules_to_save") or set()
     modules = list(modules)
     check_names_work(modules, len(saved))
     layers = _layers(config)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sklora.io.formats import _loaded
 from tests.io.formats.peft import HADA, LORA, PREFIX, linear, named
 
 
@@ -14,6 +15,7 @@ from tests.io.formats.peft import HADA, LORA, PREFIX, linear, named
         ({"target_modules": r".*\.0\.(q|k)"}, "target_modules"),
         ({"target_modules": ["q"], "exclude_modules": ["1.q"]}, "exclude_modules"),
         ({"target_modules": ["q"], "modules_to_save": ["layers.1"]}, "modules_to_save"),
+        ({"target_modules": ["q"], "modules_to_save": ["q"]}, "modules_to_save"),
         ({"target_modules": ["q"], "layers_to_transform": [0, 2]}, "layers_to_transform"),
         ({"target_modules": ["q"], "layers_to_transform": 0}, "layers_to_transform"),
         (
@@ -26,6 +28,11 @@ def test_module_that_is_not_adapted_is_refused(pair, save, refusal, settings, wh
     why = refusal(save(linear("layers.1.q", *pair), LORA | settings))
     assert why.startswith("module 'layers.1.q' is none that its configuration adapts")
     assert what in why
+
+
+def test_any_module_may_be_the_one_that_is_not_adapted(pair, save, refusal):
+    tensors = linear("a.q", *pair) | linear("b.k", *pair)
+    assert "module 'b.k' is none" in refusal(save(tensors, LORA | {"target_modules": ["q"]}))
 
 
 @pytest.mark.parametrize(
@@ -42,6 +49,8 @@ def test_module_that_is_not_adapted_is_refused(pair, save, refusal, settings, wh
         {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "layers"},
         {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["h|layers"]},
         {"target_modules": [], "target_parameters": ["x"], "r": 3},
+        {"target_modules": ["k"], "ensure_weight_tying": True},
+        {"target_modules": None, "layers_to_transform": [0]},
     ],
 )
 def test_module_that_is_adapted_is_read(pair, save, scan, settings):
@@ -123,7 +132,9 @@ COPIES = ("", ".modules_to_save", ".original_module")
     ("settings", "head"),
     [
         ({"task_type": "SEQ_CLS", "modules_to_save": None}, "classifier"),
+        ({"task_type": "SEQ_CLS"}, "score"),
         ({"task_type": "TOKEN_CLS"}, "score"),
+        ({"task_type": "TOKEN_CLS"}, "classifier"),
         ({"task_type": "QUESTION_ANS", "modules_to_save": ["classifier"]}, "qa_outputs"),
         ({"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}, "classifier"),
         ({"task_type": None, "modules_to_save": ["head.last"]}, "model.head.last"),
@@ -154,12 +165,30 @@ def test_factors_in_a_module_that_was_saved_whole_are_left_out(
         {"task_type": "SEQ_CLS", "modules_to_save": ["layers.2"]},
     ],
 )
-def test_copies_of_modules_that_were_not_saved_whole_hide_nothing(pair, save, refusal, settings):
+@pytest.mark.parametrize("copy", COPIES[1:])
+def test_copies_of_modules_that_were_not_saved_whole_hide_nothing(
+    pair, save, refusal, settings, copy
+):
     """PEFT loads the factors beside them."""
-    tensors = linear("layers.1.q", *pair) | linear("layers.1.modules_to_save.q", *pair)
+    tensors = linear("layers.1.q", *pair) | linear(f"layers.1{copy}.q", *pair)
     why = refusal(save(tensors, LORA | {"target_modules": ["q"]} | settings))
-    assert "module 'layers.1.modules_to_save.q' is none that its configuration adapts" in why
+    assert f"module 'layers.1{copy}.q' is none that its configuration adapts" in why
     assert "modules_to_save do not name" in why
+
+
+@pytest.mark.parametrize("name", ["my_modules_to_save", "original_module_2"])
+def test_names_like_those_of_copies_are_of_no_copies(pair, save, scan, name):
+    assert scan(save(linear(f"layers.{name}.q", *pair), LORA)).ranks == (3,)
+
+
+def test_names_that_take_too_long_to_compare_are_refused(pair, save, scan, refusal, monkeypatch):
+    monkeypatch.setattr(_loaded, "_MAX_LETTERS", 30)
+    tensors, copy = linear("h.0.q", *pair), linear("head.modules_to_save.q", *pair)
+    config = LORA | {"target_modules": ["q"]}
+    assert scan(save(tensors, config)).ranks == (3,)
+    for saved, more in ((["a", "b", "c", "d"], {}), (["head"], copy)):
+        why = refusal(save(tensors | more, config | {"modules_to_save": saved}))
+        assert "comparing them takes too long" in why
 
 
 def test_factors_of_other_formats_are_refused_in_a_module_that_was_saved_whole(pair, save, refusal):
@@ -167,3 +196,24 @@ def test_factors_of_other_formats_are_refused_in_a_module_that_was_saved_whole(p
     tensors = linear("q", A, B) | {f"{PREFIX}classifier.modules_to_save.lora_down.weight": A}
     tensors |= linear("classifier.modules_to_save", A, B)
     assert "mixes two formats" in refusal(save(tensors, LORA | {"task_type": "SEQ_CLS"}))
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        *("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "controlnet"),
+        *("transformer", "transformer_2", "diffusion_model", "transformer_blocks"),
+        *("down_blocks", "mid_block", "up_blocks", "single_transformer_blocks"),
+    ],
+)
+def test_modules_of_pipelines_are_told_by_their_names(pair, save, scan, start):
+    A, B = pair
+    report = scan(save({f"{start}.x.lora_A.weight": A, f"{start}.x.lora_B.weight": B}))
+    assert (report.format, report.scales) == ("diffusers", (1,))
+
+
+@pytest.mark.parametrize("start", ["transformer.h", "transformer.encoder", "x.unet", "unet_2"])
+def test_other_modules_are_of_no_pipeline(pair, save, refusal, start):
+    A, B = pair
+    path = save({f"{start}.x.lora_A.weight": A, f"{start}.x.lora_B.weight": B})
+    assert "it has the keys of PEFT, but no adapter_config.json" in refusal(path)
