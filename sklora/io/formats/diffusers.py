@@ -88,7 +88,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
         check_config(beside)
         check_patterns(beside, modules)
     otherwise = alpha_rule(source, options)
-    known = (*_COMPONENTS, *(f"{component}." for component in settings if component))
+    known = (*_COMPONENTS, *(f"{component}." for component in settings))
 
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
         _check_component(path, settings, known)
@@ -98,7 +98,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
                 "look at none of this name; take it out of the file."
             )
         for component, config in settings.items():
-            if path.startswith(f"{component}.") or (len(settings) == 1 and not component):
+            if not component or path.startswith(f"{component}."):
                 module = path.removeprefix(f"{component}.")
                 check_dora(path, bool(tensors.keys() & _MAGNITUDES), config.get("use_dora"))
                 value = scale_of_config(config, module, dimension)

@@ -7,6 +7,7 @@ import torch
 
 from sklora import DenseProduct, SVDSpectrum
 from sklora.io import read_adapters
+from sklora.io.formats import peft
 from sklora.testing import random_gauge
 
 PROCESSORS = Path(__file__).parents[4] / "shared" / "adapters" / "diffusers_old_procs"
@@ -151,6 +152,12 @@ def test_a_gauge_of_the_kernels_of_a_convolution_changes_no_feature(normal, save
 ALPHAS = [torch.tensor(6.0), torch.tensor([6.0]), torch.tensor(6), torch.tensor(6.0).bfloat16()]
 
 
+COMPONENTS = (
+    *("unet", "transformer", "transformer_2", "transformer_ref", "connectors", "prior"),
+    *("controlnet", "text_encoder", "text_encoder_2", "text_encoder_3", "text_conditioner"),
+)
+
+
 class TestScale:
     def tensors(self, pair, *modules):
         A, B = pair
@@ -175,7 +182,7 @@ class TestScale:
     @pytest.mark.parametrize(
         ("module", "component"),
         [("diffusion_model.x", "transformer."), ("x", "transformer."), ("diffusion_model.x", "")]
-        + [(f"{part}.x", "") for part in ("unet", "transformer", "text_encoder_2")],
+        + [(f"{part}.x", "") for part in COMPONENTS],
     )
     def test_of_another_component_is_refused(self, pair, save, refusal, module, component):
         """diffusers follows it for modules that it renames, and ComfyUI never."""
@@ -365,23 +372,62 @@ def test_configuration_of_peft_beside_it_has_to_agree(pair, save, scan, refusal)
     assert (report.format, report.scales) == ("peft", (1,))
 
 
+class TestConfigurationOfPEFTBesideMetadata:
+    """PEFT and transformers follow it, in modules that are of no pipeline."""
+
+    METADATA = described(unet__lora_alpha=6, model__lora_alpha=9)
+
+    @pytest.fixture
+    def tensors(self, pair):
+        return {
+            f"{module}.lora_{x}.weight": y.clone()
+            for module in ("unet.x", "model.q")
+            for x, y in zip("AB", pair, strict=True)
+        }
+
+    def test_is_compared_with_those_modules_alone(self, tensors, save, scan):
+        path = save(tensors, {"peft_type": "LORA", "lora_alpha": 9}, self.METADATA)
+        assert {module.path: module.scale for module in scan(path).modules} == {
+            "unet.x": 2,
+            "model.q": 3,
+        }
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+            ({"alpha_pattern": {f"(.{{{n}}})*": 1 for n in range(30, 90)}}, "steps to match"),
+        ],
+    )
+    def test_is_checked(self, tensors, save, refusal, settings, message, monkeypatch):
+        monkeypatch.setattr(peft, "MAX_MATCHING", 10_000)
+        config = {"peft_type": "LORA", "lora_alpha": 9} | settings
+        assert message in refusal(save(tensors, config, self.METADATA))
+
+
 @pytest.mark.parametrize("name", ["transformer.other.alpha", "transformer.my_alpha_note"])
 def test_alpha_of_no_module_is_refused_where_one_has_none(pair, save, refusal, scan, name):
     """diffusers takes it for all modules of FLUX that have none, and sees "alpha" anywhere."""
     A, B = pair
-    tensors = {"transformer.x.lora_A.weight": A, "transformer.x.lora_B.weight": B}
+    tensors = {"transformer.a.x.lora_A.weight": A, "transformer.a.x.lora_B.weight": B}
     tensors[name] = torch.tensor(1000.0)
     why = refusal(save(tensors))
     assert why.startswith(f"tensor {name!r} is the alpha of no module")
-    assert "such as 'transformer.x': take it out" in why
+    assert "such as 'transformer.a.x': take it out" in why
     # Those of other components, and beside modules that have their own, mean nothing.
-    tensors["text_encoder.alpha"] = tensors.pop(name)
+    tensors |= {"text_encoder.alpha": tensors.pop(name), "transformer.bias": torch.ones(5)}
     assert scan(save(tensors)).scales == (1,)
-    tensors |= {name: torch.tensor(1000.0), "transformer.x.alpha": torch.tensor(6.0)}
+    tensors |= {name: torch.tensor(1000.0), "transformer.a.x.alpha": torch.tensor(6.0)}
     assert scan(save(tensors)).scales == (2,)
 
 
-@pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2"])
+def test_alpha_of_no_module_is_refused_in_a_text_encoder_too(pair, save, refusal):
+    tensors = {f"text_encoder.x.lora_{x}.weight": y for x, y in zip("AB", pair, strict=True)}
+    why = refusal(save(tensors | {"text_encoder.other.alpha": torch.tensor(1000.0)}))
+    assert "is the alpha of no module" in why
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2", "text_encoder_3"])
 def test_module_of_a_text_encoder_that_settings_do_not_target_is_refused(
     pair, save, scan, refusal, component
 ):
@@ -407,10 +453,19 @@ def test_text_encoders_that_no_pipeline_has_are_not_compared(pair, save, scan, m
     assert scan(save(tensors, metadata=described(**settings))).scales == (2,)
 
 
-def test_settings_without_alpha_are_refused(pair, save, refusal):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"r": 3}, {"target_modules": ["x"]}, {"rank_pattern": {}}, {"alpha_pattern": {}}),
+        {"use_rslora": True},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_without_alpha_are_refused(pair, save, refusal, settings):
     """PEFT's default is 8, whatever the rank."""
     tensors = {f"unet.x.lora_{x}.weight": y for x, y in zip("AB", pair, strict=True)}
-    why = refusal(save(tensors, metadata=described(unet__r=3, unet__target_modules=["x"])))
+    [(key, value)] = settings.items()
+    why = refusal(save(tensors, metadata=described(**{f"unet__{key}": value})))
     assert "has settings of 'unet' without lora_alpha, for which PEFT takes 8" in why
 
 
@@ -418,10 +473,11 @@ def test_settings_of_dora_and_magnitudes_have_to_agree(pair, save, scan, refusal
     tensors = {f"unet.x.lora_{x}.weight": y for x, y in zip("AB", pair, strict=True)}
     path = save(tensors, metadata=described(unet__lora_alpha=3, unet__use_dora=True))
     assert "module 'unet.x' has no magnitude" in refusal(path)
-    tensors["unet.x.lora_magnitude_vector"] = torch.ones(5)
-    assert scan(save(tensors, metadata=described(unet__lora_alpha=3, unet__use_dora=True))).side
-    path = save(tensors, metadata=described(unet__lora_alpha=3, unet__use_dora=False))
-    assert "module 'unet.x' has a magnitude of DoRA, but its settings are of none" in refusal(path)
+    for name, shape in (("lora_magnitude_vector", (5,)), ("dora_scale", (5, 1))):
+        both = tensors | {f"unet.x.{name}": torch.ones(shape)}
+        assert scan(save(both, metadata=described(unet__lora_alpha=3, unet__use_dora=True))).side
+        why = refusal(save(both, metadata=described(unet__lora_alpha=3, unet__use_dora=False)))
+        assert "module 'unet.x' has a magnitude of DoRA, but its settings are of none" in why
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,10 @@ from tests.io.formats.peft import HADA, LORA, PREFIX, linear, named
             {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["h"]},
             "layers_to_transform",
         ),
+        (
+            {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "my_layers"},
+            "layers_to_transform",
+        ),
     ],
 )
 def test_module_that_is_not_adapted_is_refused(pair, save, refusal, settings, what):
@@ -48,6 +52,9 @@ def test_any_module_may_be_the_one_that_is_not_adapted(pair, save, refusal):
         {"target_modules": ["q"], "modules_to_save": ["layer", "(", 3]},
         {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "layers"},
         {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["h|layers"]},
+        {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["h|layers", "h"]},
+        {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": [3, "layers"]},
+        {"target_modules": ["q"], "layers_to_transform": []},
         {"target_modules": [], "target_parameters": ["x"], "r": 3},
         {"target_modules": ["k"], "ensure_weight_tying": True},
         {"target_modules": None, "layers_to_transform": [0]},
@@ -55,6 +62,12 @@ def test_any_module_may_be_the_one_that_is_not_adapted(pair, save, refusal):
 )
 def test_module_that_is_adapted_is_read(pair, save, scan, settings):
     assert scan(save(linear("layers.1.q", *pair), LORA | settings)).ranks == (3,)
+
+
+def test_layers_may_lie_deep(pair, save, scan):
+    layers = {"layers_to_transform": [1], "layers_pattern": ["h.layers"]}
+    config = LORA | {"target_modules": ["q"]} | layers
+    assert scan(save(linear("model.h.layers.1.q", *pair), config)).ranks == (3,)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ MIXED = {
     "onetrainer": ("lora_transformer_x.lora_down.weight", "lora_transformer_x.lora_up.weight"),
     "old diffusers": ("unet.y.to_q_lora.down.weight", "unet.y.to_q_lora.up.weight"),
     "mlx": ("model.x.lora_a", "model.x.lora_b"),
+    "lokr": ("unet.w.lokr_w1", "unet.w.lokr_w2"),
     "named": ("unet.z.lora_A.default.weight", "unet.z.lora_B.default.weight"),
 }
 
@@ -76,6 +77,7 @@ MIXED = {
         ("diffusers", "cloneofsimo"),
         ("kohya", "mlx"),
         ("diffusers", "named"),
+        ("diffusers", "lokr"),
     ],
 )
 def test_file_of_two_formats_is_refused(save, refusal, one, other):
@@ -238,7 +240,8 @@ def test_bias_of_a_module_with_one_input_is_left_out(save, scan):
     ("name", "shape"),
     [
         *(("visual.logit_scale", ()), ("unet.scale", ()), ("unet.x.norm.scale", (3,))),
-        *(("y.alpha", ()), ("unet.x.my_scale", ()), ("unet.x.scale.other", ())),
+        *(("y.alpha", ()), ("unet.y.alpha", ())),
+        *(("unet.x.my_scale", ()), ("unet.x.scale.other", ())),
     ],
 )
 def test_other_numbers_are_left_out(save, scan, name, shape):
