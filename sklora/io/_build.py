@@ -44,8 +44,8 @@ PRODUCT_ROLES = {
         *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     )
 }
-_MAGNITUDES = ("magnitude", "magnitude_out")
-_SIDE_ROLES = ("alpha", *_MAGNITUDES)
+MAGNITUDES = ("magnitude", "magnitude_out")
+_SIDE_ROLES = ("alpha", *MAGNITUDES)
 
 
 def by_module(
@@ -179,7 +179,7 @@ def make_plan(
             continue
         plan = _plan_module(source, options, path, tensors, factors, scale)
         plans.append(plan)
-        for role in tensors.keys() & _MAGNITUDES:
+        for role in tensors.keys() & MAGNITUDES:
             known = _magnitude(source, plan, role, tensors[role])
             if isinstance(known, SideTensor):
                 side.append(known)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from sklora._untrusted import Refusal, shown
+from sklora.io._build import MAGNITUDES
 from sklora.io._pattern import matches_whole, matching_work
 from sklora.io._plan import AdapterPlan
 
@@ -75,8 +76,9 @@ def check_methods(config: Mapping[str, Any], plan: AdapterPlan) -> None:
             )
 
 
-def check_dora(path: str, has_magnitude: bool, dora: object, loader: str = "PEFT") -> None:
+def check_dora(path: str, roles: Collection[str], dora: object, loader: str = "PEFT") -> None:
     """Refuse a magnitude that a loader leaves out, or has to make up, where settings say either."""
+    has_magnitude = any(role in roles for role in MAGNITUDES)
     if has_magnitude and dora is False:
         why = f"a magnitude of DoRA, but its settings are of none, so that {loader} leaves it out"
     elif dora and not has_magnitude:

@@ -50,7 +50,6 @@ _SUFFIXES = {
     "magnitude": "magnitude_out",  # of ai-toolkit
 }
 _NAMED = {"lora_A.default.weight": "down", "lora_B.default.weight": "up"}
-_MAGNITUDES = {"magnitude", "magnitude_out"}
 # Others diffusers renames to one of these, if it takes them at all.
 _COMPONENTS = (
     *("unet.", "transformer.", "transformer_2.", "transformer_ref.", "connectors.", "prior."),
@@ -100,7 +99,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
         for component, config in settings.items():
             if not component or path.startswith(f"{component}."):
                 module = path.removeprefix(f"{component}.")
-                check_dora(path, bool(tensors.keys() & _MAGNITUDES), config.get("use_dora"))
+                check_dora(path, tensors, config.get("use_dora"))
                 value = scale_of_config(config, module, dimension)
                 if beside is not None and not is_of_pipeline(path):
                     rival = scale_of_config(beside, path, dimension)

@@ -67,7 +67,7 @@ def _check_loaded(config: Mapping[str, object], modules: Modules) -> None:
     # 0.13.1 to 0.18 called it use_dora.
     dora = kind == "dora" if "fine_tune_type" in config else config.get("use_dora")
     for path, tensors in modules.items():
-        check_dora(path, "magnitude" in tensors, dora, "mlx-lm")
+        check_dora(path, tensors, dora, "mlx-lm")
     check_names_work(modules)
     parameters = config.get("lora_parameters")
     keys = parameters.get("keys") if isinstance(parameters, Mapping) else None
