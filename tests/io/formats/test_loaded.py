@@ -64,6 +64,11 @@ def test_module_that_is_adapted_is_read(pair, save, scan, settings):
     assert scan(save(linear("layers.1.q", *pair), LORA | settings)).ranks == (3,)
 
 
+def test_output_projection_of_attention_has_the_settings_of_the_whole(pair, save, scan):
+    config = LORA | {"target_modules": ["attn"], "alpha_pattern": {"h.attn": 9}}
+    assert scan(save(linear("h.attn.base_layer.out_proj", *pair), config)).scales == (3.0,)
+
+
 def test_layers_may_lie_deep(pair, save, scan):
     layers = {"layers_to_transform": [1], "layers_pattern": ["h.layers"]}
     config = LORA | {"target_modules": ["q"]} | layers
@@ -96,6 +101,22 @@ def test_what_wrappers_put_between_is_no_part_of_a_name(pair, save, scan, settin
     if wrapper is not None:
         inside = {"target_modules": [f"{wrapper}.layers.1.q"]}
         assert scan(save(tensors, LORA | settings | inside)).scales == (3.0,)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({"alpha_pattern": {"_orig_mod.layers.1.q": 18}}, 6.0),
+        ({"rank_pattern": {"_orig_mod.x": 3}, "alpha_pattern": {"^layers.1.q": 18}}, 2.0),
+        ({"exclude_modules": ["_orig_mod.layers.1.q"]}, None),
+    ],
+)
+def test_any_setting_may_name_wrappers(pair, save, scan, refusal, settings, scale):
+    path = save(linear("_orig_mod.layers.1.q", *pair), LORA | settings)
+    if scale is None:
+        assert "exclude_modules" in refusal(path)
+    else:
+        assert scan(path).scales == (scale,)
 
 
 @pytest.mark.parametrize("value", [None, 3, "_orig_mod", [["_orig_mod"]]])
@@ -202,6 +223,13 @@ def test_names_that_take_too_long_to_compare_are_refused(pair, save, scan, refus
     for saved, more in ((["a", "b", "c", "d"], {}), (["head"], copy)):
         why = refusal(save(tensors | more, config | {"modules_to_save": saved}))
         assert "comparing them takes too long" in why
+
+
+def test_files_without_a_configuration_are_checked_too(pair, normal, save, refusal):
+    tensors = linear("q", *pair) | {f"{PREFIX}k.lora_down.weight": pair[0]}
+    assert "mixes two formats" in refusal(save(tensors), scale=1)
+    lokr = named("q", lokr_w1=normal(2, 3), lokr_w2=normal(4, 5, 3))
+    assert "no Kronecker product" in refusal(save(lokr), scale=1)
 
 
 def test_factors_of_other_formats_are_refused_in_a_module_that_was_saved_whole(pair, save, refusal):

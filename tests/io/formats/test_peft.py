@@ -298,7 +298,7 @@ def test_initialisation_that_changes_the_base_is_refused_by_name(pair, save, ref
     assert "path_initial_model_for_weight_conversion" in why
 
 
-@pytest.mark.parametrize("init", [True, False, "Gaussian", "eva", "orthogonal", "mica"])
+@pytest.mark.parametrize("init", [True, "true", "False", "Gaussian", "eva", "orthogonal", "mica"])
 def test_initialisation_that_leaves_the_base_is_read(pair, save, scan, init):
     assert scan(save(linear("q", *pair), LORA | {"init_lora_weights": init})).scales == (2.0,)
 

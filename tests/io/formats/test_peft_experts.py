@@ -127,7 +127,7 @@ class TestExperts:
 
     def test_long_targets_are_refused(self, normal, save, refusal):
         """They are part of the names that patterns are matched with."""
-        config = {"target_parameters": [f"q.{'x' * 10**5}"], "rank_pattern": {"x*" * 300: 1}}
+        config = {"target_parameters": [f"q.{'x' * 10**5}", "q.y"], "rank_pattern": {"x*" * 300: 1}}
         why = refusal(save(linear("q", normal(3, 2), normal(2, 3)), LORA | config))
         assert "steps to match" in why
 
