@@ -13,6 +13,7 @@ a module, which other trainers write, has to agree with a configuration, which P
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -66,6 +67,7 @@ _ROLES = {
     "lora_magnitude_vector": "magnitude_out",
     **PRODUCT_ROLES,
 }
+_ROLE = re.compile(rf"(.+)\.({'|'.join(_ROLES)})(?:\.(?!bias$)[^.]+|\.[^.]+\.weight)?")
 _TYPES = ("LORA", "ADALORA", "LOHA", "LOKR")
 # These leave the base model as it is, so that B A is the whole update.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "true", "false")
@@ -148,14 +150,8 @@ BARE = Format(_matches_loosely, _plan)
 
 def _role_of(name: str) -> tuple[str, str] | None:
     """Give module and role: ``<module>.<role>``, then the adapter's name and "weight" or not."""
-    parts = name.split(".")
-    for length in (1, 2, 3):
-        if length < len(parts) and parts[-length] in _ROLES:
-            tail = parts[len(parts) - length + 1 :]
-            if (length == 3 and tail[1] != "weight") or tail[-1:] == ["bias"]:
-                return None
-            return ".".join(parts[:-length]), _ROLES[parts[-length]]
-    return None
+    found = _ROLE.fullmatch(name)
+    return None if found is None else (found[1], _ROLES[found[2]])
 
 
 def _owner(path: str, wrapped: bool) -> str:
@@ -198,7 +194,7 @@ def _pruned(source: Source, modules: Modules) -> list[LeftOut]:
 
 def _rule_without_config(modules: Modules, options: ReadOptions) -> ScaleRule:
     """Give the scales of a file that has no configuration beside it."""
-    if modules and all("alpha" in tensors for tensors in modules.values()):
+    if all("alpha" in tensors for tensors in modules.values()):
         return alpha_over_rank
     value = stated_scale(
         options,
@@ -241,7 +237,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         )
     init = config.get("init_lora_weights")
     known = init.lower() if isinstance(init, str) else init
-    if not any(known is plain or known == plain for plain in _PLAIN_INITS):
+    if known not in _PLAIN_INITS:
         raise Refusal(
             f"init_lora_weights is {shown(init)}: that method changes the base model too, so B A "
             "is not the whole update. Convert the adapter to plain LoRA with save_pretrained(..., "

@@ -144,6 +144,12 @@ def test_rank_by_which_adalora_divides_is_refused(normal, save, refusal, ending)
     assert "divides its scale by it" in refusal(save(tensors, LORA | {"peft_type": "ADALORA"}))
 
 
+def test_module_that_adalora_pruned_in_part_is_refused(normal, save, refusal):
+    tensors = named("q", lora_A=normal(3, 4), lora_B=normal(5, 3), lora_E=normal(0, 1))
+    why = refusal(save(tensors, LORA | {"peft_type": "ADALORA"}))
+    assert "a diagonal (3, 1) is expected" in why
+
+
 def test_rslora_of_other_methods_is_ignored(normal, save, scan):
     tensors = named("q", **{role: normal(*shape) for role, shape in HADA.items()})
     config = {"peft_type": "LOHA", "alpha": 6, "use_rslora": True}
@@ -226,8 +232,9 @@ def test_names_that_take_too_long_to_compare_are_refused(pair, save, scan, refus
 
 
 def test_files_without_a_configuration_are_checked_too(pair, normal, save, refusal):
-    tensors = linear("q", *pair) | {f"{PREFIX}k.lora_down.weight": pair[0]}
-    assert "mixes two formats" in refusal(save(tensors), scale=1)
+    for name in ("q.lora_down.weight", "q.lora_A.default.bits"):
+        tensors = linear("q", *pair) | {f"{PREFIX}{name}": pair[0]}
+        assert "mixes two formats" in refusal(save(tensors), scale=1)
     lokr = named("q", lokr_w1=normal(2, 3), lokr_w2=normal(4, 5, 3))
     assert "no Kronecker product" in refusal(save(lokr), scale=1)
 
