@@ -187,7 +187,7 @@ def make_plan(
                 skipped.append(known)
     if not plans:
         raise Refusal(f"it has no LoRA factors, though its tensors look like {format}.")
-    check_names(plans)
+    _check_names(plans)
     _check_expansion(source, plans)
     return AdapterPlan(
         format,
@@ -225,7 +225,7 @@ def _plan_module(
             "update; the file is incomplete, or of a method that sklora does not know."
         )
     for name in tensors.values():
-        check_floats(name, source.tensors[name])
+        _check_floats(name, source.tensors[name])
     if method == "lokr" and options.lokr == "kronecker":
         method = "lokr-kronecker"
     shapes = source.shapes(factors)
@@ -260,7 +260,7 @@ def _check_ranks(path: str, tensors: Mapping[str, str], shapes: Shapes) -> None:
         )
 
 
-def check_floats(name: str, info: TensorInfo) -> None:
+def _check_floats(name: str, info: TensorInfo) -> None:
     """Check that a tensor holds floats; alpha may be an integer."""
     if info.dtype not in FLOAT_DTYPES and info.size != 1:
         raise Refusal(
@@ -285,7 +285,7 @@ def _magnitude(source: Source, plan: ModulePlan, role: str, tensor: str) -> Side
     return LeftOut(tensor, f"a magnitude of shape {shape} does not fit ({plan.n}, {plan.m})")
 
 
-def check_names(plans: Iterable[ModulePlan]) -> None:
+def _check_names(plans: Iterable[ModulePlan]) -> None:
     """Check that no two modules have one name."""
     known: dict[str, ModulePlan] = {}
     for plan in plans:
@@ -337,7 +337,7 @@ def with_modules(plan: AdapterPlan, modules: Iterable[ModulePlan]) -> AdapterPla
     taken = tuple(islice(modules, MAX_EXPERTS + 1))
     if len(taken) > MAX_EXPERTS:
         raise Refusal(f"it has over {MAX_EXPERTS} experts, more than any model.")
-    check_names(taken)
+    _check_names(taken)
     return replace(plan, modules=taken)
 
 

@@ -28,7 +28,8 @@ FLOAT_DTYPES: Mapping[str, np.dtype] = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-OTHER_DTYPES: Mapping[str, np.dtype] = {
+DTYPES: Mapping[str, np.dtype] = {
+    **FLOAT_DTYPES,
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
     "I16": np.dtype("<i2"),
@@ -39,7 +40,6 @@ OTHER_DTYPES: Mapping[str, np.dtype] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-DTYPES: Mapping[str, np.dtype] = {**FLOAT_DTYPES, **OTHER_DTYPES}
 
 
 class TensorInfo(NamedTuple):

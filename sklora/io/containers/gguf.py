@@ -159,7 +159,7 @@ class GGUFFile(TensorFile):
             info = TensorInfo(_PLAIN[kind], shape)
             return name, info, _Place(kind, offset, info.nbytes)
         if kind not in self._blocks:
-            self._blocks[kind] = quantised_block(name, kind)
+            self._blocks[kind] = _quantised_block(name, kind)
         block, block_bytes = self._blocks[kind]
         if not shape or shape[-1] % block:
             raise Refusal(
@@ -177,7 +177,7 @@ class GGUFFile(TensorFile):
         if place.kind in _PLAIN or not info.size:
             return as_array(raw, info)
         rows = np.frombuffer(raw, np.uint8).reshape(*info.shape[:-1], -1)
-        return dequantise(rows, place.kind).reshape(info.shape)
+        return _dequantise(rows, place.kind).reshape(info.shape)
 
     def _number(self, form: str) -> Any:
         """Read a little-endian number."""
@@ -216,26 +216,8 @@ def _checked_alignment(value: object) -> int:
     return value
 
 
-def quantised_block(name: str, kind: int) -> tuple[int, int]:
-    """Give how many numbers a block of a quantised type holds, and in how many bytes.
-
-    Parameters
-    ----------
-    name : str
-        The tensor, for messages.
-    kind : int
-        The number of the type.
-
-    Returns
-    -------
-    block : int
-    n_bytes : int
-
-    Raises
-    ------
-    Refusal
-        When the gguf package is missing, or does not know the type.
-    """
+def _quantised_block(name: str, kind: int) -> tuple[int, int]:
+    """Give how many numbers a block of a quantised type holds, and in how many bytes."""
     try:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     except ImportError as error:
@@ -245,7 +227,7 @@ def quantised_block(name: str, kind: int) -> tuple[int, int]:
         ) from error
     try:
         block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        dequantise(np.zeros((1, n_bytes), np.uint8), kind)
+        _dequantise(np.zeros((1, n_bytes), np.uint8), kind)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise Refusal(
             f"tensor {shown(name)} has type {kind}, which the gguf package does not unpack; "
@@ -254,19 +236,8 @@ def quantised_block(name: str, kind: int) -> tuple[int, int]:
     return block, n_bytes
 
 
-def dequantise(rows: NDArray[np.uint8], kind: int) -> NDArray[np.float32]:
-    """Unpack rows of blocks.
-
-    Parameters
-    ----------
-    rows : ndarray of shape (..., row_bytes), of uint8
-    kind : int
-        The number of the type.
-
-    Returns
-    -------
-    ndarray of shape (..., row), of float32
-    """
+def _dequantise(rows: NDArray[np.uint8], kind: int) -> NDArray[np.float32]:
+    """Unpack rows of blocks, uint8 of shape (..., row_bytes), to (..., row)."""
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
