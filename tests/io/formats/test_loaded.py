@@ -131,6 +131,8 @@ def test_factor_of_another_method_is_refused(pair, normal, save, refusal):
     assert "has the tensors of adalora, but" in refusal(save(tensors, LORA))
     adalora = LORA | {"peft_type": "ADALORA"}
     assert "has the tensors of lora, but" in refusal(save(linear("q", *pair), adalora))
+    lokr = named("q", lokr_w1=normal(2, 3), lokr_w2=normal(4, 5))
+    assert "a rank is at least 1" in refusal(save(lokr, adalora))
     hada = named("k", **{role: normal(*shape) for role, shape in HADA.items()})
     why = refusal(save(linear("q", *pair) | hada, LORA))
     assert "module 'base_model.model.k' has the tensors of loha" in why

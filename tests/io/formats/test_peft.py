@@ -126,7 +126,7 @@ def test_convolution_in_groups_is_refused(normal, save, refusal):
     assert "shapes down (4, 3, 3, 3), up (6, 2, 1, 1) do not fit" in refusal(path)
 
 
-@pytest.mark.parametrize("alpha", [8, -1, 0])
+@pytest.mark.parametrize("alpha", [8, 1, -1, 0])
 def test_adalora(normal, save, assert_updates, alpha):
     A, B, E = normal(3, 4), normal(5, 3), normal(3, 1)
     tensors = named("q", lora_A=A, lora_B=B, lora_E=E)
@@ -176,7 +176,7 @@ def test_adalora_of_a_large_model(normal, save, scan):
     assert scan(save(tensors, config)).scales == (8 / (12 + 1e-5),)
 
 
-@pytest.mark.parametrize("kept", [[True] * 5, "yes", [1, 1, 1, 0], None])
+@pytest.mark.parametrize("kept", [[True] * 5, "yes", [True, 1, 1, 0], None])
 def test_adalora_s_mask_of_another_size_is_not_used(normal, save, scan, kept):
     tensors = named("q", lora_A=normal(3, 4), lora_B=normal(5, 3), lora_E=normal(3, 1))
     config = {"peft_type": "ADALORA", "lora_alpha": 8, "rank_pattern": {"q.lora_E": kept}}
@@ -212,7 +212,8 @@ def test_lokr_of_two_full_matrices_needs_an_r(normal, save, refusal):
     tensors = named("q", lokr_w1=normal(2, 3), lokr_w2=normal(4, 5))
     config = {"peft_type": "LOKR", "alpha": 8}
     assert "r is None" in refusal(save(tensors, config))
-    assert "rank 0" in refusal(save(tensors, config | {"r": 0}))
+    for r in (0, -3):
+        assert f"rank {r};" in refusal(save(tensors, config | {"r": r}))
 
 
 def test_lokr_of_a_one_dimensional_convolution_is_refused(normal, save, refusal, scan):
