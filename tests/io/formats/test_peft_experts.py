@@ -210,6 +210,17 @@ class TestExperts:
         }
         assert_updates(path, expected | {PREFIX + "q": pair[1] @ pair[0] * 2})
 
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"target_parameters": ["w1"], "rank_pattern": {"q": 2}},
+            {"target_parameters": ["experts.w1"]},
+        ],
+    )
+    def test_module_of_a_rank_of_its_own_is_no_stack(self, normal, save, scan, settings):
+        path = save(linear("q", normal(2, 4), normal(5, 2)), LORA | settings)
+        assert [module.path for module in scan(path).modules] == [f"{PREFIX}q"]
+
     @pytest.mark.parametrize("targets", ["w1", 3, {"w1": 2}])
     def test_what_is_no_list_is_refused(self, pair, save, refusal, targets):
         path = save(linear("q", *pair), LORA | {"target_parameters": targets})
