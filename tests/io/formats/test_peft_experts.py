@@ -210,6 +210,13 @@ class TestExperts:
         }
         assert_updates(path, expected | {PREFIX + "q": pair[1] @ pair[0] * 2})
 
+    def test_ranks_may_be_1(self, normal, save, scan):
+        one = linear("mlp.experts", normal(4, 6), normal(5, 4))
+        assert scan(save(one, self.CONFIG | {"r": 1})).scales == (6.0,)
+        two = linear("mlp.experts.base_layer", normal(8, 6), normal(5, 8))
+        config = self.CONFIG | {"r": 1, "rank_pattern": {"gate_up_proj": 2}}
+        assert scan(save(one | two, config)).ranks == (1, 2)
+
     @pytest.mark.parametrize(
         "settings",
         [
