@@ -262,6 +262,13 @@ def test_modules_of_pipelines_are_told_by_their_names(pair, save, scan, start):
     assert (report.format, report.scales) == ("diffusers", (1,))
 
 
+def test_modules_of_pipelines_follow_no_configuration_beside_metadata(pair, save, scan):
+    A, B = pair
+    tensors = {"unet.x.lora_A.weight": A, "unet.x.lora_B.weight": B}
+    metadata = {"lora_adapter_metadata": '{"unet.lora_alpha": 9}'}
+    assert scan(save(tensors, {"peft_type": "VERA"}, metadata)).scales == (3.0,)
+
+
 @pytest.mark.parametrize("start", ["transformer.h", "transformer.encoder", "x.unet", "unet_2"])
 def test_other_modules_are_of_no_pipeline(pair, save, refusal, start):
     A, B = pair

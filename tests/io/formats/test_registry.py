@@ -289,7 +289,8 @@ def test_format_is_told_by_keys_whatever_lies_beside_them(save, scan, names, for
 
 
 @pytest.mark.parametrize(
-    "marker", ["lora_down.weight", "lora_up.weight", "hada_w1_a", "lora_a", "lora_A.weight"]
+    "marker",
+    ["lora_down.weight", "lora_up.weight", "hada_w1_a", "lora_a", "lora_b", "lora_A.weight"],
 )
 def test_format_without_a_complete_module_is_refused(normal, save, refusal, marker):
     assert "and no more" in refusal(save({f"lora_unet_x.{marker}": normal(2, 3)}), scale=1)
