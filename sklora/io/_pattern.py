@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from sklora._untrusted import Refusal, shown
 
@@ -22,10 +22,13 @@ MAX_LENGTH = 1000
 MAX_DEPTH = 20
 MAX_REPEAT = 100
 MAX_STEPS = 1000
+# Of patterns that are no plain names: compiling takes some 10 microseconds a letter.
+MAX_PATTERNS = 2**10
+MAX_LETTERS = 2**16
 
 _SUPPORTED = (
-    r"supported are literals, ., \d \D \w \W \s \S, escaped punctuation, [...], (...), (?:...), "
-    f"(?P<name>...), |, *, +, ?, {{m,n}} up to {MAX_REPEAT}, their lazy forms, ^ and $"
+    r"supported are literals, ., \d \D \w \W \s \S, escaped punctuation, [...] of ASCII, (...), "
+    f"(?:...), (?P<name>...), |, *, +, ?, {{m,n}} up to {MAX_REPEAT}, their lazy forms, ^ and $"
 )
 
 # A step takes one character, or none if it is an anchor; a tuple jumps to all of its relative
@@ -39,8 +42,9 @@ _LITERAL = re.compile(r"(?:[\w-]|\\[^a-zA-Z0-9\n])*")
 _OPEN = re.compile(r"\((?:\?:|\?P<\w+>|(?!\?))")
 _QUANTIFIER = re.compile(r"(?:([*+?])|\{(?=,?[0-9])([0-9]*)(,?)([0-9]*)\})\??")
 _ESCAPE = r"\\[dDwWsS]|\\[^a-zA-Z0-9]"
-# Python warns of [[, --, &&, ~~ and || in a class: it may give them a meaning one day.
-_MEMBER = rf"(?:{_ESCAPE}|(?!--|&&|~~|\|\|)[^\\\[\]])"
+# Python warns of [[, --, &&, ~~ and || in a class: it may give them a meaning one day. And it takes
+# 10 ms to compile a range beyond ASCII.
+_MEMBER = rf"(?!\\?+[^\x00-\x7f])(?:{_ESCAPE}|(?!--|&&|~~|\|\|)[^\\\[\]])"
 _ONE = re.compile(rf"{_ESCAPE}|\[\^?+(?:\]|{_MEMBER}){_MEMBER}*+\]|[^\\\[(){{*+?|]")
 
 
@@ -105,8 +109,7 @@ def matches_whole(pattern: str, module: str) -> bool:
     >>> matches_whole("q_proj", "model.layers.0.q_proj")
     False
     """
-    matches_module(pattern, "")  # refuses what is no pattern
-    return _run([*_Parser(pattern).parse(), re.compile(r"\Z")], module)
+    return _run(_whole(pattern), module)
 
 
 def first_match(patterns: Iterable[str], module: str) -> str | None:
@@ -158,17 +161,27 @@ def matching_work(patterns: Iterable[str], modules: Collection[str], n_more: int
     Raises
     ------
     Refusal
-        As `matches_module`.
+        As `matches_module`, and when compiling the patterns alone takes too long.
     """
+    given: list[Any] = list(patterns)
+    others = [one for one in given if isinstance(one, str) and not _is_name(one)]
+    n_letters = sum(map(len, others))
+    if len(others) > MAX_PATTERNS or n_letters > MAX_LETTERS:
+        raise Refusal(
+            f"its configuration has {len(others)} patterns of {n_letters} letters in all, of at "
+            f"most {MAX_PATTERNS} and {MAX_LETTERS}, that are no plain names; write fewer."
+        )
     letters = sum(map(len, modules)) + (1 + n_more) * len(modules)
-    return sum(_work(pattern, len(modules), letters) for pattern in patterns)
+    return sum(_work(pattern, len(modules), letters) for pattern in given)
 
 
 def _work(pattern: str, n_modules: int, letters: int) -> int:
     matches_module(pattern, "")  # refuses what is no pattern
-    if _PLAIN.fullmatch(pattern) or _literal(pattern) is not None:
-        return n_modules
-    return len(_compiled(pattern)) * letters
+    return n_modules if _is_name(pattern) else len(_compiled(pattern)) * letters
+
+
+def _is_name(pattern: str) -> bool:
+    return bool(_PLAIN.fullmatch(pattern)) or _literal(pattern) is not None
 
 
 @lru_cache(maxsize=2**12)
@@ -211,7 +224,8 @@ def _run(program: _Program, module: str) -> bool:
     return False
 
 
-@lru_cache(maxsize=128)
+# As many as a file may have, so that none is compiled again for every module.
+@lru_cache(maxsize=MAX_PATTERNS)
 def _compiled(pattern: str) -> _Program:
     try:
         key = _Parser(pattern).parse()
@@ -221,6 +235,12 @@ def _compiled(pattern: str) -> _Program:
         reason = f"is no valid regular expression ({shown(error.msg)})"
         raise _refusal(pattern, reason) from None
     return [*_Parser(r"(.*\.)?").parse(), *key, re.compile("$")]
+
+
+@lru_cache(maxsize=8)
+def _whole(pattern: str) -> _Program:
+    matches_module(pattern, "")  # refuses what is no pattern
+    return [*_Parser(pattern).parse(), re.compile(r"\Z")]
 
 
 def _refusal(pattern: str, reason: str) -> Refusal:
