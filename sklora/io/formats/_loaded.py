@@ -135,8 +135,9 @@ def check_targets(config: Mapping[str, Any], modules: Iterable[str]) -> None:
         return
     targets, excluded = _names(config, "target_modules"), _names(config, "exclude_modules")
     saved = _names(config, "modules_to_save") or set()
+    lengths = {name.count(".") + 1 for name in saved}
     modules = list(modules)
-    check_names_work(modules, len(saved))
+    check_names_work(modules, len(lengths))
     layers = _layers(config)
     pattern = _supported(config.get("target_modules"), modules)
     for module in modules:
@@ -148,7 +149,7 @@ def check_targets(config: Mapping[str, Any], modules: Iterable[str]) -> None:
             why = f"exclude_modules {shown(sorted(excluded))} name it"
         elif _COPIES.search(module):
             why = "it is the copy of one that modules_to_save do not name"
-        elif any(f".{name}." in f".{module}." for name in saved):
+        elif _holds(module, saved, lengths):
             why = f"modules_to_save {shown(sorted(saved))} hold it"
         elif layers and targets and module not in targets and not _is_in_layers(module, layers):
             why = f"layers_to_transform is {shown(config['layers_to_transform'])}"
@@ -189,9 +190,19 @@ def _begins_in(module: str, names: Collection[str]) -> bool:
     return any(".".join(parts[:end]) in names for end in range(1, len(parts) + 1))
 
 
-def check_names_work(modules: Collection[str], n_names: int = 0) -> None:
-    """Check that comparing names of modules with others takes seconds at most."""
-    letters = sum(len(module) * (module.count(".") + 1 + n_names) for module in modules)
+def _holds(module: str, names: Collection[str], lengths: Iterable[int]) -> bool:
+    """Say whether components of a module's name that follow each other are one of some names."""
+    parts = module.split(".")
+    return any(
+        ".".join(parts[start : start + length]) in names
+        for length in lengths
+        for start in range(len(parts) - length + 1)
+    )
+
+
+def check_names_work(modules: Collection[str], n_lengths: int = 0) -> None:
+    """Check that comparing names of modules with others, of so many lengths, takes seconds."""
+    letters = sum(len(module) * (module.count(".") + 1) for module in modules) * (1 + n_lengths)
     if letters > _MAX_LETTERS:
         raise Refusal(
             f"its {len(modules)} modules have names of so many components, or its configuration so "
@@ -201,11 +212,11 @@ def check_names_work(modules: Collection[str], n_names: int = 0) -> None:
 
 def _layers(config: Mapping[str, Any]) -> tuple[set[str], tuple[str, ...]] | None:
     """Give the numbers of the layers that are adapted, and what may stand before them."""
-    layers, before = config.get("layers_to_transform"), config.get("layers_pattern") or ()
+    layers, before = config.get("layers_to_transform"), config.get("layers_pattern")
     if layers is None or layers == []:
         return None
     wanted = {str(layer) for layer in (layers if isinstance(layers, list) else [layers])}
-    plain = {before} if isinstance(before, str) else {one for one in before if isinstance(one, str)}
+    plain = {before} if isinstance(before, str) else _names(config, "layers_pattern") or set()
     return wanted, tuple(plain) if all(map(_PLAIN.fullmatch, plain)) and len(plain) < 10 else ()
 
 

@@ -340,7 +340,8 @@ def check_patterns(
     """
     tables = [config.get(name) for name in ("rank_pattern", "alpha_pattern")]
     patterns = [key for table in tables if isinstance(table, Mapping) for key in table]
-    work = n_repeats * (matching_work(patterns, modules, n_more) + len(modules))
+    # Looking up the settings of a module takes longer than a step.
+    work = n_repeats * (matching_work(patterns, modules, n_more) + 20 * len(modules))
     if work > MAX_MATCHING:
         raise Refusal(
             f"its {len(patterns)} patterns of ranks and alphas and {len(modules)} modules take "

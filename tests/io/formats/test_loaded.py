@@ -16,6 +16,7 @@ from tests.io.formats.peft import HADA, LORA, PREFIX, linear, named
         ({"target_modules": ["q"], "exclude_modules": ["1.q"]}, "exclude_modules"),
         ({"target_modules": ["q"], "modules_to_save": ["layers.1"]}, "modules_to_save"),
         ({"target_modules": ["q"], "modules_to_save": ["q"]}, "modules_to_save"),
+        ({"target_modules": ["q"], "modules_to_save": ["a.b", "1"]}, "modules_to_save"),
         ({"target_modules": ["q"], "layers_to_transform": [0, 2]}, "layers_to_transform"),
         ({"target_modules": ["q"], "layers_to_transform": 0}, "layers_to_transform"),
         (
@@ -55,6 +56,7 @@ def test_any_module_may_be_the_one_that_is_not_adapted(pair, save, refusal):
         {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["h|layers", "h"]},
         {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": [3, "layers"]},
         {"target_modules": ["q"], "layers_to_transform": []},
+        {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": 5},
         {"target_modules": [], "target_parameters": ["x"], "r": 3},
         {"target_modules": ["k"], "ensure_weight_tying": True},
         {"target_modules": None, "layers_to_transform": [0]},
@@ -123,6 +125,14 @@ def test_any_setting_may_name_wrappers(pair, save, scan, refusal, settings, scal
 def test_names_of_modules_may_be_anything(pair, save, scan, value):
     config = LORA | {"exclude_modules": value}
     assert scan(save(linear("layers.1.q", *pair), config)).ranks == (3,)
+
+
+def test_names_of_so_many_components_that_comparing_takes_long_are_refused(pair, save, refusal):
+    tensors = {}
+    for place in range(30):
+        tensors |= linear("." * 900 + f"b{place}", *pair)
+    config = LORA | {"modules_to_save": ["." * place + "a" for place in range(500)]}
+    assert "names of so many components" in refusal(save(tensors, config))
 
 
 def test_factor_of_another_method_is_refused(pair, normal, save, refusal):

@@ -120,7 +120,7 @@ class TestExperts:
         tensors = {}
         for place in range(300):
             tensors |= linear(f"{place}", normal(1, 2), normal(2, 1))
-        targets = [f"{place}.w" for place in range(70_000)]
+        targets = [f"{place}.w" for place in range(3_500)]
         why = refusal(save(tensors, LORA | {"target_parameters": targets}))
         assert "300 modules" in why
         assert "2.1e+07 steps" in why
