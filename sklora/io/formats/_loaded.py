@@ -44,6 +44,13 @@ _HEADS = {
     "TOKEN_CLS": {"classifier", "score"},
     "QUESTION_ANS": {"qa_outputs"},
 }
+# By what names end in, PEFT finds its parameters, those of an adapter that is called "default".
+_PARAMETERS = re.compile(r"\.(?:lora_[ABE]|hada_\w+|lokr_\w+)(?:\.default)?$")
+_MODULES = re.compile(
+    r"\.(?:lora_[AB](?:\.default)?\.weight|lora_embedding_[AB](?:\.default)?"
+    r"|lora_magnitude_vector(?:\.default)?(?:\.weight)?)$"
+)
+_ENDINGS = dict.fromkeys(_METHODS, _PARAMETERS) | {"LORA": _MODULES}
 SAVED_WHOLE = "a factor in a module that was saved whole"
 
 
@@ -74,6 +81,20 @@ def check_methods(config: Mapping[str, Any], plan: AdapterPlan) -> None:
                 f"configuration the peft_type {shown(kind)}, with which PEFT loads others; mend "
                 "one of the two."
             )
+    _check_endings(kind, plan)
+
+
+def _check_endings(kind: str, plan: AdapterPlan) -> None:
+    """Refuse tensors that PEFT does not find, in a file of which it loads others."""
+    names = [name for module in plan.modules for name in module.tensors.values()]
+    names += [name for _, name, _ in plan.side]
+    found = [_ENDINGS[kind].search(name) is not None for name in names]
+    if any(found) and not all(found):
+        raise Refusal(
+            f"tensor {shown(names[found.index(False)])} has a name that PEFT does not load as a "
+            f"part of {shown(kind)}, unlike others of the file; take it out, or give all of them "
+            "the names that save_pretrained gives."
+        )
 
 
 def check_dora(path: str, roles: Collection[str], dora: object, loader: str = "PEFT") -> None:

@@ -121,6 +121,39 @@ def test_any_setting_may_name_wrappers(pair, save, scan, refusal, settings, scal
         assert scan(path).scales == (scale,)
 
 
+@pytest.mark.parametrize("ending", ["{}.other.weight", "{}", "{}.default"])
+def test_factors_by_names_that_peft_does_not_load_are_refused_beside_others(
+    pair, save, scan, refusal, ending
+):
+    """It warns of the module that it lacks, and starts from its own factors."""
+    other = {
+        ending.format(name.removesuffix(".weight")): tensor
+        for name, tensor in linear("k", *pair).items()
+    }
+    assert scan(save(other, LORA)).modules
+    assert "name that PEFT does not load" in refusal(save(linear("q", *pair) | other, LORA))
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "ending"),
+    [
+        (LORA, {"lora_embedding_A": (3, 4), "lora_embedding_B": (5, 3)}, ".weight"),
+        ({"peft_type": "LOHA", "alpha": 2}, HADA, ".weight"),
+        ({"peft_type": "LOHA", "alpha": 2}, HADA, ".other"),
+    ],
+)
+def test_parameters_by_names_that_peft_does_not_load_are_refused_beside_others(
+    normal, save, scan, refusal, config, tensors, ending
+):
+    one, other = (
+        {f"{module}.{role}": normal(*shape) for role, shape in tensors.items()} for module in "ab"
+    )
+    assert scan(save(one, config)).modules
+    assert scan(save({f"{name}.default": tensor for name, tensor in one.items()}, config)).modules
+    other = {f"{name}{ending}": tensor for name, tensor in other.items()}
+    assert "name that PEFT does not load" in refusal(save(one | other, config))
+
+
 @pytest.mark.parametrize("value", [None, 3, "_orig_mod", [["_orig_mod"]]])
 def test_names_of_modules_may_be_anything(pair, save, scan, value):
     config = LORA | {"exclude_modules": value}

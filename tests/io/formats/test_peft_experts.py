@@ -182,8 +182,8 @@ class TestExperts:
         assert f"no whole number of experts of rank r={rank}" in refusal(path)
 
     def test_other_methods_are_refused(self, normal, save, refusal):
-        tensors = linear("mlp.experts", normal(6, 6), normal(5, 6))
-        tensors |= named("mlp.experts", lora_E=normal(6, 1))
+        roles = {"lora_A": normal(6, 6), "lora_B": normal(5, 6), "lora_E": normal(6, 1)}
+        tensors = named("mlp.experts", **roles)
         config = self.CONFIG | {"peft_type": "ADALORA", "init_r": 3, "target_r": 3}
         assert "no whole number of experts" in refusal(save(tensors, config))
 
