@@ -16,6 +16,7 @@ from sklora._untrusted import Refusal, shown
 from sklora.io._build import MAGNITUDES
 from sklora.io._pattern import matches_whole, matching_work
 from sklora.io._plan import AdapterPlan
+from sklora.io.names import unwrapped
 
 MAX_MATCHING = 2 * 10**7
 _MAX_LETTERS = 2 * 10**8
@@ -51,6 +52,7 @@ _MODULES = re.compile(
     r"|lora_magnitude_vector(?:\.default)?(?:\.weight)?)$"
 )
 _ENDINGS = dict.fromkeys(_METHODS, _PARAMETERS) | {"LORA": _MODULES}
+_PREFIX = re.compile(r"(?:base_model\.model\.)*+(?=.)")
 SAVED_WHOLE = "a factor in a module that was saved whole"
 
 
@@ -81,11 +83,11 @@ def check_methods(config: Mapping[str, Any], plan: AdapterPlan) -> None:
                 f"configuration the peft_type {shown(kind)}, with which PEFT loads others; mend "
                 "one of the two."
             )
-    _check_endings(kind, plan)
+    _check_spelling(kind, plan)
 
 
-def _check_endings(kind: str, plan: AdapterPlan) -> None:
-    """Refuse tensors that PEFT does not find, in a file of which it loads others."""
+def _check_spelling(kind: str, plan: AdapterPlan) -> None:
+    """Refuse tensors that PEFT does not find by their names, in a file of which it loads others."""
     names = [name for module in plan.modules for name in module.tensors.values()]
     names += [name for _, name, _ in plan.side]
     found = [_ENDINGS[kind].search(name) is not None for name in names]
@@ -94,6 +96,16 @@ def _check_endings(kind: str, plan: AdapterPlan) -> None:
             f"tensor {shown(names[found.index(False)])} has a name that PEFT does not load as a "
             f"part of {shown(kind)}, unlike others of the file; take it out, or give all of them "
             "the names that save_pretrained gives."
+        )
+    starts: dict[str, str] = {}
+    for module in plan.modules:
+        name = unwrapped(module.path)
+        starts.setdefault(name.removesuffix(_PREFIX.sub("", name, count=1)), module.path)
+    if len(starts) > 1:
+        one, other = [*starts.values()][:2]
+        raise Refusal(
+            f"modules {shown(one)} and {shown(other)} do not begin with base_model.model. in the "
+            "same way, so that PEFT loads one of them at most; take the other out."
         )
 
 

@@ -154,6 +154,19 @@ def test_parameters_by_names_that_peft_does_not_load_are_refused_beside_others(
     assert "name that PEFT does not load" in refusal(save(one | other, config))
 
 
+@pytest.mark.parametrize("start", ["", PREFIX * 2, f"_orig_mod.{PREFIX * 2}"])
+def test_modules_that_begin_otherwise_are_refused_beside_others(pair, save, scan, refusal, start):
+    tensors = linear("layers.0.q", *pair)
+    other = {
+        name.replace(PREFIX, start).replace("0.q", "1.q"): tensor
+        for name, tensor in tensors.items()
+    }
+    assert scan(save(other, LORA)).modules
+    wrapped = {f"_orig_mod.{name}".replace("0.q", "2.q"): one for name, one in tensors.items()}
+    assert scan(save(tensors | wrapped, LORA)).modules
+    assert "loads one of them at most" in refusal(save(tensors | other, LORA))
+
+
 @pytest.mark.parametrize("value", [None, 3, "_orig_mod", [["_orig_mod"]]])
 def test_names_of_modules_may_be_anything(pair, save, scan, value):
     config = LORA | {"exclude_modules": value}
