@@ -308,9 +308,11 @@ class Reader:
             raise error
         layout = self._final_layout()
         ranks = np.zeros((len(self._headers), layout.n_modules), np.intp)
+        positions = {name: position for position, name in enumerate(layout.names)}
         for row, header in enumerate(self._headers):
-            for position, name in enumerate(layout.names):
-                ranks[row, position] = header.modules.get(name, (0, 0, 0))[2]
+            # One file may have far more modules than the others.
+            for name in header.modules.keys() & positions.keys():
+                ranks[row, positions[name]] = header.modules[name][2]
         ids = np.array([header.id for header in self._headers])
         ranks.flags.writeable = ids.flags.writeable = False
         files = [header.file for header in self._headers]
