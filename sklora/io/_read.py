@@ -275,12 +275,12 @@ class Reader:
         """Read a header, and check it against the layout and the files before."""
         with opened(found, self._options) as adapter:
             header = _header(found, adapter)
+            try:
+                self._check(header)
+            except ValueError as error:
+                raise AdapterError(found.path, str(error)) from None
             if self._read_numbers:
                 self._read(adapter, header)
-        try:
-            self._check(header)
-        except ValueError as error:
-            raise AdapterError(found.path, str(error)) from None
         if self._layout is None:
             for name, (n, m, _) in header.modules.items():
                 self._shapes.setdefault(name, (n, m, header.id))

@@ -306,6 +306,17 @@ class TestSkip:
         layout = LoRALayout([("layers.2.q", 5, 4, 3)])
         assert np.isfinite(read_adapters("zoo", layout=layout, on_error="skip").read()).all()
 
+    def test_numbers_of_another_shape_than_the_layout_are_not_read(self, zoo):
+        """They might be far more than those of the layout."""
+        zoo[0]["layers.2.q"][0][:] = np.nan
+        peft("zoo/0", zoo[0])
+        layout = LoRALayout([("layers.2.q", 5, 3, 3)])
+        with (
+            pytest.warns(SkippedAdapterWarning, match=r"0/\S* module 'layers.2.q' has updates of"),
+            pytest.raises(ValueError, match="paths leave no adapter to read"),
+        ):
+            read_adapters("zoo", layout=layout, on_error="skip")
+
     def test_damaged_side_features_are_found(self, here, factors):
         peft("a", factors(), side={"layers.2.q": np.full(5, np.nan, np.float32)})
         with (
