@@ -26,12 +26,14 @@ _METHODS = {
     "LOHA": ("loha",),
     "LOKR": ("lokr", "lokr-kronecker"),
 }
-# How the names of modules begin in files of diffusers.
-_COMPONENTS = (
-    *("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "prior.", "controlnet."),
-    *("transformer.", "transformer_2.", "diffusion_model."),
+# How the names of modules begin in files of diffusers: those of a denoiser alone, and all.
+BARE = (
     *("down_blocks.", "mid_block.", "up_blocks.", "transformer_blocks."),
     "single_transformer_blocks.",
+)
+_COMPONENTS = (
+    *("unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "prior.", "controlnet."),
+    *("transformer.", "transformer_2.", "diffusion_model.", *BARE),
 )
 # Language models have names in which "transformer" is no component of a pipeline.
 _OTHERS = ("transformer.h.", "transformer.encoder.")

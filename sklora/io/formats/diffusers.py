@@ -26,7 +26,7 @@ from sklora.io._build import (
     stated_scale,
 )
 from sklora.io._plan import AdapterPlan, Format, ReadOptions, Scale, Source
-from sklora.io.formats._loaded import check_dora, check_targets, is_of_pipeline
+from sklora.io.formats._loaded import BARE, check_dora, check_targets, is_of_pipeline
 from sklora.io.formats.peft import (
     METADATA,
     check_config,
@@ -111,6 +111,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
 
     plan = make_plan(source, options, "diffusers", modules, scale, left_out=left_out_of(rest))
     check_lokr(source, plan)
+    _check_bare(plan)
     _check_alphas(plan, modules)
     _check_text_encoders(plan, settings)
     return plan
@@ -133,6 +134,18 @@ def _check_alphas(plan: AdapterPlan, modules: Modules) -> None:
                 f"tensor {shown(name)} is the alpha of no module; diffusers takes one for modules "
                 f"that have none, such as {shown(other)}: take it out of the file."
             )
+
+
+def _check_bare(plan: AdapterPlan) -> None:
+    """Refuse names without a component beside others: diffusers leaves them out in silence."""
+    paths = [module.path for module in plan.modules]
+    bare = next((path for path in paths if path.startswith(BARE)), None)
+    full = next((path for path in paths if path.startswith(_COMPONENTS)), None)
+    if bare and full:
+        raise Refusal(
+            f"module {shown(bare)} has no component before its name, as {shown(full)} has, so that "
+            "diffusers leaves it out; take it out, or write its component."
+        )
 
 
 def _check_component(path: str, settings: Mapping[str, Any], known: tuple[str, ...]) -> None:

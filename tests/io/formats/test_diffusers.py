@@ -67,6 +67,17 @@ def test_alpha_that_no_loader_looks_at_is_refused(pair, save, refusal):
     assert "looks like an alpha, but loaders of these keys look at none of this name" in why
 
 
+@pytest.mark.parametrize("full", [f"unet.{BLOCK}.to_q", f"{TEXT}.q_proj"])
+def test_module_without_a_component_is_refused_beside_others(pair, save, refusal, full):
+    tensors = {}
+    for module in (full, f"{BLOCK}.to_k"):
+        tensors |= dict(
+            zip((f"{module}.lora_A.weight", f"{module}.lora_B.weight"), pair, strict=True)
+        )
+    why = refusal(save(tensors))
+    assert why.startswith(f"module '{BLOCK}.to_k' has no component")
+
+
 def test_embedding_of_a_text_encoder(normal, pair, save, assert_updates):
     """Whose update PEFT writes without "weight", and transposed."""
     A, B = pair
@@ -347,12 +358,12 @@ def test_magnitude_of_dora_as_others_call_it(pair, normal, save, scan, shape, ax
 def test_modules_and_magnitudes_are_in_the_order_of_their_names(pair, normal, save, scan):
     tensors = {}
     # Of two prefixes, so that the order of paths is another one.
-    for path in (f"{BLOCK}.to_q", "unet.a"):
+    for path in ("diffusion_model.b", "transformer.a"):
         for role, factor in zip("AB", pair, strict=True):
             tensors[f"{path}.lora_{role}.weight"] = factor.clone()
         tensors[f"{path}.lora_magnitude_vector"] = normal(5)
     report = scan(save(tensors))
-    names = ["unet.a", f"unet.{BLOCK}.to_q"]
+    names = ["transformer.a", "transformer.b"]
     assert [module.name for module in report.modules] == names
     assert report.side == tuple((f"{name}:magnitude_out", 5) for name in names)
 
