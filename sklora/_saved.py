@@ -314,6 +314,8 @@ def _read_pipeline(file: BinaryIO, path: str | os.PathLike[str], card: ModelCard
         is_right = False
     if not is_right:
         _refuse(path, f"its pipeline is not what {CARD} says")
+    if model["features"] != "passthrough":
+        model["features"].n_jobs = None  # a forged one may start any number of threads
     # Of the pipeline itself nothing but its steps is taken from the file.
     return Pipeline([*model.named_steps.items()])
 

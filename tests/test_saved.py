@@ -361,6 +361,12 @@ class TestHostile:
     def test_pipeline_that_would_cache(self, good, make_model):
         self.swap(good, make_model().set_params(memory="/tmp"))
 
+    def test_pipeline_that_would_start_many_threads(self, tmp_path, make_model):
+        model = make_model().set_params(features__n_jobs=10**6)
+        save_model(tmp_path / "m.skops", model, card_of(model))
+        loaded, _ = load_model(tmp_path / "m.skops")
+        assert loaded["features"].n_jobs is None
+
     @pytest.mark.parametrize("kind", ["binary", "one number", "multilabel"])
     def test_pipeline_of_other_targets(self, good, make_model, kind):
         self.swap(good, make_model(kind=kind))
