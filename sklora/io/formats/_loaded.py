@@ -48,7 +48,7 @@ _HEADS = {
     "QUESTION_ANS": {"qa_outputs"},
 }
 # By what names end in, PEFT finds its parameters, those of an adapter that is called "default".
-_PARAMETERS = re.compile(r"\.(?:lora_[ABE]|hada_\w+|lokr_\w+)(?:\.default)?$")
+_PARAMETERS = re.compile(r"\.(?:lora_[AB]|hada_\w+|lokr_\w+)(?:\.default)?$")
 _MODULES = re.compile(
     r"\.(?:lora_[AB](?:\.default)?\.weight|lora_embedding_[AB](?:\.default)?"
     r"|lora_magnitude_vector(?:\.default)?(?:\.weight)?)$"
@@ -90,7 +90,13 @@ def check_methods(config: Mapping[str, Any], plan: AdapterPlan) -> None:
 
 def _check_spelling(kind: str, plan: AdapterPlan) -> None:
     """Refuse tensors that PEFT does not find by their names, in a file of which it loads others."""
-    names = [name for module in plan.modules for name in module.tensors.values()]
+    # Without its factors, AdaLoRA's diagonal between them is nobody's update.
+    names = [
+        name
+        for module in plan.modules
+        for role, name in module.tensors.items()
+        if role != "diagonal"
+    ]
     names += [name for _, name, _ in plan.side]
     found = [_ENDINGS[kind].search(name) is not None for name in names]
     if any(found) and not all(found):

@@ -1,4 +1,6 @@
-"""How tests name the tensors of PEFT."""
+"""How tests name the tensors of PEFT, and how diffusers keeps its configurations."""
+
+import json
 
 LORA = {"peft_type": "LORA", "r": 3, "lora_alpha": 6}
 PREFIX = "base_model.model."
@@ -19,3 +21,9 @@ def named(module, **tensors):
 
 def linear(module, A, B):
     return named(module, lora_A__weight=A, lora_B__weight=B)
+
+
+def described(**settings):
+    """The metadata entry in which diffusers keeps PEFT's configurations."""
+    flat = {key.replace("__", "."): value for key, value in settings.items()}
+    return {"format": "pt", "lora_adapter_metadata": json.dumps(flat)}
