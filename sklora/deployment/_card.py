@@ -157,6 +157,8 @@ def _layout_of(model: Any) -> tuple[LoRALayout, str]:
         if isinstance(part, (Pipeline, FeatureUnion)):
             steps = part.steps if isinstance(part, Pipeline) else part.transformer_list
             pending = [(step, f'{where}["{name}"]') for name, step in steps] + pending
+        elif hasattr(part, "regressor_"):  # of TransformedTargetRegressor
+            pending.insert(0, (part.regressor_, f"{where}.regressor_"))
     raise ValueError(
         f"no part of {type(model).__name__} was fitted on adapters; search over pipelines in which "
         "an estimator of sklora reads a LoRACollection."

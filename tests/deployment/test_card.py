@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import skops.io
 from sklearn.base import clone
+from sklearn.compose import TransformedTargetRegressor
 from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import Ridge
@@ -190,6 +191,13 @@ class TestModelCard:
         assert card.select("Model description").content.startswith("A regression model for LoRA ")
         scores = card.select("Model description/Evaluation Results/Scores").table
         assert scores["architecture"] == ["gl-net"]
+
+    def test_transformed_targets(self, zoo, tmp_path):
+        model = make_architecture("svd", "regression", device="cpu", random_state=0)
+        model = TransformedTargetRegressor(model, func=np.arcsinh, inverse_func=np.sinh)
+        search = GridSearchCV(model, {"regressor__model__max_epochs": [1]}, cv=2)
+        card = model_card(search.fit(zoo, targets("one number", 30)), tmp_path / "scores.png")
+        assert 'layout=model.regressor_["features"].layout_' in card.render()
 
     def test_refusals(self, zoo, tmp_path):
         search = GridSearchCV(make_pipeline(PCA(2), Ridge()), {"pca__n_components": [1]}, cv=2)
