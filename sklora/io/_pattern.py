@@ -36,7 +36,8 @@ _SUPPORTED = (
 _Step: TypeAlias = re.Pattern[str] | tuple[int, ...]
 _Program: TypeAlias = list[_Step]
 
-_PLAIN = re.compile(r"[\w.-]*")
+# diffusers puts the anchor before the whole name of a module.
+_PLAIN = re.compile(r"\^?[\w.-]*")
 # As `re.escape` writes a name; adapters of mixed ranks have one such pattern for each module.
 _LITERAL = re.compile(r"(?:[\w-]|\\[^a-zA-Z0-9\n])*")
 _OPEN = re.compile(r"\((?:\?:|\?P<\w+>|(?!\?))")
@@ -82,9 +83,11 @@ def matches_module(pattern: str, module: str) -> bool:
     if len(pattern) > MAX_LENGTH:
         raise _refusal(pattern, f"has more than {MAX_LENGTH} characters")
     if _PLAIN.fullmatch(pattern) and "\n" not in module:
-        rest = len(module) - len(pattern)
-        return (rest == 0 or (rest > 0 and module[rest - 1] == ".")) and all(
-            wanted in (".", given) for wanted, given in zip(pattern, module[rest:], strict=True)
+        name = pattern.removeprefix("^")
+        rest = len(module) - len(name)
+        begins = rest == 0 or (rest > 0 and name == pattern and module[rest - 1] == ".")
+        return begins and all(
+            wanted in (".", given) for wanted, given in zip(name, module[rest:], strict=True)
         )
     literal = _literal(pattern)
     if literal is not None and "\n" not in module:
@@ -202,7 +205,7 @@ def _ending(pattern: str) -> str:
     literal = _literal(pattern)
     if literal is not None:
         return f".{literal}"
-    return pattern.rpartition(".")[2] if _PLAIN.fullmatch(pattern) else ""
+    return pattern.removeprefix("^").rpartition(".")[2] if _PLAIN.fullmatch(pattern) else ""
 
 
 def _run(program: _Program, module: str) -> bool:
