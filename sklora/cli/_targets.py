@@ -86,15 +86,14 @@ def make_targets(labels: Labels, task: str | None) -> Targets:
 
 def _task_of(labels: Labels, columns: Sequence[Sequence[str]]) -> str:
     numbers = [[_number(cell) for cell in column] for column in columns]
-    for name, column in zip(labels.targets, numbers, strict=True):
+    for place, column in enumerate(numbers):
         # What is written for a missing number would make every other one a class.
         if None in column and len(set(column)) > _MOST_CLASSES + 1:
             row = labels.rows[column.index(None)]
-            cell = row.targets[labels.targets.index(name)]
             raise CommandError(
-                f"{labels.path}, line {row.line} ({row.id}): {name} is {cell!r}, among numbers; "
-                "fill it, or leave the row out. If they are names of classes, give --task "
-                "classification."
+                f"{labels.path}, line {row.line} ({row.id}): {labels.targets[place]} is "
+                f"{row.targets[place]!r}, among numbers; fill it, or leave the row out. If they "
+                "are names of classes, give --task classification."
             )
     if any(None in column for column in numbers):
         return "classification"
