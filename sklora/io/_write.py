@@ -22,8 +22,8 @@ from sklora.io._plan import ModulePlan, ReadOptions
 from sklora.io._read import first_of
 from sklora.io._tensors import check_tensor
 from sklora.io.formats._loaded import SAVED_WHOLE
-from sklora.io.formats.peft import ATTENTION_OUT, PREFIX
-from sklora.io.names import canonical_name
+from sklora.io.formats.peft import ATTENTION_OUT
+from sklora.io.names import PREFIX, canonical_name
 
 T = TypeVar("T")
 

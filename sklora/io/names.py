@@ -10,7 +10,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_PEFT = "base_model.model."
+PREFIX = "base_model.model."  # of PEFT
 # What torch.compile, FSDP and checkpointing put around a module.
 WRAPPERS = _words("_orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module")
 
@@ -176,7 +176,7 @@ def canonical_name(path: str) -> str:
     """
     # llama.cpp's names, such as "blk.0.attn_q", stay too: its converter permutes the rows of
     # queries and keys in models of the llama type, so the update is another than PEFT's.
-    bare = _without(unwrapped(path), _PEFT)
+    bare = without(unwrapped(path), PREFIX)
     component, parts = _component(unwrapped(_unflattened(bare)))
     if component == "unet":
         parts = _from_ldm(parts)
@@ -191,7 +191,7 @@ def unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS) or name
 
 
-def _without(name: str, prefix: str) -> str:
+def without(name: str, prefix: str) -> str:
     """Drop a prefix as often as it is there, but never the whole name."""
     start = 0
     while name.startswith(prefix, start) and start + len(prefix) < len(name):
@@ -201,7 +201,7 @@ def _without(name: str, prefix: str) -> str:
 
 def _unflattened(name: str) -> str:
     """Give a name of kohya, LyCORIS or OneTrainer its dots back; leave any other."""
-    bare = _without(name, "lycoris_")
+    bare = without(name, "lycoris_")
     for flat, dotted in _FLAT_PREFIXES.items():
         if bare.startswith(flat) and bare != flat:
             return dotted + _split(bare.removeprefix(flat))
@@ -251,11 +251,11 @@ def _component(name: str) -> tuple[str | None, list[str]]:
     """Find the component of a pipeline that the module is in, and the module's parts in it."""
     for prefix in ("model.diffusion_model.", "diffusion_model."):
         if name.startswith(prefix):
-            parts = _without(name.removeprefix(prefix), _PEFT).split(".")
+            parts = without(name.removeprefix(prefix), PREFIX).split(".")
             return "unet" if _beginning(parts) in _DENOISER_UNET else "transformer", parts
     first, dot, rest = name.partition(".")
     if dot and first in _COMPONENTS:
-        return first, _without(rest, _PEFT).split(".")
+        return first, without(rest, PREFIX).split(".")
     parts = name.split(".")
     beginning = _beginning(parts)
     if beginning in _UNET:

@@ -16,7 +16,7 @@ from sklora._untrusted import Refusal, shown
 from sklora.io._build import MAGNITUDES
 from sklora.io._pattern import matches_whole, matching_work
 from sklora.io._plan import AdapterPlan
-from sklora.io.names import unwrapped
+from sklora.io.names import PREFIX, unwrapped, without
 
 MAX_MATCHING = 2 * 10**7
 _MAX_LETTERS = 2 * 10**8
@@ -54,7 +54,6 @@ _MODULES = re.compile(
     r"|lora_magnitude_vector(?:\.default)?(?:\.weight)?)$"
 )
 _ENDINGS = dict.fromkeys(_METHODS, _PARAMETERS) | {"LORA": _MODULES}
-_PREFIX = re.compile(r"(?:base_model\.model\.)*+(?=.)")
 SAVED_WHOLE = "a factor in a module that was saved whole"
 
 
@@ -108,7 +107,7 @@ def _check_spelling(kind: str, plan: AdapterPlan) -> None:
     starts: dict[str, str] = {}
     for module in plan.modules:
         name = unwrapped(module.path)
-        starts.setdefault(name.removesuffix(_PREFIX.sub("", name, count=1)), module.path)
+        starts.setdefault(name.removesuffix(without(name, PREFIX)), module.path)
     if len(starts) > 1:
         one, other = [*starts.values()][:2]
         raise Refusal(

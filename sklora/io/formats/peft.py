@@ -53,9 +53,8 @@ from sklora.io.formats._loaded import (
     is_of_pipeline,
     saved_whole,
 )
-from sklora.io.names import WRAPPERS, unwrapped
+from sklora.io.names import PREFIX, WRAPPERS, unwrapped
 
-PREFIX = "base_model.model."
 # Where diffusers keeps a configuration of PEFT for each component.
 METADATA = "lora_adapter_metadata"
 _ROLES = {
