@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from sklora._untrusted import Refusal, counted, shown
 from sklora.io._plan import AdapterPlan, Format, ModulePlan, ReadOptions, Source
@@ -101,9 +101,10 @@ def plan_adapter(source: Source, options: ReadOptions) -> AdapterPlan:
         if format.matches(source, options):
             plan = format.plan(source, options)
             if format is not custom.FORMAT:
+                named = {canonical_name(module.path): module for module in plan.modules}
                 _refuse_settings(source, plan)
-                _refuse_two_namings(plan)
-                _refuse_left_out(source, plan)
+                _refuse_two_namings(named)
+                _refuse_left_out(source, plan, named)
             return plan
     _refuse_methods(source.tensors)
     if not source.tensors:
@@ -122,10 +123,10 @@ def plan_adapter(source: Source, options: ReadOptions) -> AdapterPlan:
     )
 
 
-def _refuse_left_out(source: Source, plan: AdapterPlan) -> None:
+def _refuse_left_out(source: Source, plan: AdapterPlan, named: Mapping[str, ModulePlan]) -> None:
+    """Refuse a file of which what is left out may be a part of the update."""
     left_out = {name: why for name, why in plan.left_out if source.tensors[name].size}
     if left_out:
-        named = {canonical_name(module.path): module for module in plan.modules}
         _refuse_methods(left_out)
         _refuse_factors(left_out, plan.format)
         _refuse_scales(source, left_out, plan, named)
@@ -159,9 +160,8 @@ def _refuse_settings(source: Source, plan: AdapterPlan) -> None:
         )
 
 
-def _refuse_two_namings(plan: AdapterPlan) -> None:
+def _refuse_two_namings(names: Collection[str]) -> None:
     """Refuse FLUX in two namings: of two updates of one module ComfyUI applies the last alone."""
-    names = [canonical_name(module.path) for module in plan.modules]
     one, other = (next((name for name in names if name.startswith(kind)), "") for kind in _FLUX)
     if one and other:
         raise Refusal(
@@ -203,8 +203,10 @@ def _refuse_dense(source: Source, tensors: Iterable[str], named: Mapping[str, Mo
     """Refuse whole weights of modules that have factors, too: loaders take one of them, or both."""
     for name in tensors:
         owner, _, role = name.rpartition(".")
+        if role not in _DENSE:
+            continue
         # For ComfyUI "x.to_q.diff" belongs to "x.to_q_lora.up.weight".
-        same = map(canonical_name, (owner, f"{owner}_lora") if role in _DENSE else ())
+        same = map(canonical_name, (owner, f"{owner}_lora"))
         module = next((named[name] for name in same if name in named), None)
         if module is None:
             continue
