@@ -102,8 +102,33 @@ def _sum_of_products(A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
     products = A.new_zeros((*A.shape[:-2], A.shape[-1], B.shape[-1]), dtype=torch.float64)
     for top in range(0, A.shape[-2], _SUMMED_ROWS):
         piece = slice(top, top + _SUMMED_ROWS)
-        products += A[..., piece, :].to(dtype).mT @ B[..., piece, :].to(dtype)
+        products += _product(A[..., piece, :].to(dtype), B[..., piece, :].to(dtype))
     return products
+
+
+def _product(A: Tensor, B: Tensor) -> Tensor:
+    """Give ``A^T B``, of narrow factors as the sum of the diagonal blocks of a wider product.
+
+    That is more operations, but at several times the rate, and their sums are shorter.
+    """
+    (n, r), s = A.shape[-2:], B.shape[-1]
+    rows_adjoin = A.stride()[-2:] == B.stride()[-2:] == (r, 1)
+    # Rows of other widths do not fill the registers of a processor.
+    if not 0 < r == s < _NARROW or _NARROW % r or not rows_adjoin or A.dtype == torch.float64:
+        product: Tensor = A.mT @ B
+        return product
+    together = _NARROW // r
+    whole = n - n % together
+    wide = [
+        factor[..., :whole, :].reshape(*factor.shape[:-2], whole // together, _NARROW)
+        for factor in (A, B)
+    ]
+    blocks = wide[0].mT @ wide[1]
+    blocks = blocks.reshape(*blocks.shape[:-2], together, r, together, r)
+    product = blocks.diagonal(dim1=-4, dim2=-2).sum(-1)
+    if whole < n:
+        product += A[..., whole:, :].mT @ B[..., whole:, :]
+    return product
 
 
 def times_small(A: Tensor, Q: Tensor, *, out: Tensor) -> None:
