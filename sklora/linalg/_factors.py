@@ -76,6 +76,21 @@ def _lengths(A: Tensor) -> Tensor:
     return A.square().sum(dim=-2).sqrt()
 
 
+def narrowed(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """Give factors of the same update whose rank is at most its smaller side.
+
+    Those of a larger rank, as LoHa's are, would make products as large as the rank. They become the
+    update itself and an identity, in float64; others stay as they are.
+    """
+    if U.shape[-1] <= min(U.shape[-2], V.shape[-2]):
+        return U, V
+    if U.shape[-2] > V.shape[-2]:
+        return narrowed(V, U)[::-1]
+    transposed = V.double() @ U.double().mT
+    identity = torch.eye(U.shape[-2], dtype=torch.float64, device=U.device)
+    return identity.expand(*transposed.shape[:-2], -1, -1), transposed
+
+
 def column_signs(A: Tensor) -> Tensor:
     """Signs (..., 1, k) that make the largest entry of each column of ``A`` positive.
 

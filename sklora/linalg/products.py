@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sklora.linalg._factors import check_factors
+from sklora.linalg._factors import check_factors, narrowed, product_size
 
 # Entries of the two (r1 N1) x (r2 N2) matrices that add_inner_products holds at once.
 _PAIR_ENTRIES = 2**21
@@ -78,8 +78,10 @@ def inner_product(U1: Tensor, V1: Tensor, U2: Tensor, V2: Tensor) -> Tensor:
     U1, V1 = check_factors(U1, V1)
     U2, V2 = check_factors(U2, V2)
     _check_same_update_shape(U1, V1, U2, V2)
+    dtype = torch.promote_types(U1.dtype, U2.dtype)
+    (U1, V1), (U2, V2) = narrowed(U1, V1), narrowed(U2, V2)
     grams = (U1.double().mT @ U2.double()) * (V1.double().mT @ V2.double())
-    return grams.sum(dim=(-2, -1)).to(torch.promote_types(U1.dtype, U2.dtype))
+    return grams.sum(dim=(-2, -1)).to(dtype)
 
 
 def pairwise_inner_products(U1: Tensor, V1: Tensor, U2: Tensor, V2: Tensor) -> Tensor:
@@ -143,7 +145,7 @@ def add_inner_products(
 
     Entry ``(a, b)`` grows by :math:`\langle U_{1,a} V_{1,a}^\top, U_{2,b} V_{2,b}^\top \rangle_F`.
     Beside copies of the factors in float64, little memory is taken. Each pair costs
-    ``2 (n + m) r1 r2`` floating-point operations.
+    ``2 (n + m) r1 r2`` floating-point operations, with ranks of at most ``min(n, m)``.
 
     Parameters
     ----------
@@ -167,9 +169,9 @@ def add_inner_products(
     tensor([[24.],
             [24.]], dtype=torch.float64)
     """
-    (N1, N2), r1, r2 = products.shape, U1.shape[-1], U2.shape[-1]
-    left = _columns(U1), _columns(V1)
-    right = left if symmetric else (_columns(U2), _columns(V2))
+    left = _columns(U1, V1)
+    right = left if symmetric else _columns(U2, V2)
+    (N1, N2), r1, r2 = products.shape, left[0].shape[1], right[0].shape[1]
     step = _PAIR_ENTRIES // max(1, r1 * r2 * N2)
     if symmetric:
         step = min(step, math.ceil(N1 / _STRIPS))
@@ -192,10 +194,11 @@ def add_inner_products(
 def squared_norm(U: Tensor, V: Tensor) -> Tensor:
     r"""Squared Frobenius norm of ``U V^T``, from two r x r Gram matrices.
 
-    :math:`\|U V^\top\|_F^2 = \sum_{ab} (U^\top U)_{ab} (V^\top V)_{ab}`, summed in float64. The
-    relative error is about ``1e-16 c^2`` for a gauge of condition ``c``, its columns scaled to one
-    length. What is no more than the rounding of the sum, ``4 eps s^2`` with ``s = sum_k ||u_k||
-    ||v_k||`` over the columns, is zero.
+    :math:`\|U V^\top\|_F^2 = \sum_{ab} (U^\top U)_{ab} (V^\top V)_{ab}`, summed in float64. An
+    update of rank above ``min(n, m)`` is formed: it takes less than its factors then. The relative
+    error is about ``1e-16 c^2`` for a gauge of condition ``c``, its columns scaled to one length.
+    What is no more than the rounding of the sum, ``4 eps s^2`` with ``s = sum_k ||u_k|| ||v_k||``
+    over the columns, is zero.
 
     Parameters
     ----------
@@ -306,11 +309,16 @@ def column_sums(U: Tensor, V: Tensor) -> Tensor:
 
 
 def _squared_norm(U: Tensor, V: Tensor) -> Tensor:
-    U_gram, V_gram = (A.mT @ A for A in (U.double(), V.double()))
-    norms = (U_gram * V_gram).sum(dim=(-2, -1))
+    U, V = U.double(), V.double()
+    if U.shape[-1] > min(U.shape[-2], V.shape[-2]):
+        norms, size = (U @ V.mT).square().sum(dim=(-2, -1)), product_size(U, V)
+    else:
+        U_gram, V_gram = (A.mT @ A for A in (U, V))
+        norms = (U_gram * V_gram).sum(dim=(-2, -1))
+        u, v = (A.diagonal(dim1=-2, dim2=-1).sqrt() for A in (U_gram, V_gram))
+        size = (u * v).sum(dim=-1)
     # Cancellation leaves rounding of either sign where the update is zero and its factors are not.
-    u, v = (A.diagonal(dim1=-2, dim2=-1).sqrt() for A in (U_gram, V_gram))
-    rounding = 4 * torch.finfo(norms.dtype).eps * (u * v).sum(dim=-1).square()
+    rounding = 4 * torch.finfo(norms.dtype).eps * size.square()
     return torch.where((norms <= rounding) & norms.isfinite(), 0.0, norms)
 
 
@@ -325,6 +333,6 @@ def _by_module(A: Tensor) -> Tensor:
     return A.reshape(len(A), math.prod(A.shape[1:-2]), *A.shape[-2:]).transpose(0, 1)
 
 
-def _columns(A: Tensor) -> Tensor:
-    """The columns (N, r, n) of ``A (N, n, r)``, in float64."""
-    return A.new_empty(A.mT.shape, dtype=torch.float64).copy_(A.mT)
+def _columns(U: Tensor, V: Tensor) -> tuple[Tensor, ...]:
+    """The columns (N, r, n) and (N, r, m) of the factors of N updates, in float64."""
+    return tuple(A.new_empty(A.mT.shape, dtype=torch.float64).copy_(A.mT) for A in narrowed(U, V))

@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import sklora.linalg.products as products
 from sklora.linalg import (
@@ -24,9 +25,11 @@ def dense(U, V):
     return U.double().numpy() @ V.double().numpy().swapaxes(-1, -2)
 
 
-def test_every_product_equals_its_dense_form(make_factors, dtype):
-    U, V = make_factors(0, 9, 7, 3, batch=(4, 2), dtype=dtype)
-    U2, V2 = make_factors(1, 9, 7, 5, batch=(4, 2), dtype=dtype)
+@pytest.mark.parametrize(("n", "m"), [(9, 7), (7, 9)])
+@pytest.mark.parametrize(("r", "r2"), [(3, 5), (8, 20), (20, 5)])
+def test_every_product_equals_its_dense_form(make_factors, dtype, n, m, r, r2):
+    U, V = make_factors(0, n, m, r, batch=(4, 2), dtype=dtype)
+    U2, V2 = make_factors(1, n, m, r2, batch=(4, 2), dtype=dtype)
     update, other = dense(U, V), dense(U2, V2)
     cases = [
         (dense_product(U, V), update),
@@ -78,8 +81,9 @@ def test_zero_update_from_nonzero_factors_has_no_negative_norm(make_factors, mak
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-30])
-def test_a_norm_of_rounding_alone_is_zero(make_factors, make_gauge, condition, scale):
-    U, V = (scale * A for A in make_factors(6, 30, 20, 4, batch=(50,)))
+@pytest.mark.parametrize(("n", "m"), [(30, 20), (3, 30), (3, 2)])
+def test_a_norm_of_rounding_alone_is_zero(make_factors, make_gauge, condition, scale, n, m):
+    U, V = (scale * A for A in make_factors(6, n, m, 4, batch=(50,)))
     U[:25, :, 2:], V[:25, :, 2:] = U[:25, :, :2], -V[:25, :, :2]
     U, V = apply_gauge(U, V, make_gauge(7, 4, condition, batch=(50,)))
     for function in (squared_norm, frobenius_norm):
@@ -143,6 +147,15 @@ def test_pairs_survive_bad_gauges(make_factors, make_gauge, dtype, condition):
     rtol = {torch.float32: 1e-6, torch.float64: 1e-7}[dtype]
     found = pairwise_inner_products(*gauged, *gauged)
     np.testing.assert_allclose(found, expected, rtol=0, atol=rtol * expected.max())
+
+
+def test_ranks_above_the_width_cost_no_more_than_the_update(make_factors):
+    """Products as large as the rank would take 2 (n + m) r^2 operations, 80 times as many."""
+    U, V = make_factors(18, 9, 7, 800, batch=(3,))
+    for function, arguments in ((squared_norm, (U, V)), (pairwise_inner_products, (U, V, U, V))):
+        with FlopCounterMode(display=False) as counter:
+            function(*arguments)
+        assert counter.get_total_flops() < 2 * 3 * 9 * 7 * 800 + 10_000
 
 
 def test_products_of_modules_add_up_in_float64(make_factors):
