@@ -119,7 +119,7 @@ def _check_spelling(kind: str, plan: AdapterPlan) -> None:
 def check_dora(path: str, roles: Collection[str], dora: object, loader: str = "PEFT") -> None:
     """Refuse a magnitude that a loader leaves out, or has to make up, where settings say either."""
     has_magnitude = any(role in roles for role in MAGNITUDES)
-    if has_magnitude and dora is False:
+    if has_magnitude and dora is not None and not dora:
         why = f"a magnitude of DoRA, but its settings are of none, so that {loader} leaves it out"
     elif dora and not has_magnitude:
         why = f"no magnitude, but its settings are of DoRA, so that {loader} takes the base model's"
