@@ -195,6 +195,14 @@ class TestWhatMLXDoesNotLoad:
         for enough in (3, -1, 0, None):
             assert len(scan(save(both, config | {name: enough})).modules) == 2
 
+    @pytest.mark.parametrize("prefix", ["", "base_model.model.", "encoder."])
+    def test_layers_under_two_names_are_refused(self, pair, save, refusal, prefix):
+        a, b = pair
+        both = tensors(a, b) | {f"{prefix}layers.1.q.lora_a": a, f"{prefix}layers.1.q.lora_b": b}
+        why = refusal(save(both, CONFIG))
+        assert f"modules '{prefix}layers.1.q' and '{MODULE}'" in why
+        assert "mlx-lm leaves one of them out" in why
+
     def test_whole_names_are_adapted_in_every_layer(self, pair, save, scan):
         a, b = pair
         both = {}
