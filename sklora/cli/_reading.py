@@ -76,8 +76,8 @@ class OneByOne:
         self._options = options
         self._on_extra = "ignore" if any_modules else "raise"
         self._on_base_model = "ignore" if any_base_model else "raise"
-        self._on_missing = "zero" if any_modules or optional else "raise"
-        self._needed = None if any_modules else _needed(layout, frozenset(optional))
+        self._on_missing = "zero" if any_modules else "raise"
+        self._optional = optional
 
     def read(self, found: Found) -> LoRACollection:
         """Read one adapter into memory, as a collection of one.
@@ -87,24 +87,19 @@ class OneByOne:
         AdapterError
             When it cannot be read, or does not fit the model.
         """
-        if self._on_missing == "zero" and self._needed is not None:
-            # Only from the header: whether all is there that every training adapter had.
-            Reader(self._needed, self._options, "raise", "ignore", "ignore").add(found)
         reader = Reader(
-            self._layout, self._options, self._on_missing, self._on_extra, self._on_base_model
+            self._layout,
+            self._options,
+            self._on_missing,
+            self._on_extra,
+            self._on_base_model,
+            optional=self._optional,
         )
         reader.add(found)
         loras = LoRACollection(reader.store())
         return LoRACollection.from_array(
             loras.read(), loras.layout, ranks=loras.ranks, ids=loras.ids
         )
-
-
-def _needed(layout: LoRALayout, optional: frozenset[str]) -> LoRALayout | None:
-    """Give the layout of all that is not optional."""
-    modules = [module for module in layout.modules if module.name not in optional]
-    side = [(name, size) for name, size in layout.side if name not in optional]
-    return LoRALayout(modules, side=side) if modules else None
 
 
 def read_together(

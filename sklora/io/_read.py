@@ -236,6 +236,8 @@ class Reader:
     ----------
     layout, options, on_missing, on_extra, on_base_model
         As for `read_adapters`.
+    optional : collection of str, default=()
+        Modules and side features that a file may lack, even where that is an error.
     read_numbers : bool, default=False
         Whether the numbers of a file are read as well, to find those that are damaged.
     """
@@ -248,6 +250,7 @@ class Reader:
         on_extra: str,
         on_base_model: str,
         *,
+        optional: Collection[str] = (),
         read_numbers: bool = False,
     ) -> None:
         if layout is not None:
@@ -255,6 +258,7 @@ class Reader:
         self._layout = layout
         self._options = options
         self._missing_is_error = on_missing == "raise"
+        self._optional = frozenset(optional)
         self._extra_is_error = on_extra == "raise"
         self._check_base = on_base_model == "raise"
         self._read_numbers = read_numbers
@@ -386,8 +390,8 @@ class Reader:
         self._check_missing(header)
 
     def _check_missing(self, header: _Header) -> None:
-        missing = [*(self._shapes.keys() - header.modules.keys())]
-        missing += self._sides.keys() - header.side.keys()
+        missing = [*(self._shapes.keys() - header.modules.keys() - self._optional)]
+        missing += self._sides.keys() - header.side.keys() - self._optional
         if missing and self._missing_is_error:
             raise ValueError(
                 f"it lacks {first_of(missing)}; pass on_missing='zero' to take such as zero."

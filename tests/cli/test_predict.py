@@ -12,8 +12,7 @@ import sklearn
 
 from sklora._saved import load_model
 from sklora.cli._predict import predict
-from sklora.cli._reading import OneByOne, _needed
-from sklora.collection import LoRALayout
+from sklora.cli._reading import OneByOne
 from sklora.estimators._base import BaseNetEstimator
 from sklora.io import read_adapters, write_adapter
 
@@ -414,11 +413,3 @@ class TestOptions:
         assert code == 0
         assert "sklora: warning: " in err
         assert "9.9.9" in err
-
-
-def test_what_no_training_adapter_lacked_is_needed():
-    layout = LoRALayout([("a", 3, 2, 1), ("b", 5, 4, 2)], side=[("always", 1), ("seldom", 2)])
-    assert _needed(layout, frozenset()) == layout
-    expected = LoRALayout([("a", 3, 2, 1)], side=[("always", 1)])
-    assert _needed(layout, frozenset({"b", "seldom"})) == expected
-    assert _needed(layout, frozenset({"a", "b"})) is None

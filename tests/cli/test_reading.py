@@ -8,6 +8,7 @@ import pytest
 
 from sklora.cli._output import FAILED, CommandError
 from sklora.cli._reading import OneByOne, read_together, reading_options
+from sklora.collection import LoRALayout
 from sklora.io import AdapterError, read_adapters, write_adapter
 from sklora.io._find import find_files
 from sklora.io._plan import ReadOptions
@@ -71,13 +72,22 @@ def test_what_an_adapter_may_lack_is_no_more_than_that(read, write, names, prefi
     for shapes, rank in ((Q, 0), (Q | V, 2)):
         assert read(write("a", shapes), **options).ranks.tolist() == [[2, rank]]
     for shapes, name in ((V, "q"), (Q | V | K, "k")):
-        with pytest.raises(AdapterError, match=f"'{prefix}layers.0.{name}'"):
+        with pytest.raises(AdapterError, match=f"it (lacks|has) '{prefix}layers.0.{name}'"):
             read(write("a", shapes), **options)
         assert read(write("a", shapes), **options, any_modules=True).ranks[0, 1] == 2
     other = write("a", Q, base_model="huge")
     with pytest.raises(AdapterError, match="its base model is 'huge'"):
         read(other, **options)
     assert len(read(other, **options, any_base_model=True)) == 1
+
+
+def test_side_features_may_be_lacking_too(write):
+    found, options = write("a"), {"any_modules": False, "any_base_model": False}
+    side = {"layers.0.q:magnitude_out": 6}
+    layout = LoRALayout(read_adapters(found.path).layout.modules, side=side.items())
+    assert OneByOne(layout, side, ReadOptions(), **options).read(found).layout == layout
+    with pytest.raises(AdapterError, match=r"it lacks .*q:magnitude_out"):
+        OneByOne(layout, (), ReadOptions(), **options).read(found)
 
 
 def test_adapters_of_other_modules_are_read_together(write):
