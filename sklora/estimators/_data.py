@@ -31,7 +31,8 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 class TrainingSettings(NamedTuple):
     """What an estimator's constructor says about training, by the same names.
 
-    `decay` is whether the learning rate falls along half a cosine over `max_epochs`.
+    `decay` is whether the learning rate falls along half a cosine over `max_epochs`, where no
+    callback sets it.
     """
 
     lr: float

@@ -36,7 +36,8 @@ dropout : float, default=$dropout
 """
 
 _TRAINING = """lr : float, default=$lr
-    Learning rate of the first epoch; it falls along half a cosine over `max_epochs`.
+    Learning rate of the first epoch; it falls along half a cosine over `max_epochs`, unless an
+    `LRScheduler` of skorch is among the `callbacks`.
 weight_decay : float, default=$weight_decay
     Weight decay of the optimizer.
 optimizer : {"adamw", "adam", "sgd"}, default=$optimizer

@@ -213,6 +213,7 @@ def compose(
 
 def _callbacks(settings: TrainingSettings, validates: bool) -> list[Any]:
     callbacks = copy.deepcopy(list(settings.callbacks))
+    decay = settings.decay
     for place, given in enumerate(callbacks):
         is_pair = isinstance(given, (tuple, list)) and len(given) == 2
         callback = given[1] if is_pair else given
@@ -227,7 +228,8 @@ def _callbacks(settings: TrainingSettings, validates: bool) -> list[Any]:
                 f"callback {type(callback).__name__} monitors {monitored!r}, but no adapters are "
                 "held out; pass early_stopping=True, or let it monitor 'train_loss'."
             )
-    if settings.decay:
+        decay = decay and not isinstance(callback, LRScheduler)
+    if decay:
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR
         callbacks.append(("lr_schedule", LRScheduler(cosine, T_max=settings.max_epochs)))
     return callbacks

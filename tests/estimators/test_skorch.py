@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.base import clone
 from sklearn.metrics import get_scorer
-from skorch.callbacks import Callback, Checkpoint, EarlyStopping, EpochScoring, Freezer
+from skorch.callbacks import Callback, Checkpoint, EarlyStopping, EpochScoring, Freezer, LRScheduler
 
 from sklora.estimators import MLPNetClassifier, MLPNetRegressor
 
@@ -49,6 +49,14 @@ class TestCallbacks:
         stop = EarlyStopping("train_loss", patience=2, threshold=10.0, threshold_mode="abs")
         model = quick(case[0], max_epochs=20, callbacks=[stop]).fit(zoo, case[1])
         assert model.n_iter_ == 3
+
+    @pytest.mark.parametrize("named", [False, True])
+    def test_may_set_the_learning_rate(self, named, case, zoo, quick):
+        steps = LRScheduler("StepLR", step_size=2, gamma=0.1)
+        callbacks = [("steps", steps) if named else steps, Callback()]
+        model = quick(case[0], max_epochs=4, lr=0.1, callbacks=callbacks, early_stopping=False)
+        rates = [epoch["event_lr"] for epoch in model.fit(zoo, case[1]).history_]
+        assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01])
 
     def test_find_the_network_by_name(self, case, zoo, quick):
         model = quick(case[0], callbacks=[Freezer("net.mlp.0.*")], early_stopping=False)
