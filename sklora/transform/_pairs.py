@@ -27,6 +27,8 @@ from sklora.transform._blocks import (
 
 # The factors U (B, n, r) and V (B, m, r) of the module at a position.
 ReadModule: TypeAlias = Callable[[int], tuple[Tensor, Tensor]]
+# Some adapters, and their ranks (B, modules).
+Block: TypeAlias = tuple[ReadModule, NDArray[np.intp]]
 
 
 def inner_products(
@@ -96,28 +98,53 @@ def _fill_products(
     out: NDArray[np.float64],
 ) -> None:
     """Inner products of some adapters with blocks of Y and then, if wanted, among each other."""
-    left = _reader(X, device)
+    left = _reader(X, device), X.ranks
     for block in columns:
-        _set_products(out[:, block], left, _reader(Y[block], device), X.layout.n_modules, device)
+        _set_products(out[:, block], left, (_reader(Y[block], device), Y[block].ranks), device)
     if among:
-        _set_products(out[:, -len(X) :], left, None, X.layout.n_modules, device)
+        _set_products(out[:, -len(X) :], left, None, device)
 
 
 def _set_products(
-    part: NDArray[np.float64],
-    left: ReadModule,
-    right: ReadModule | None,
-    n_modules: int,
-    device: torch.device,
+    part: NDArray[np.float64], left: Block, right: Block | None, device: torch.device
 ) -> None:
     """Set the inner products of two blocks, or of one with itself where `right` is None."""
     target = torch.from_numpy(part).zero_()
-    block = target.to(device)  # on the CPU, the same memory
-    for position in range(n_modules):
-        first = left(position)
-        second = right(position) if right else first
-        add_inner_products(block, *first, *second, symmetric=right is None)
-    target.copy_(block)
+    products = target.to(device)  # on the CPU, the same memory
+    for position in range(left[1].shape[1]):
+        first = _by_rank(left, position)
+        second = _by_rank(right, position) if right else first
+        for number, (rows, U1, V1) in enumerate(first):
+            for columns, U2, V2 in second if right else second[number:]:
+                same = U1 is U2
+                if len(rows) == len(products) and len(columns) == products.shape[1]:
+                    add_inner_products(products, U1, V1, U2, V2, symmetric=same)
+                    continue
+                some = products.new_zeros(len(rows), len(columns))
+                add_inner_products(some, U1, V1, U2, V2, symmetric=same)
+                products[rows[:, None], columns] += some
+                if not (right or same):
+                    products[columns[:, None], rows] += some.mT
+    target.copy_(products)
+
+
+def _by_rank(block: Block, position: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Give adapters whose ranks of a module have as many binary digits: rows, U and V.
+
+    The work of a pair grows with both ranks, so that the room for the largest is left out.
+    """
+    read, ranks = block[0], block[1][:, position]
+    U, V = read(position)
+    digits = np.frexp(ranks)[1]
+    parts = []
+    for number in np.unique(digits[ranks > 0]):
+        rows = np.flatnonzero(digits == number)
+        picked = slice(None) if len(rows) == len(ranks) else rows
+        rank = ranks[rows].max()
+        parts.append(
+            (torch.from_numpy(rows).to(U.device), U[picked, :, :rank], V[picked, :, :rank])
+        )
+    return parts
 
 
 def sum_over_modules(

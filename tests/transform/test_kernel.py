@@ -230,15 +230,31 @@ def test_rows_that_follow_each_other_are_not_copied(X):
             assert np.shares_memory(factor.numpy(), np.asarray(X))
 
 
-def test_a_collection_with_itself_is_less_work(X, monkeypatch):
-    """Of nine adapters, three strips of three that begin at the diagonal."""
+@pytest.fixture
+def n_pairs(monkeypatch):
+    """How many columns of factors are multiplied with how many, call by call."""
     bmm, n_pairs = torch.bmm, []
 
     def watched(A, B):
-        n_pairs.append(A.shape[1] * B.shape[2])
+        n_pairs.append(len(A) * A.shape[1] * B.shape[2])
         return bmm(A, B)
 
     monkeypatch.setattr(torch, "bmm", watched)
+    return n_pairs
+
+
+def test_a_large_rank_is_no_work_for_the_others(random_loras, rng, n_pairs):
+    small, large = (list(random_loras(rng, n, [(9, 8)], r)) for n, r in ((6, 1), (2, 8)))
+    X = LoRACollection.from_factors([*small[:3], *large, *small[3:]])
+    found = _pairs.inner_products(X, X, device="cpu")
+    assert sum(n_pairs) == 2 * X.ranks.sum() ** 2
+    np.testing.assert_allclose(found, _pairs.inner_products(X, device="cpu"))
+    entries = DenseProduct().fit_transform(X)
+    np.testing.assert_allclose(found, entries @ entries.T)
+
+
+def test_a_collection_with_itself_is_less_work(X, n_pairs):
+    """Of nine adapters, three strips of three that begin at the diagonal."""
     _pairs.inner_products(X, X, device="cpu")
     both = sum(n_pairs)
     n_pairs.clear()
