@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _NO_SKOPS = "model cards are made with skops, which is missing: pip install 'sklora[plot,secure]'."
 
-_NO_MODEL = "%(name)s has no best_estimator_: fit it, with refit=True."
+_NO_MODEL = "%(name)s has no best_estimator_: pass a search that was fitted, with refit=True."
 
 # Names may be those of files that nobody vouches for.
 _MARKUP = str.maketrans({mark: f"&#{ord(mark)};" for mark in "&<>|`*[]"})

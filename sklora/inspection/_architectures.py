@@ -168,13 +168,15 @@ class ArchitectureComparisonDisplay:
             When a result has no ``"test_score"``, or there are none.
         """
         check_matplotlib(f"{cls.__name__}.from_cv_results")
-        for task, results in cv_results.items():
-            for name, result in results.items():
-                if "test_score" not in result:
+        given: Mapping[str, Any] = cv_results  # by users, who may mean another result
+        for task, results in given.items():
+            named = results.items() if isinstance(results, Mapping) else [("", results)]
+            for name, result in named:
+                if not isinstance(result, Mapping) or "test_score" not in result:
                     raise ValueError(
                         f"the result of {name!r} for {task!r} has no 'test_score'; pass what "
                         "cross_validate gives with one scoring, as "
-                        "{task: {architecture: result}}."
+                        "{task: {architecture: result}}, or a fitted search to from_estimator."
                     )
         display = cls(
             scores=_each(cv_results, lambda result: np.asarray(result["test_score"], float)),

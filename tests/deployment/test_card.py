@@ -205,7 +205,7 @@ class TestModelCard:
             model_card(search, tmp_path / "scores.png")
         unfitted = clone(search).set_params(refit=False)
         unfitted.fit(np.asarray(zoo), targets("one number", 30))
-        with pytest.raises(NotFittedError, match="no best_estimator_: fit it, with refit=True"):
+        with pytest.raises(NotFittedError, match="best_estimator_: pass a search that was fitted"):
             model_card(unfitted, tmp_path / "scores.png")
         search.fit(np.asarray(zoo), targets("one number", 30))
         with pytest.raises(ValueError, match="no part of Pipeline was fitted on adapters"):
