@@ -38,8 +38,9 @@ _Program: TypeAlias = list[_Step]
 
 # diffusers puts the anchor before the whole name of a module.
 _PLAIN = re.compile(r"\^?[\w.-]*")
-# As `re.escape` writes a name; adapters of mixed ranks have one such pattern for each module.
-_LITERAL = re.compile(r"(?:[\w-]|\\[^a-zA-Z0-9\n])*")
+# As `re.escape` writes a name, which Unsloth anchors as well; adapters of mixed ranks have one such
+# pattern for each module.
+_LITERAL = re.compile(r"\^?(?:[\w-]|\\[^a-zA-Z0-9\n])*")
 _OPEN = re.compile(r"\((?:\?:|\?P<\w+>|(?!\?))")
 _QUANTIFIER = re.compile(r"(?:([*+?])|\{(?=,?[0-9])([0-9]*)(,?)([0-9]*)\})\??")
 _ESCAPE = r"\\[dDwWsS]|\\[^a-zA-Z0-9]"
@@ -91,6 +92,8 @@ def matches_module(pattern: str, module: str) -> bool:
         )
     literal = _literal(pattern)
     if literal is not None and "\n" not in module:
+        if pattern.startswith("^"):
+            return module == literal
         return f".{module}".endswith(f".{literal}")
     return _run(_compiled(pattern), module)
 
@@ -190,7 +193,8 @@ def _is_name(pattern: str) -> bool:
 @lru_cache(maxsize=2**12)
 def _literal(pattern: str) -> str | None:
     """Give the one text that a pattern matches, if there is one."""
-    return re.sub(r"\\(.)", r"\1", pattern) if _LITERAL.fullmatch(pattern) else None
+    name = pattern.removeprefix("^")
+    return re.sub(r"\\(.)", r"\1", name) if _LITERAL.fullmatch(pattern) else None
 
 
 @lru_cache(maxsize=8)
