@@ -45,6 +45,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     label = base_model_label(config.get("model"))
     modules, rest = by_module(source.tensors, _SUFFIXES)
     _check_loaded(config, modules)
+    _check_scales(config, modules, scale.value)
     mark_stacks(source, modules, "a", "b")
     left_out = left_out_of(rest)
     plan = make_plan(
@@ -89,6 +90,19 @@ def _check_loaded(config: Mapping[str, object], modules: Modules) -> None:
                 "mend the configuration."
             )
     _check_layers(config, layers)
+
+
+def _check_scales(config: Mapping[str, object], modules: Modules, scale: float) -> None:
+    """Refuse scales of single modules, which Unsloth writes and heeds, and mlx-lm does not."""
+    scales = config.get("unsloth_mlx_lora_module_scales")
+    if not isinstance(scales, Mapping):
+        return
+    for path in modules:
+        if scales.get(path, scale) != scale:
+            raise Refusal(
+                f"module {shown(path)} has the scale {shown(scales[path])} for Unsloth, and "
+                f"{scale:g} for mlx-lm; convert it with export_peft_adapter of unsloth_zoo."
+            )
 
 
 def _layer(path: str, keys: Collection[str] | None) -> tuple[str, int] | None:

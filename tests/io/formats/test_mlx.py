@@ -96,6 +96,14 @@ def test_old_parameters_that_make_no_sense_are_refused(pair, save, refusal, chan
     assert f"{next(iter(changed))} is " in refusal(save(tensors(*pair), config))
 
 
+def test_scales_of_modules_have_to_agree(pair, save, scan, refusal):
+    """Unsloth writes and heeds them; mlx-lm takes the one scale for all modules."""
+    config = CONFIG | {"unsloth_mlx_lora_module_scales": {MODULE: 10, "other": 5.0}}
+    assert scan(save(tensors(*pair), config)).scales == (10,)
+    config["unsloth_mlx_lora_module_scales"] = {MODULE: 2.5}
+    assert "2.5 for Unsloth, and 10 for mlx-lm" in refusal(save(tensors(*pair), config))
+
+
 def test_magnitude_of_dora(pair, normal, save):
     magnitude = normal(5)
     X = read_adapters(save(tensors(*pair) | {f"{MODULE}.m": magnitude}, CONFIG))
