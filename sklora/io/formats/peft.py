@@ -76,6 +76,7 @@ _NAMES = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
 # Where the output projection of a MultiheadAttention is, whose settings are those of the whole.
 ATTENTION_OUT = ".base_layer.out_proj"
 _OF_A_PIPELINE = "diffusers, which looks at no adapter_config.json,"
+_OF_UNSLOTH = ("unsloth_fused_expert_lora", "unsloth_fixed")
 _OTHER_BASES = ("use_qalora", "kasa_config", "use_bdlora")
 
 
@@ -419,7 +420,27 @@ def _experts(
             f"module {shown(path)} has factors of {counted(module.rank, 'column')}, no whole "
             f"number of experts of rank r={shown(rank)}."
         )
+    if 1 < rank < module.rank:
+        _check_packing(path, config)
     yield from experts_of(module, rank, module.rank // rank, Scale(value))
+
+
+def _check_packing(path: str, config: Mapping[str, Any]) -> None:
+    """Refuse experts of which Unsloth stored the columns of lora_B in another order than PEFT.
+
+    Until 2026.9.5 it did, for most models, and did not say so (`unsloth_zoo`,
+    `temporary_patches/moe_utils.py`, ``saved_lora_b_layouts``).
+    """
+    told = [each for each in (config, config.get("auto_mapping")) if isinstance(each, Mapping)]
+    layouts = [each["lora_B_layout"] for each in told if "lora_B_layout" in each]
+    of_unsloth = any(key in each for each in told for key in _OF_UNSLOTH)
+    if any(layout != "rank_major" for layout in layouts) or (of_unsloth and not layouts):
+        raise Refusal(
+            f"module {shown(path)} has experts whose columns Unsloth may have stored in another "
+            "order than PEFT's, by which PEFT would mix them; load the adapter with unsloth_zoo "
+            "2026.9.6 or later and save it. Where they are in PEFT's order, lora_B_layout is "
+            f"'rank_major' in its configuration, and not {shown(layouts)[1:-1] or 'missing'}."
+        )
 
 
 def _settings_of_experts(

@@ -228,6 +228,28 @@ class TestExperts:
         path = save(linear("q", normal(2, 4), normal(5, 2)), LORA | settings)
         assert [module.path for module in scan(path).modules] == [f"{PREFIX}q"]
 
+    @pytest.mark.parametrize(
+        ("settings", "layout"),
+        [
+            ({"auto_mapping": {"unsloth_fixed": True}}, "missing"),
+            ({"unsloth_fused_expert_lora": {}}, "missing"),
+            ({"lora_B_layout": "grouped_by_expert"}, "'grouped_by_expert'"),
+            ({"auto_mapping": {"lora_B_layout": "grouped_by_expert"}}, "'grouped_by_expert'"),
+            ({"lora_B_layout": "rank_major", "auto_mapping": {"unsloth_fixed": True}}, None),
+        ],
+    )
+    def test_columns_in_the_order_of_unsloth_are_refused(
+        self, normal, save, refusal, scan, settings, layout
+    ):
+        tensors = linear("mlp.experts", normal(6, 6), normal(5, 6))
+        path = save(tensors, self.CONFIG | settings)
+        if layout is None:
+            assert scan(path).ranks == (3,)
+        else:
+            assert refusal(path).endswith(f"and not {layout}.")
+        single = linear("mlp.experts", normal(3, 6), normal(5, 3))
+        assert scan(save(single, self.CONFIG | settings)).ranks == (3,)
+
     @pytest.mark.parametrize("targets", ["w1", 3, {"w1": 2}])
     def test_what_is_no_list_is_refused(self, pair, save, refusal, targets):
         path = save(linear("q", *pair), LORA | {"target_parameters": targets})
