@@ -196,6 +196,20 @@ class TestScale:
         path = save(self.tensors(pair, module), metadata={"lora_adapter_metadata": text})
         assert f"settings of {component[:-1]!r}, but module {module!r} is of no" in refusal(path)
 
+    @pytest.mark.parametrize("component", ["", "transformer."])
+    def test_of_metadata_and_an_alpha_for_comfyui(self, pair, save, scan, refusal, component):
+        """As SimpleTuner writes them: without a component, and they have to agree."""
+        tensors = self.tensors(pair, "diffusion_model.x")
+        tensors["diffusion_model.x.alpha"] = torch.tensor(6.0)
+        text = json.dumps({f"{component}lora_alpha": 6, f"{component}r": 3})
+        path = save(tensors, metadata={"lora_adapter_metadata": text})
+        if component:
+            assert "is of no such component" in refusal(path)
+        else:
+            assert scan(path).scales == (2,)
+            path = save(tensors, metadata=described(lora_alpha=12))
+            assert "scale 2, but loaders that do not look at it take 4" in refusal(path)
+
     def test_of_any_component_is_that_of_its_modules(self, pair, save, scan):
         path = save(self.tensors(pair, "new.x"), metadata=described(new__lora_alpha=6))
         assert scan(path).scales == (2,)
