@@ -97,6 +97,8 @@ def plan_adapter(source: Source, options: ReadOptions) -> AdapterPlan:
         method that is not read, or of another format: leaving that out would give a part of the
         update for the whole.
     """
+    if not source.tensors:
+        raise Refusal("it holds no tensors; download it again, or save it again with its weights.")
     for format in FORMATS:
         if format.matches(source, options):
             plan = format.plan(source, options)
@@ -107,8 +109,6 @@ def plan_adapter(source: Source, options: ReadOptions) -> AdapterPlan:
                 _refuse_left_out(source, plan, named)
             return plan
     _refuse_methods(source.tensors)
-    if not source.tensors:
-        raise Refusal("it holds no tensors; download it again.")
     if source.tensors.keys() == _PACKED:
         raise Refusal("it is a zoo that LoRACollection.save wrote; use LoRACollection.open.")
     if dense := [name for name in source.tensors if name.endswith(".diff")]:

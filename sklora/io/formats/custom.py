@@ -39,7 +39,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
         else:
             rest.append(name)
     if not modules:
-        some = ", ".join(shown(name, 60) for name in rest[:3]) or "none"
+        some = ", ".join(shown(name, 60) for name in rest[:3])
         raise Refusal(f"no tensor has a name as keys={options.keys!r} say; the first are {some}.")
     value = 1.0 if options.scale is None else options.scale
     return make_plan(

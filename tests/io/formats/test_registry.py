@@ -259,7 +259,8 @@ def test_packed_zoo_is_refused_by_name(rng, tmp_path, refusal):
 
 
 def test_file_without_tensors_is_refused(save, refusal):
-    assert refusal(save({})).startswith("it holds no tensors")
+    for config in (None, {"peft_type": "LORA"}):
+        assert refusal(save({}, config)).startswith("it holds no tensors")
 
 
 @pytest.mark.parametrize(
