@@ -49,6 +49,7 @@ _FACTOR = re.compile(
     r"(?:^|\.)(?:lora_(?:down|up|mid|[ABEab]|embedding_[AB])|hada_[wt]\d(?:_[ab])?"
     r"|lokr_[wt]\d(?:_[ab])?)(?:\.(?!alpha$|bias$)[^.]+){0,2}$"
     r"|lora(?:\d|_linear_layer)?\.(?:down|up)\.weight$|:(?:down|up)$"
+    r"|lora_latent_mapping\.weight$"  # of LoRA-XS, between A and B, which it does not train
 )
 # Numbers by which some trainers multiply an update.
 _SCALE = re.compile(r"\.(?:(?:lora_|network_)?alpha|(?:lora_)?scal(?:e|ar|ing))(?:\.default)?$")
@@ -147,7 +148,8 @@ def _refuse_factors(tensors: Mapping[str, str], format: str) -> None:
         if why != SAVED_WHOLE and _FACTOR.search(name):
             raise Refusal(
                 f"tensor {shown(name)} is a factor of an update, but no adapter of the format "
-                f"{format} has it; the file mixes two formats: split it."
+                f"{format} has it; the file mixes two formats: split it, or is of a method that "
+                "sklora does not read."
             )
 
 

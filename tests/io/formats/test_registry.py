@@ -115,6 +115,7 @@ CLONEOFSIMO = {name: torch.ones(3, 3) for name in MIXED["cloneofsimo"]}
         *("x.lokr_w1", "x.lokr_w2_a", "x.lokr_w1_b", "x.lokr_t2"),
         *("x.lora.down.weight", "x.to_q_lora.up.weight", "x.qkv_lora1.down.weight"),
         *("x.lora_linear_layer.up.weight", ":up", ":down"),
+        *("x.default_lora_latent_mapping.weight", "x_lora_latent_mapping.weight"),
     ],
 )
 def test_factor_of_any_trainer_is_told(save, refusal, factor):
