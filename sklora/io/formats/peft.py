@@ -77,7 +77,8 @@ _NAMES = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
 ATTENTION_OUT = ".base_layer.out_proj"
 _OF_A_PIPELINE = "diffusers, which looks at no adapter_config.json,"
 _OF_UNSLOTH = ("unsloth_fused_expert_lora", "unsloth_fixed")
-_OTHER_BASES = ("use_qalora", "kasa_config", "use_bdlora")
+# MoRA is a fork of PEFT.
+_OTHER_BASES = ("use_qalora", "kasa_config", "use_bdlora", "use_mora")
 
 
 def _matches(source: Source, options: ReadOptions) -> bool:

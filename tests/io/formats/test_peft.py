@@ -307,7 +307,7 @@ def test_initialisation_that_leaves_the_base_is_read(pair, save, scan, init):
 @pytest.mark.parametrize(
     "setting",
     [
-        {"use_qalora": True},
+        *({"use_qalora": True}, {"use_mora": True, "mora_type": 6}),
         {"use_bdlora": {"a": 1}},
         {"kasa_config": {"beta": 1e-4}},
         {"kasa_config": {}},
