@@ -18,7 +18,7 @@ head : {"flatten", "mean"}, default=$head
     The invariant features, every entry of every ``U V^T`` or the mean of each.
 spectrum : bool, default=$spectrum
     Whether the singular values of every update join them. Of each module there are as many as its
-    largest rank in training: further ones are left out, missing ones are zero.
+    rank in `layout_`: further ones are left out, missing ones are zero.
 mlp_hidden : int or tuple of int, default=$mlp_hidden
     Widths of the hidden layers of the multilayer perceptron that reads them.
 dropout : float, default=$dropout
@@ -88,7 +88,7 @@ architecture_ : dict
 net_ : torch.nn.Module
     The network in float64, made anew from `weights_` at each access.
 layout_ : LoRALayout
-    Modules, shapes and largest ranks of the training adapters.
+    Modules, shapes and largest ranks of `X` seen by `fit`; a part of a collection has those of all.
 n_features_in_ : int
     Width of a flat row.
 feature_names_in_ : ndarray of shape (`n_features_in_`,)
