@@ -117,13 +117,13 @@ def _layer(path: str, keys: Collection[str] | None) -> tuple[str, int] | None:
 
 def _check_layers(config: Mapping[str, object], layers: Mapping[str, Mapping[int, str]]) -> None:
     """Refuse modules of other layers than the last of one stack, which alone are adapted."""
-    if len(layers) > 1:
+    name = "num_layers" if "num_layers" in config else "lora_layers"
+    if len(layers) > 1 and name in config:
         one, other = (shown(next(iter(found.values()))) for found in list(layers.values())[:2])
         raise Refusal(
             f"modules {one} and {other} are not among the layers of one model, so that mlx-lm "
             "leaves one of them out; take it out of the file."
         )
-    name = "num_layers" if "num_layers" in config else "lora_layers"
     count = config.get(name)
     if not isinstance(count, int) or count < 1:  # all of them
         return
