@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, repeat
 from numbers import Integral
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from sklora._base import VersionedState, atomic_fit, resolve_device
 from sklora._modules import side_names
+from sklora._pages import Rows
 from sklora._repr import DocumentedMixin
+from sklora._stores import as_slice
 from sklora.collection import LoRACollection, LoRALayout, check_loras
 from sklora.transform._blocks import (
     Block,
@@ -241,14 +243,34 @@ class WeightsToFeatures(Featurizer):
         return self._map(partial(self._fill, ends), X, ends[-1] + self.layout_.n_side)
 
     def _fill(self, ends: Sequence[int], block: Block, out: NDArray[Any]) -> None:
-        for positions, U, V in stacks(block.factors, small=self._stacks):
-            features = self._module_features(positions, U, V).cpu().numpy()
-            for position, columns in zip(positions, features, strict=True):
-                # The ranks here may be other than those that fit saw.
-                part = out[:, ends[position] : ends[position + 1]]
-                count = min(part.shape[1], columns.shape[1])
-                part[:, :count], part[:, count:] = columns[:, :count], 0
+        for rows, factors in _by_rank(block):
+            for positions, U, V in stacks(factors, small=self._stacks):
+                features = self._module_features(positions, U, V).cpu().numpy()
+                for position, columns in zip(positions, features, strict=True):
+                    # The ranks here may be other than those that fit saw.
+                    start, end = ends[position], ends[position + 1]
+                    stop = min(end, start + columns.shape[1])
+                    out[rows, start:stop] = columns[:, : stop - start]
+                    out[rows, stop:end] = 0
         out[:, ends[-1] :] = block.side
+
+
+def _by_rank(block: Block) -> Iterator[tuple[Rows, Iterator[tuple[Tensor, Tensor]]]]:
+    """Give rows whose largest ranks have as many binary digits, and their factors.
+
+    The work grows with the rank that factors are padded to: the room for larger ones is left out.
+    """
+    digits = np.frexp(block.ranks.max(axis=1))[1]
+    groups = [as_slice(np.flatnonzero(digits == number)) for number in np.unique(digits)]
+    factors = block.factors if len(groups) == 1 else [*block.factors]
+    for rows in groups:
+        largest = block.ranks[rows].max(axis=0).clip(min=1).tolist()
+        yield rows, map(partial(_trimmed, rows), factors, largest)
+
+
+def _trimmed(rows: Rows, factors: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    U, V = (A[rows, :, :rank] for A in factors)
+    return U, V
 
 
 class _CollectionsStay:

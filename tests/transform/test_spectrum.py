@@ -34,6 +34,28 @@ def test_mixed_ranks_are_invariant_and_padded_with_zeros(mixed, updates):
     assert (features[~beyond] > 1e-3).all()
 
 
+@pytest.mark.parametrize("n_adapters", [1, 5])
+def test_a_large_rank_is_no_work_for_the_others(random_loras, rng, monkeypatch, n_adapters):
+    """Ranks of as many binary digits are worked on together, without the room for larger ones."""
+    X = random_loras(rng, 5, ((9, 8), (9, 8)), [[1, 2], [8, 8], [3, 0], [1, 1], [2, 3]])
+    sizes = []
+    watched = SVDSpectrum._module_features
+
+    def features(self, positions, U, V):
+        sizes.append((len(positions), *U.shape[1::2]))
+        return watched(self, positions, U, V)
+
+    spectra = SVDSpectrum().fit(X)
+    expected = spectra.transform(X)
+    monkeypatch.setattr(SVDSpectrum, "_module_features", features)
+    np.testing.assert_allclose(spectra.transform(X[:n_adapters]), expected[:n_adapters])
+    # Of how many modules and adapters, up to which rank.
+    if n_adapters == 1:
+        assert sizes == [(1, 1, 1), (1, 1, 2)]
+    else:
+        assert sizes == [(2, 1, 1), (2, 3, 3), (2, 1, 8)]
+
+
 def test_modules_of_one_shape_keep_their_own_number_of_values(random_loras, rng, updates):
     X = random_loras(rng, 6, ((6, 4), (6, 4)), [[1, 3]] * 6)
     spectra = SVDSpectrum().fit(X)
