@@ -76,7 +76,6 @@ _NAMES = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
 # Where the output projection of a MultiheadAttention is, whose settings are those of the whole.
 ATTENTION_OUT = ".base_layer.out_proj"
 _OF_A_PIPELINE = "diffusers, which looks at no adapter_config.json,"
-_OF_UNSLOTH = ("unsloth_fused_expert_lora", "unsloth_fixed")
 # MoRA is a fork of PEFT.
 _OTHER_BASES = ("use_qalora", "kasa_config", "use_bdlora", "use_mora")
 
@@ -432,9 +431,12 @@ def _check_packing(path: str, config: Mapping[str, Any]) -> None:
     Until 2026.9.5 it did, for most models, and did not say so (`unsloth_zoo`,
     `temporary_patches/moe_utils.py`, ``saved_lora_b_layouts``).
     """
+    # PEFT keeps auto_mapping alone when it saves the adapter again.
     told = [each for each in (config, config.get("auto_mapping")) if isinstance(each, Mapping)]
+    details = [each.get("unsloth_fused_expert_lora") for each in told]
+    told += [each for each in details if isinstance(each, Mapping)]
     layouts = [each["lora_B_layout"] for each in told if "lora_B_layout" in each]
-    of_unsloth = any(key in each for each in told for key in _OF_UNSLOTH)
+    of_unsloth = any("unsloth_fixed" in each for each in told) or any(details)
     if any(layout != "rank_major" for layout in layouts) or (of_unsloth and not layouts):
         raise Refusal(
             f"module {shown(path)} has experts whose columns Unsloth may have stored in another "

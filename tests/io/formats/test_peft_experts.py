@@ -7,6 +7,12 @@ from sklora.io import read_adapters
 from sklora.io.containers.safetensors import SafetensorsFile
 from tests.io.formats.peft import LORA, PREFIX, linear, named
 
+UNSLOTH = {"unsloth_fixed": True}
+
+
+def told(layout):
+    return {"unsloth_fused_expert_lora": {"lora_B_layout": layout}}
+
 
 class TestExperts:
     CONFIG = LORA | {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
@@ -231,11 +237,12 @@ class TestExperts:
     @pytest.mark.parametrize(
         ("settings", "layout"),
         [
-            ({"auto_mapping": {"unsloth_fixed": True}}, "missing"),
-            ({"unsloth_fused_expert_lora": {}}, "missing"),
+            ({"auto_mapping": UNSLOTH}, "missing"),
+            ({"unsloth_fused_expert_lora": {"parameters": {}}}, "missing"),
             ({"lora_B_layout": "grouped_by_expert"}, "'grouped_by_expert'"),
-            ({"auto_mapping": {"lora_B_layout": "grouped_by_expert"}}, "'grouped_by_expert'"),
-            ({"lora_B_layout": "rank_major", "auto_mapping": {"unsloth_fixed": True}}, None),
+            ({"auto_mapping": UNSLOTH | told("grouped_by_expert")}, "'grouped_by_expert'"),
+            ({"auto_mapping": UNSLOTH | told("rank_major")}, None),
+            ({"lora_B_layout": "rank_major", "auto_mapping": UNSLOTH}, None),
         ],
     )
     def test_columns_in_the_order_of_unsloth_are_refused(
