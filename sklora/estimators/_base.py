@@ -38,6 +38,7 @@ from sklora.estimators._training import (
     seeded,
     train,
 )
+from sklora.nets import MLPNet
 
 # With less than this many adapters, early_stopping="auto" trains on all of them (docs/results.md).
 _ENOUGH_TO_SPARE = 200
@@ -253,7 +254,8 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
         if self._stops_early(len(data.loras)) and not one_epoch:
             training, validation = self._split(data, random_state)
         with plain_torch(device), seeded(seed, device):
-            net = self._resumed_net() if resume else self._new_net(data, device)
+            goes_on = one_epoch or self.warm_start
+            net = self._resumed_net() if resume else self._new_net(data, device, goes_on)
             result = train(
                 net.to(device),
                 self._forward(net, data.loras.layout, torch.float32),
@@ -318,7 +320,7 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
             return data, None
         return data.take(training), data.take(validation)
 
-    def _new_net(self, data: TrainingData, device: torch.device) -> nn.Module:
+    def _new_net(self, data: TrainingData, device: torch.device, goes_on: bool) -> nn.Module:
         self.n_outputs_ = self._n_outputs
         self.architecture_ = self._architecture(self.layout_, self.n_outputs_)
         default = torch.get_default_dtype()
@@ -327,6 +329,10 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
             net = self._net_type(**self.architecture_).to(device)
         finally:
             torch.set_default_dtype(default)
+        for part in net.modules():
+            # Nothing is learnt of a constant column, unless training goes on with other adapters.
+            if isinstance(part, MLPNet) and not goes_on:
+                part.standardize.constant_scale = torch.finfo(torch.float32).max
         self._calibrate(net, data)
         return net
 

@@ -50,6 +50,8 @@ class Standardize(nn.Module):
 
     mean: Tensor
     scale: Tensor
+    # Of a column that is constant. The largest number lets nothing of it through, whatever comes.
+    constant_scale = 1.0
 
     def __init__(self, n_features: int) -> None:
         super().__init__()
@@ -57,7 +59,7 @@ class Standardize(nn.Module):
         self.register_buffer("scale", torch.ones(n_features))
 
     def set_moments(self, mean: Tensor, scale: Tensor, rounding: Tensor | float = 0.0) -> None:
-        """Set the moments, in place; a column that is constant, up to rounding, keeps the scale 1.
+        """Set the moments, in place; of a column that is constant, up to rounding, the scale is 1.
 
         Parameters
         ----------
@@ -67,7 +69,7 @@ class Standardize(nn.Module):
         """
         rounding = (100 * torch.finfo(scale.dtype).eps * mean.abs()).clamp(min=rounding)
         self.mean.copy_(mean)
-        self.scale.copy_(torch.where(scale > rounding, scale, torch.ones_like(scale)))
+        self.scale.copy_(torch.where(scale > rounding, scale, self.constant_scale))
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardise.

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from sklora import GLNetRegressor, LoRACollection, LoRALayout
 from sklora.estimators._training import calibrate_input, weighted_moments
 from sklora.nets import GLNet, MLPNet
 
@@ -113,3 +114,14 @@ class TestCalibrateInput:
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         assert {name.rpartition(".")[0] for name in changed} == {"standardize", "row_norm.norm"}
         assert not any(value.requires_grad for value in net.buffers())
+
+
+def test_side_features_that_training_did_not_have_change_nothing(zoo, traces, quick):
+    """Such as magnitudes, where all adapters of DoRA are in another fold."""
+    layout = LoRALayout(zoo.layout.modules, side=[("magnitude", 2)])
+    without, with_them = (
+        LoRACollection.from_array(np.hstack([np.asarray(zoo), np.full((60, 2), value)]), layout)
+        for value in (0.0, 5.0)
+    )
+    model = quick(GLNetRegressor).fit(without, traces)
+    np.testing.assert_array_equal(model.predict(with_them), model.predict(without))
