@@ -284,7 +284,8 @@ class TestRanks:
 
     def test_a_zero_column_before_others_counts(self):
         layout = LoRALayout([("q", 1, 1, 3)])
-        assert layout.infer_ranks(np.array([[0.0, 1, 0, 0, 1, 0]])).tolist() == [[2]]
+        flat = np.array([[0.0, 1, 0, 0, 1, 0], [1, 0, 0, 1, 0, 0]])
+        assert layout.infer_ranks(flat).tolist() == [[2], [1]]
 
     def test_plain_rows_have_rank_one_even_where_zero(self):
         assert LoRALayout.rows(3).infer_ranks(np.zeros((2, 3))).tolist() == [[1], [1]]

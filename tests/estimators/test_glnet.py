@@ -146,7 +146,9 @@ def test_statistics_are_invariant(spectrum, zoo, traces, quick):
         np.testing.assert_allclose(one[name], other[name], rtol=1e-3, atol=1e-5)
 
 
-def test_module_scale_is_from_the_training_norms(zoo, traces, quick):
+@pytest.mark.parametrize("size", [1, 1e-3])
+def test_module_scale_is_from_the_training_norms(size, zoo, traces, quick):
+    zoo = LoRACollection.from_array(size * zoo.read(), zoo.layout)
     weights = np.linspace(0, 1, 60)
     model = quick(GLNetRegressor).fit(zoo, traces, sample_weight=weights)
     scales = dict(zip(["q", "v", "k"], model.weights_["module_scale"], strict=True))

@@ -302,11 +302,11 @@ def test_features_are_not_yet_standardised_and_their_rounding_has_no_gradient(ra
 
 @pytest.mark.parametrize(("head", "share"), [("flatten", 1 / 4), ("mean", 1 / 16)])
 def test_rounding_is_of_the_size_of_a_module_spread_over_its_features(random_factors, head, share):
-    factors = random_factors(GROUPS, batch=4, rank=1)  # whose one column is all of the update
+    factors = random_factors(GROUPS, batch=5, rank=1)  # whose one column is all of the update
     flat, net = make_net(), make_net(head=head)
     net.module_scale.data = flat.module_scale.data
-    sizes = flat.features(factors).reshape(4, 6, 16).norm(dim=2, keepdim=True)
-    found = net.rounding(factors).reshape(4, 6, -1)
+    sizes = flat.features(factors).reshape(5, 6, 16).norm(dim=2, keepdim=True)
+    found = net.rounding(factors).reshape(5, 6, -1)
     expected = ROUNDINGS * torch.finfo(sizes.dtype).eps * share * sizes
     torch.testing.assert_close(found, expected.expand_as(found), rtol=1e-9, atol=0)
 

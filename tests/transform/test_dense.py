@@ -158,7 +158,10 @@ class TestGram:
             for adapter in random_loras(rng, 6)
         ]
         X = LoRACollection.from_factors(factors * 2, dtype=np.float32)
-        assert DenseProduct("gram").fit(X).eigenvalues_.shape == (6,)
+        gram = DenseProduct("gram")
+        found = gram.fit_transform(X)
+        assert gram.eigenvalues_.shape == (6,)
+        np.testing.assert_allclose(gram.transform(X), found, rtol=0, atol=1e-6 * found.max())
 
     def test_zero_updates(self, random_loras, rng):
         X = random_loras(rng, 4)

@@ -96,6 +96,13 @@ def test_distances_to_oneself_are_zero_whatever_the_gauge(X):
     assert UpdateKernel("rbf").fit(X).transform(moved).max() <= 1
 
 
+@pytest.mark.parametrize("kernel", ["cosine", "rbf"])
+def test_the_size_of_all_updates_makes_no_difference(kernel, X, new):
+    small, new_small = (LoRACollection.from_array(A.read() / 2**9, A.layout) for A in (X, new))
+    expected, found = (UpdateKernel(kernel).fit(A) for A in (X, small))
+    np.testing.assert_array_equal(found.transform(new_small), expected.transform(new))
+
+
 def test_gamma(X):
     entries = DenseProduct().fit_transform(X)
     default = UpdateKernel("rbf").fit(X)
