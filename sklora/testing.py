@@ -136,7 +136,7 @@ def apply_gauge(
             "layout of modules."
         )
     rng = check_random_state(random_state)
-    flat = X.read().astype(np.float64)
+    flat = X.read()
     for position in range(layout.n_modules):
         U, V = layout._factors_at(flat, position)
         for rank in np.unique(ranks[:, position]):
@@ -146,7 +146,7 @@ def apply_gauge(
             R, inverse_transpose = _gauge_pair(rank, (len(rows),), group, condition, rng)
             U[rows, :, :rank] = U[rows, :, :rank] @ R
             V[rows, :, :rank] = V[rows, :, :rank] @ inverse_transpose
-    return LoRACollection.from_array(flat.astype(X.dtype), layout, ranks=ranks, ids=X.ids)
+    return LoRACollection.from_array(flat, layout, ranks=ranks, ids=X.ids)
 
 
 def assert_gauge_invariant(
