@@ -376,7 +376,9 @@ class TestCopies:
         assert first is second
 
     @pytest.mark.parametrize("rows", [slice(2, None), [3, 0]], ids=["slice", "some"])
-    def test_a_view_pickles_what_was_written_since(self, rows):
+    @pytest.mark.parametrize("compared", [1, 2**20])
+    def test_a_view_pickles_what_was_written_since(self, rows, compared, monkeypatch):
+        monkeypatch.setattr(sklora._stores, "_COMPARED_BYTES", compared)
         array = np.ones((5, 40))
         view = LoRACollection.from_array(array, LoRALayout.rows(40))[rows]
         pickle.dumps(view)
