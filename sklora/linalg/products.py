@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sklora.linalg._factors import check_factors, narrowed, product_size
+from sklora.linalg._factors import check_factors, narrowed
 
 # Entries of the two (r1 N1) x (r2 N2) matrices that add_inner_products holds at once.
 _PAIR_ENTRIES = 2**21
@@ -311,14 +311,14 @@ def column_sums(U: Tensor, V: Tensor) -> Tensor:
 def _squared_norm(U: Tensor, V: Tensor) -> Tensor:
     U, V = U.double(), V.double()
     if U.shape[-1] > min(U.shape[-2], V.shape[-2]):
-        norms, size = (U @ V.mT).square().sum(dim=(-2, -1)), product_size(U, V)
+        norms = (U @ V.mT).square().sum(dim=(-2, -1))
+        u, v = (torch.linalg.vector_norm(A, dim=-2) for A in (U, V))
     else:
         U_gram, V_gram = (A.mT @ A for A in (U, V))
         norms = (U_gram * V_gram).sum(dim=(-2, -1))
         u, v = (A.diagonal(dim1=-2, dim2=-1).sqrt() for A in (U_gram, V_gram))
-        size = (u * v).sum(dim=-1)
     # Cancellation leaves rounding of either sign where the update is zero and its factors are not.
-    rounding = 4 * torch.finfo(norms.dtype).eps * size.square()
+    rounding = 4 * torch.finfo(norms.dtype).eps * (u * v).sum(dim=-1).square()
     return torch.where((norms <= rounding) & norms.isfinite(), 0.0, norms)
 
 
