@@ -102,7 +102,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
         for component, config in settings.items():
             if not component or path.startswith(f"{component}."):
                 module = path.removeprefix(f"{component}.")
-                check_dora(path, tensors, config.get("use_dora", False))
+                check_dora(path, tensors, bool(config.get("use_dora")))
                 value = scale_of_config(config, module, dimension)
                 if beside is not None and not is_of_pipeline(path):
                     rival = scale_of_config(beside, path, dimension)

@@ -125,7 +125,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     wrapped = _names_wrappers(config)
 
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
-        check_dora(path, tensors, config.get("use_dora", False))
+        check_dora(path, tensors, bool(config.get("use_dora")))
         value = scale_of_config(config, _owner(path, wrapped), dimension)
         if "alpha" in tensors:
             # PEFT and transformers pass by a tensor that is called alpha.

@@ -452,7 +452,8 @@ def test_settings_of_dora_and_magnitudes_have_to_agree(pair, save, scan, refusal
     for name, shape in (("lora_magnitude_vector", (5,)), ("dora_scale", (5, 1))):
         both = tensors | {f"unet.x.{name}": torch.ones(shape)}
         assert scan(save(both, metadata=described(unet__lora_alpha=3, unet__use_dora=True))).side
-        why = refusal(save(both, metadata=described(unet__lora_alpha=3)))
+        none = described(unet__lora_alpha=3, unet__use_dora=None)
+        why = refusal(save(both, metadata=none))
         assert "module 'unet.x' has a magnitude of DoRA, but its settings are of none" in why
 
 

@@ -219,7 +219,7 @@ def test_magnitudes_are_there_just_where_the_configuration_says_so(pair, normal,
     tensors |= named("q", lora_magnitude_vector=normal(5))
     why = refusal(save(tensors, LORA | {"use_dora": True}))
     assert why.startswith("module 'base_model.model.k' has no magnitude, but its settings are of")
-    for none in ({"use_dora": False}, {"use_dora": 0}, {}):
+    for none in ({"use_dora": False}, {"use_dora": None}, {"use_dora": 0}, {}):
         why = refusal(save(tensors, LORA | none))
         assert why.startswith("module 'base_model.model.q' has a magnitude of DoRA, but its")
 
