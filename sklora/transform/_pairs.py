@@ -30,6 +30,10 @@ ReadModule: TypeAlias = Callable[[int], tuple[Tensor, Tensor]]
 # Some adapters, and their ranks (B, modules).
 Block: TypeAlias = tuple[ReadModule, NDArray[np.intp]]
 
+# Multiplications of a module that working by rank has to save at least: measured, each part takes
+# as long to start.
+_WORTH_PARTS = 2**24
+
 
 def inner_products(
     X: LoRACollection,
@@ -131,19 +135,23 @@ def _set_products(
 def _by_rank(block: Block, position: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Give adapters whose ranks of a module have as many binary digits: rows, U and V.
 
-    The work of a pair grows with both ranks, so that the room for the largest is left out.
+    The work of a pair grows with both ranks, so that the room for the largest is left out. Where
+    that would not save half of the work, or little, they stay together.
     """
     read, ranks = block[0], block[1][:, position]
     U, V = read(position)
+    rank, own = int(ranks.max()), int(ranks.sum())
+    saved = (len(ranks) * rank) ** 2 - 2 * own**2
+    if saved * (U.shape[1] + V.shape[1]) < _WORTH_PARTS:
+        rows = torch.arange(len(ranks), device=U.device)
+        return [(rows, U[..., :rank], V[..., :rank])] if rank else []
     digits = np.frexp(ranks)[1]
     parts = []
     for number in np.unique(digits[ranks > 0]):
-        rows = np.flatnonzero(digits == number)
-        picked = slice(None) if len(rows) == len(ranks) else rows
-        rank = ranks[rows].max()
-        parts.append(
-            (torch.from_numpy(rows).to(U.device), U[picked, :, :rank], V[picked, :, :rank])
-        )
+        picked = np.flatnonzero(digits == number)
+        rank = ranks[picked].max()
+        rows = torch.from_numpy(picked).to(U.device)
+        parts.append((rows, U[picked, :, :rank], V[picked, :, :rank]))
     return parts
 
 

@@ -250,11 +250,17 @@ def n_pairs(monkeypatch):
     return n_pairs
 
 
-def test_a_large_rank_is_no_work_for_the_others(random_loras, rng, n_pairs):
+def test_a_large_rank_is_no_work_for_the_others(random_loras, rng, n_pairs, monkeypatch):
     small, large = (list(random_loras(rng, n, [(9, 8)], r)) for n, r in ((6, 1), (2, 8)))
     X = LoRACollection.from_factors([*small[:3], *large, *small[3:]])
+    together = _pairs.inner_products(X, X, device="cpu")
+    # So little work is done at once.
+    assert n_pairs == 2 * [(8 * 8) ** 2]
+    n_pairs.clear()
+    monkeypatch.setattr(_pairs, "_WORTH_PARTS", 0)
     found = _pairs.inner_products(X, X, device="cpu")
     assert sum(n_pairs) == 2 * X.ranks.sum() ** 2
+    np.testing.assert_allclose(found, together)
     np.testing.assert_allclose(found, _pairs.inner_products(X, device="cpu"))
     entries = DenseProduct().fit_transform(X)
     np.testing.assert_allclose(found, entries @ entries.T)
