@@ -18,7 +18,8 @@ _PARTS = 8
 _SUMMED_ROWS = 4096
 # Below this width a matrix product spends more time on its start than on its numbers.
 _NARROW = 16
-# From so many bytes on, a product goes straight to where it belongs.
+# From so many bytes on, a product goes straight to where it belongs, and one of narrow factors is
+# faster as a part of a wider one.
 _LARGE_BYTES = 2**17
 
 # Squared norm of the inverse triangle up to which Cholesky is right to 1e-6: the rounding of a Gram
@@ -109,12 +110,14 @@ def _sum_of_products(A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
 def _product(A: Tensor, B: Tensor) -> Tensor:
     """Give ``A^T B``, of narrow factors as the sum of the diagonal blocks of a wider product.
 
-    That is more operations, but at several times the rate, and their sums are shorter.
+    That is more operations, but at several times the rate, and their sums are shorter. Of small
+    factors the plain product is over before.
     """
     (n, r), s = A.shape[-2:], B.shape[-1]
     rows_adjoin = A.stride()[-2:] == B.stride()[-2:] == (r, 1)
+    pays = A.nbytes >= _LARGE_BYTES and A.dtype != torch.float64
     # Rows of other widths do not fill the registers of a processor.
-    if not 0 < r == s < _NARROW or _NARROW % r or not rows_adjoin or A.dtype == torch.float64:
+    if not pays or not 0 < r == s < _NARROW or _NARROW % r or not rows_adjoin:
         product: Tensor = A.mT @ B
         return product
     together = _NARROW // r

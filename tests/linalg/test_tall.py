@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from sklora.linalg import _tall
 from sklora.linalg._tall import cross_product, gram, project, times_small, triangles
@@ -42,8 +43,9 @@ def test_gram_of_views_of_flat_rows(make_factors, pieces):
 @pytest.mark.parametrize("n", [3, 499, 512])
 @pytest.mark.parametrize("padding", [0, 2])
 def test_cross_product_is_right_to_the_rounding_of_the_factors(
-    make_factors, pieces, dtype, r, s, n, padding
+    make_factors, pieces, dtype, r, s, n, padding, monkeypatch
 ):
+    monkeypatch.setattr(_tall, "_LARGE_BYTES", 0)
     A = make_factors(0, n, 2, r + padding, batch=(3, 1), dtype=dtype)[0][..., :r]
     B = make_factors(1, n, 2, s, batch=(2,), dtype=dtype)[0]
     found = cross_product(A, B)
@@ -52,6 +54,14 @@ def test_cross_product_is_right_to_the_rounding_of_the_factors(
     sizes = A.double().norm(dim=-2)[..., None] * B.double().norm(dim=-2)[..., None, :]
     error = (found - A.double().mT @ B.double()).abs() / sizes
     assert (error < 4 * torch.finfo(dtype).eps).all()
+
+
+@pytest.mark.parametrize(("n", "times"), [(64, 1), (4096, 4)])
+def test_cross_products_are_made_of_wider_ones_where_that_is_faster(make_factors, n, times):
+    A, B = make_factors(0, n, n, 4, batch=(4,), dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        cross_product(A, B)
+    assert counter.get_total_flops() == times * 4 * 2 * n * 4 * 4
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
