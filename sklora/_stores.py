@@ -342,6 +342,12 @@ def as_slice(rows: NDArray[np.intp]) -> Rows:
     return rows
 
 
+def by_rank(ranks: NDArray[np.intp]) -> list[Rows]:
+    """Put rows together whose ranks ``(B,)`` have as many binary digits."""
+    digits = np.frexp(ranks)[1]
+    return [as_slice(np.flatnonzero(digits == number)) for number in np.unique(digits)]
+
+
 def blocks(n_rows: int, bytes_per_row: float) -> Iterator[slice]:
     """Cut rows into blocks of at least one that fit in scikit-learn's `working_memory`."""
     available = sklearn.get_config()["working_memory"] * 2**20

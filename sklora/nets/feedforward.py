@@ -59,13 +59,14 @@ class Standardize(nn.Module):
         self.register_buffer("scale", torch.ones(n_features))
 
     def set_moments(self, mean: Tensor, scale: Tensor, rounding: Tensor | float = 0.0) -> None:
-        """Set the moments, in place; of a column that is constant, up to rounding, the scale is 1.
+        """Set the moments, in place; a column that is constant has `constant_scale`.
 
         Parameters
         ----------
         mean, scale : Tensor of shape (n_features,)
         rounding : Tensor of shape (n_features,) or float, default=0.0
-            What rounding alone may make of the scale, where that is more than it does to the mean.
+            What rounding alone may make of the scale of a constant column, where that is more than
+            it does to the mean.
         """
         rounding = (100 * torch.finfo(scale.dtype).eps * mean.abs()).clamp(min=rounding)
         self.mean.copy_(mean)

@@ -21,7 +21,7 @@ from sklora._base import VersionedState, atomic_fit, resolve_device
 from sklora._modules import side_names
 from sklora._pages import Rows
 from sklora._repr import DocumentedMixin
-from sklora._stores import as_slice
+from sklora._stores import by_rank
 from sklora.collection import LoRACollection, LoRALayout, check_loras
 from sklora.transform._blocks import (
     Block,
@@ -243,7 +243,7 @@ class WeightsToFeatures(Featurizer):
         return self._map(partial(self._fill, ends), X, ends[-1] + self.layout_.n_side)
 
     def _fill(self, ends: Sequence[int], block: Block, out: NDArray[Any]) -> None:
-        for rows, factors in _by_rank(block):
+        for rows, factors in _without_room(block):
             for positions, U, V in stacks(factors, small=self._stacks):
                 features = self._module_features(positions, U, V).cpu().numpy()
                 for position, columns in zip(positions, features, strict=True):
@@ -255,13 +255,12 @@ class WeightsToFeatures(Featurizer):
         out[:, ends[-1] :] = block.side
 
 
-def _by_rank(block: Block) -> Iterator[tuple[Rows, Iterator[tuple[Tensor, Tensor]]]]:
+def _without_room(block: Block) -> Iterator[tuple[Rows, Iterator[tuple[Tensor, Tensor]]]]:
     """Give rows whose largest ranks have as many binary digits, and their factors.
 
     The work grows with the rank that factors are padded to: the room for larger ones is left out.
     """
-    digits = np.frexp(block.ranks.max(axis=1))[1]
-    groups = [as_slice(np.flatnonzero(digits == number)) for number in np.unique(digits)]
+    groups = by_rank(block.ranks.max(axis=1))
     factors = block.factors if len(groups) == 1 else [*block.factors]
     for rows in groups:
         largest = block.ranks[rows].max(axis=0).clip(min=1).tolist()

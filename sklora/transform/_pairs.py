@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import combinations_with_replacement, product
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sklora._base import as_tensor
-from sklora._stores import ArrayStore, as_slice, check_memory
+from sklora._stores import ArrayStore, as_slice, by_rank, check_memory
 from sklora.collection import LoRACollection
 from sklora.linalg.products import add_inner_products
 from sklora.transform._blocks import (
@@ -28,7 +29,9 @@ from sklora.transform._blocks import (
 # The factors U (B, n, r) and V (B, m, r) of the module at a position.
 ReadModule: TypeAlias = Callable[[int], tuple[Tensor, Tensor]]
 # Some adapters, and their ranks (B, modules).
-Block: TypeAlias = tuple[ReadModule, NDArray[np.intp]]
+Ranked: TypeAlias = tuple[ReadModule, NDArray[np.intp]]
+# Of one module, adapters of like ranks: rows, U and V.
+Part: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 # Multiplications of a module that working by rank has to save at least: measured, each part takes
 # as long to start.
@@ -110,30 +113,31 @@ def _fill_products(
 
 
 def _set_products(
-    part: NDArray[np.float64], left: Block, right: Block | None, device: torch.device
+    part: NDArray[np.float64], left: Ranked, right: Ranked | None, device: torch.device
 ) -> None:
     """Set the inner products of two blocks, or of one with itself where `right` is None."""
     target = torch.from_numpy(part).zero_()
     products = target.to(device)  # on the CPU, the same memory
     for position in range(left[1].shape[1]):
-        first = _by_rank(left, position)
-        second = _by_rank(right, position) if right else first
-        for number, (rows, U1, V1) in enumerate(first):
-            for columns, U2, V2 in second if right else second[number:]:
-                same = U1 is U2
-                if len(rows) == len(products) and len(columns) == products.shape[1]:
-                    add_inner_products(products, U1, V1, U2, V2, symmetric=same)
-                    continue
-                some = products.new_zeros(len(rows), len(columns))
-                add_inner_products(some, U1, V1, U2, V2, symmetric=same)
-                products[rows[:, None], columns] += some
-                if not (right or same):
-                    products[columns[:, None], rows] += some.mT
+        first = _parts(left, position)
+        pairs: Iterable[tuple[Part, Part]] = combinations_with_replacement(first, 2)
+        if right is not None:
+            pairs = product(first, _parts(right, position))
+        for one, other in pairs:
+            (rows, U1, V1), (columns, U2, V2) = one, other
+            if len(rows) == len(products) and len(columns) == products.shape[1]:
+                add_inner_products(products, U1, V1, U2, V2, symmetric=one is other)
+                continue
+            some = products.new_zeros(len(rows), len(columns))
+            add_inner_products(some, U1, V1, U2, V2, symmetric=one is other)
+            products[rows[:, None], columns] += some
+            if right is None and one is not other:
+                products[columns[:, None], rows] += some.mT
     target.copy_(products)
 
 
-def _by_rank(block: Block, position: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Give adapters whose ranks of a module have as many binary digits: rows, U and V.
+def _parts(block: Ranked, position: int) -> list[Part]:
+    """Put adapters together whose ranks of a module have as many binary digits.
 
     The work of a pair grows with both ranks, so that the room for the largest is left out. Where
     that would not save half of the work, or little, they stay together.
@@ -142,17 +146,13 @@ def _by_rank(block: Block, position: int) -> list[tuple[Tensor, Tensor, Tensor]]
     U, V = read(position)
     rank, own = int(ranks.max()), int(ranks.sum())
     saved = (len(ranks) * rank) ** 2 - 2 * own**2
-    if saved * (U.shape[1] + V.shape[1]) < _WORTH_PARTS:
-        rows = torch.arange(len(ranks), device=U.device)
-        return [(rows, U[..., :rank], V[..., :rank])] if rank else []
-    digits = np.frexp(ranks)[1]
-    parts = []
-    for number in np.unique(digits[ranks > 0]):
-        picked = np.flatnonzero(digits == number)
-        rank = ranks[picked].max()
-        rows = torch.from_numpy(picked).to(U.device)
-        parts.append((rows, U[picked, :, :rank], V[picked, :, :rank]))
-    return parts
+    worth = saved * (U.shape[1] + V.shape[1]) >= _WORTH_PARTS
+    numbers = torch.arange(len(ranks), device=U.device)
+    return [
+        (numbers[rows], U[rows, :, :rank], V[rows, :, :rank])
+        for rows in (by_rank(ranks) if worth else [slice(None)])
+        if (rank := int(ranks[rows].max()))
+    ]
 
 
 def sum_over_modules(

@@ -55,7 +55,6 @@ _COMPONENTS = (
     *("unet.", "transformer.", "transformer_2.", "transformer_ref.", "connectors.", "prior."),
     *("controlnet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.", "text_conditioner."),
 )
-_RENAMED = "diffusion_model."
 _TEXT_ENCODERS = {"text_encoder", "text_encoder_2", "text_encoder_3"}
 _OF_FLUX = ("transformer.", "text_encoder.")
 # By which a component of the metadata is a configuration of LoRA.
@@ -91,9 +90,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     known = (*_COMPONENTS, *(f"{component}." for component in settings))
 
     def scale(path: str, tensors: Mapping[str, str], dimension: int | None) -> Scale:
-        # SimpleTuner writes both for ComfyUI; diffusers loads no such file.
-        if not (path.startswith(_RENAMED) and "alpha" in tensors and settings.keys() == {""}):
-            _check_component(path, settings, known)
+        _check_component(path, "alpha" in tensors, settings, known)
         if path.endswith("_lora") and "alpha" in tensors:
             raise Refusal(
                 f"tensor {shown(tensors['alpha'])} looks like an alpha, but loaders of these keys "
@@ -151,9 +148,14 @@ def _check_bare(plan: AdapterPlan) -> None:
         )
 
 
-def _check_component(path: str, settings: Mapping[str, Any], known: tuple[str, ...]) -> None:
+def _check_component(
+    path: str, has_alpha: bool, settings: Mapping[str, Any], known: tuple[str, ...]
+) -> None:
     """Refuse settings that diffusers follows for a module under another name, or not at all."""
-    renamed = path.startswith(_RENAMED)
+    renamed = path.startswith("diffusion_model.")
+    # SimpleTuner writes both for ComfyUI; diffusers loads no such file.
+    if renamed and has_alpha and settings.keys() == {""}:
+        return
     if settings and (renamed or path.startswith(known) == ("" in settings)):
         raise Refusal(
             f"its metadata entry {METADATA} has settings of {shown(next(iter(settings)))}, but "
