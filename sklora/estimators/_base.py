@@ -38,7 +38,7 @@ from sklora.estimators._training import (
     seeded,
     train,
 )
-from sklora.nets import MLPNet
+from sklora.nets import Standardize
 
 # With less than this many adapters, early_stopping="auto" trains on all of them (docs/results.md).
 _ENOUGH_TO_SPARE = 200
@@ -331,8 +331,8 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
             torch.set_default_dtype(default)
         for part in net.modules():
             # Nothing is learnt of a constant column, unless training goes on with other adapters.
-            if isinstance(part, MLPNet) and not goes_on:
-                part.standardize.constant_scale = torch.finfo(torch.float32).max
+            if isinstance(part, Standardize) and not goes_on:
+                part.constant_scale = torch.finfo(torch.float32).max
         self._calibrate(net, data)
         return net
 

@@ -125,3 +125,16 @@ def test_side_features_that_training_did_not_have_change_nothing(zoo, traces, qu
     )
     model = quick(GLNetRegressor).fit(without, traces)
     np.testing.assert_array_equal(model.predict(with_them), model.predict(without))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_a_module_that_is_the_same_in_training_changes_nothing(value, zoo, traces, quick):
+    """Such as one that only adapters in another fold have, however large its updates are there."""
+    U, V = zoo.layout.factor_slices[0]
+    module = slice(U.start, V.stop)
+    training, others = np.array(zoo), np.array(zoo)
+    training[:, module] = value
+    others[:, module] *= 1e3
+    training, others = (LoRACollection.from_array(X, zoo.layout) for X in (training, others))
+    model = quick(GLNetRegressor).fit(training, traces)
+    np.testing.assert_array_equal(model.predict(others), model.predict(training))
