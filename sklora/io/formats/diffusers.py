@@ -112,6 +112,7 @@ def _plan(source: Source, options: ReadOptions) -> AdapterPlan:
     plan = make_plan(source, options, "diffusers", modules, scale, left_out=left_out_of(rest))
     check_lokr(source, plan)
     _check_bare(plan)
+    _check_generations(plan)
     _check_alphas(plan, modules)
     _check_text_encoders(plan, settings)
     return plan
@@ -146,6 +147,27 @@ def _check_bare(plan: AdapterPlan) -> None:
             f"module {shown(bare)} has no component before its name, as {shown(full)} has, so that "
             "diffusers leaves it out; take it out, or write its component."
         )
+
+
+def _check_generations(plan: AdapterPlan) -> None:
+    """Refuse older keys of a denoiser behind newer ones: diffusers then leaves out the older.
+
+    It converts all keys if the first is an older one (`diffusers/loaders/peft.py`,
+    ``load_lora_adapter``).
+    """
+    first: dict[str, str] = {}
+    downs = (module.tensors.get("down", "") for module in plan.modules)
+    for name in sorted(name for name in downs if name.startswith(_COMPONENTS)):
+        component = name.partition(".")[0]
+        if component in _TEXT_ENCODERS:
+            continue
+        new = first.setdefault(component, name)
+        if ".lora_A" in new and name.endswith("down.weight"):
+            raise Refusal(
+                f"tensor {shown(name)} is named as older versions of diffusers name it, and "
+                f"{shown(new)} as newer ones, so that diffusers leaves out the former; write "
+                "lora_A and lora_B everywhere."
+            )
 
 
 def _check_component(

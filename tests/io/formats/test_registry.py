@@ -305,3 +305,32 @@ def test_every_format_states_its_scale_and_source():
         doc = __import__(name, fromlist=["__doc__"]).__doc__
         assert "Scale" in doc
         assert "`" in doc or name.endswith("custom")
+
+
+@pytest.mark.parametrize(
+    ("component", "new", "refused"),
+    [
+        ("unet", "conv_in", True),  # before mid_block, so that diffusers looks at this name
+        ("unet", "up_blocks.0.resnets.0.conv1", False),
+        ("text_encoder", "encoder.layers.0.mlp.fc1", False),
+    ],
+)
+def test_older_keys_of_diffusers_behind_newer_ones_are_refused(
+    pair, save, scan, refusal, component, new, refused
+):
+    """diffusers converts all of a denoiser, or none: `load_lora_adapter` looks at the first key."""
+    A, B = pair
+    old = f"{component}.mid_block.attentions.0.transformer_blocks.0.attn1.to_k.lora"
+    new = f"{component}.{new}"
+    path = save(
+        {
+            f"{old}.down.weight": A,
+            f"{old}.up.weight": B,
+            f"{new}.lora_A.weight": A,
+            f"{new}.lora_B.weight": B,
+        }
+    )
+    if refused:
+        assert "so that diffusers leaves out the former" in refusal(path)
+    else:
+        assert len(scan(path).modules) == 2
