@@ -52,7 +52,8 @@ def write_adapter(
     like : str, path-like or None, default=None
         A PEFT adapter whose keys, configuration and other tensors (biases, modules that were saved
         whole, magnitudes of DoRA) the new one is to have. Modules are found by the name that the
-        file gives them or by their canonical name.
+        file gives them or by their canonical name. Without it, every module is written as a linear
+        layer of the name that it is given, so that PEFT does not take embeddings and convolutions.
     base_model : str or None, default=None
         What the configuration names as base model; by default what `like` or the collection names.
 
