@@ -119,12 +119,16 @@ class OAlign(WeightsToWeights):
     def _fit(self, X: LoRACollection) -> None:
         index = self._choose(X.ranks)
         self.template_index_ = index
-        self.template_ = {}
-        adapters = {position: X[position] for position in np.unique(index).tolist()}
-        for module, position in zip(X.layout.modules, index.tolist(), strict=True):
-            zero = np.zeros((module.n, 0), X.dtype), np.zeros((module.m, 0), X.dtype)
-            U0, V0 = adapters[position].get(module.name, zero)
-            self.template_[module.name] = U0.copy(), V0.copy()
+        templates = {}
+        # There may be one for every module, so that their adapters are not all held in memory.
+        for position in np.unique(index).tolist():
+            adapter = X[position]
+            for place in np.flatnonzero(index == position).tolist():
+                name, n, m, _ = X.layout.modules[place]
+                zero = np.zeros((n, 0), X.dtype), np.zeros((m, 0), X.dtype)
+                U0, V0 = adapter.get(name, zero)
+                templates[name] = U0.copy(), V0.copy()
+        self.template_ = {name: templates[name] for name in X.layout.names}
         self._check_ranks(X)
 
     def _choose(self, ranks: NDArray[np.intp]) -> NDArray[np.intp]:

@@ -1,8 +1,10 @@
+import weakref
+
 import numpy as np
 import pytest
 from scipy.linalg import orthogonal_procrustes
 
-from sklora.collection import LoRACollection, LoRALayout
+from sklora.collection import LoRAAdapter, LoRACollection, LoRALayout
 from sklora.testing import apply_gauge, assert_gauge_invariant
 from sklora.transform import OAlign
 
@@ -134,6 +136,32 @@ def test_every_module_draws_its_template_where_adapters_lack_different_ones(
     np.testing.assert_array_equal(aligned.ranks, X.ranks)
     for position in range(2):
         np.testing.assert_allclose(updates(aligned, position), updates(X, position), atol=1e-12)
+
+
+def test_templates_of_many_adapters_are_read_one_after_the_other(rng, monkeypatch):
+    factors = [
+        {f"m{m}": (rng.normal(size=(5, 2)), rng.normal(size=(4, 2))) for m in range(9) if m != n}
+        for n in range(9)
+    ]
+    X = LoRACollection.from_factors(factors)
+    held, most = weakref.WeakSet(), []
+
+    class Noted(LoRAAdapter):
+        __hash__ = object.__hash__
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            held.add(self)
+            most.append(len(held))
+
+    monkeypatch.setattr("sklora._loras.LoRAAdapter", Noted)
+    align = OAlign(random_state=0).fit(X)
+    assert len(most) == len(set(align.template_index_)) > 2
+    assert max(most) <= 2
+    assert list(align.template_) == list(X.layout.names)
+    for (name, template), row in zip(align.template_.items(), align.template_index_, strict=True):
+        for factor, given in zip(template, factors[row][name], strict=True):
+            np.testing.assert_array_equal(factor, given)
 
 
 def test_a_template_without_a_module_refuses_adapters_that_have_it(random_loras, rng):
