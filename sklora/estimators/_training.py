@@ -282,5 +282,7 @@ def calibrate_input(
         (torch.linalg.vector_norm(net.standardize(block), dim=1, keepdim=True), weights)
         for block, weights in features()
     )
-    # In the precision of the norms, whose rounding is no spread.
-    net.row_norm.norm.set_moments(*(moment.float() for moment in weighted_moments(norms)))
+    # In the precision of the norms, whose rounding is no spread, nor is that of constant columns.
+    of_constant = torch.linalg.vector_norm(torch.where(scale > rounding, 0.0, rounding))
+    mean, scale = (moment.float() for moment in weighted_moments(norms))
+    net.row_norm.norm.set_moments(mean, scale, of_constant.float())

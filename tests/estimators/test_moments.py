@@ -99,6 +99,7 @@ class TestCalibrateInput:
         values = (np.geomspace(1e-3, 1e6, 18) * (1 + spread)).astype(np.float32)
         self.calibrate(net, values, rng.random(50))
         np.testing.assert_array_equal(net.standardize.scale, np.ones(18))
+        assert net.row_norm.norm.scale == 1  # which is the norm of rounding alone
         self.calibrate(net, values.astype(np.float64), rng.random(50))
         assert (net.standardize.scale < 1).all()
 
