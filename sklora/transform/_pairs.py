@@ -191,11 +191,11 @@ def _fill_sums(
     device: torch.device,
     out: NDArray[np.float64],
 ) -> None:
-    read = _reader(X, device)
-    out[:] = 0.0
+    block = _reader(X, device), X.ranks
+    sums = torch.from_numpy(out).zero_()
     for position in range(X.layout.n_modules):
-        U, V = read(position)
-        out += function(U.double(), V.double()).cpu().numpy()
+        for rows, U, V in _parts(block, position):
+            sums[rows.cpu()] += function(U.double(), V.double()).cpu()
 
 
 def as_dtype_of(X: LoRACollection, results: NDArray[np.float64]) -> NDArray[Any]:

@@ -266,6 +266,21 @@ def test_a_large_rank_is_no_work_for_the_others(random_loras, rng, n_pairs, monk
     np.testing.assert_allclose(found, entries @ entries.T)
 
 
+def test_norms_take_the_ranks_of_each_adapter(random_loras, rng, monkeypatch):
+    monkeypatch.setattr(_pairs, "_WORTH_PARTS", 0)
+    small, large = (list(random_loras(rng, n, [(9, 8)], r)) for n, r in ((6, 1), (2, 8)))
+    X = LoRACollection.from_factors([*small[:3], {}, *large, *small[3:]])
+    shapes = []
+
+    def watched(U, V):
+        shapes.append(tuple(U.shape))
+        return squared_norm(U, V)
+
+    found = _pairs.sum_over_modules(watched, X, device="cpu", n_jobs=None)
+    assert sorted(shapes) == [(2, 9, 8), (6, 9, 1)]
+    np.testing.assert_allclose(found, (DenseProduct().fit_transform(X) ** 2).sum(axis=1))
+
+
 def test_a_collection_with_itself_is_less_work(X, n_pairs):
     """Of nine adapters, three strips of three that begin at the diagonal."""
     _pairs.inner_products(X, X, device="cpu")
