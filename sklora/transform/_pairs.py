@@ -137,13 +137,17 @@ def _set_products(
 
 
 def _parts(block: Ranked, position: int) -> list[Part]:
-    """Put adapters together whose ranks of a module have as many binary digits.
+    """Put adapters together whose ranks of a module have as many binary digits."""
+    read, ranks = block
+    return parts_of(*read(position), ranks[:, position])
+
+
+def parts_of(U: Tensor, V: Tensor, ranks: NDArray[np.intp]) -> list[Part]:
+    """Put factors of one module together whose ranks ``(B,)`` have as many binary digits.
 
     The work of a pair grows with both ranks, so that the room for the largest is left out. Where
     that would not save half of the work, or little, they stay together.
     """
-    read, ranks = block[0], block[1][:, position]
-    U, V = read(position)
     rank, own = int(ranks.max()), int(ranks.sum())
     saved = (len(ranks) * rank) ** 2 - 2 * own**2
     worth = saved * (U.shape[1] + V.shape[1]) >= _WORTH_PARTS

@@ -24,6 +24,7 @@ from sklora.linalg._random import gaussian_projections
 from sklora.linalg._tall import project
 from sklora.transform._base import WeightsToWeights
 from sklora.transform._blocks import at_work, overflow_of, plan_blocks, read_block
+from sklora.transform._pairs import parts_of
 
 Sides: TypeAlias = dict[str, NDArray[Any]]
 
@@ -148,8 +149,10 @@ class GLEquivariantProjection(WeightsToWeights):
                 for rows in blocks:
                     block = read_block(X[rows], device, check=modules.start == 0)
                     factors = islice(block.factors, modules.start, modules.stop)
-                    for module, (U, V) in zip(X.layout.modules[modules], factors, strict=True):
-                        found[module] = compress_updates(U, V, previous=found.get(module))
+                    known = zip(X.layout.modules[modules], block.ranks.T[modules], strict=True)
+                    for (module, ranks), pair in zip(known, factors, strict=True):
+                        for _, U, V in parts_of(*pair, ranks):
+                            found[module] = compress_updates(U, V, previous=found.get(module))
                     advance()
                 try:
                     self._keep_leading(found, X.dtype)

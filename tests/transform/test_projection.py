@@ -230,6 +230,26 @@ def test_hosvd_leaves_out_what_rounding_alone_puts_beside_a_plane(rng, dtype):
     np.testing.assert_allclose(np.linalg.norm(projection.right_["m"], axis=1), 1, rtol=1e-5)
 
 
+def test_hosvd_takes_the_ranks_of_each_adapter(random_loras, rng, monkeypatch):
+    small, large = (list(random_loras(rng, n, [(12, 10)], r)) for n, r in ((20, 1), (2, 8)))
+    X = LoRACollection.from_factors([*small[:9], {}, *large, *small[9:]])
+    together = GLEquivariantProjection(4, "hosvd").fit(X)
+    shapes = []
+
+    def watched(U, V, **options):
+        shapes.append(tuple(U.shape))
+        return compress_updates(U, V, **options)
+
+    monkeypatch.setattr("sklora.transform.projection.compress_updates", watched)
+    monkeypatch.setattr("sklora.transform._pairs._WORTH_PARTS", 0)
+    found = GLEquivariantProjection(4, "hosvd").fit(X)
+    assert shapes == [(20, 12, 1), (2, 12, 8)]
+    for matrices in ("left_", "right_"):
+        [(_, P)] = getattr(together, matrices).items()
+        [(_, Q)] = getattr(found, matrices).items()
+        np.testing.assert_allclose(Q, P, atol=1e-9)
+
+
 def test_hosvd_keeps_as_many_modules_in_memory_as_fit(random_loras, rng, monkeypatch):
     X = random_loras(rng, 40, ((32, 24),) * 10, 2)
     expected = GLEquivariantProjection(4, "hosvd").fit(X)
