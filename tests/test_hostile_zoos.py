@@ -225,6 +225,7 @@ class TestHostileFiles:
         monkeypatch.setattr(_zoofile, "_ID_BYTES_PER_LETTER", 8)
         with pytest.raises(ValueError, match="one is far longer than the others"):
             LoRACollection.open(zoo)
+        assert len(_zoofile._checked_ids(["a" * 100] * 7)) == 7  # however long, if all are
         with pytest.raises(ValueError, match="make the collection with other ids="):
             adapters(ids=ids).save(zoo)
 

@@ -27,6 +27,7 @@ def array(id):
         [node(content=[1], __id__=1), node(content=[1], __id__=1)],
         [node(content=[1], __id__=1), node(content=[2], __id__=2)],
         [node(content=[1]), node(content=[1])],
+        [node(content=[node(__id__=2)], __id__=1), node(content=[node(__id__=3)], __id__=1)],
         [array(1), array(1)],
     ],
 )
@@ -40,6 +41,10 @@ def test_objects_that_are_what_their_ids_say(parts):
         ([node(content=[1], __id__=1), node(content=[2], __id__=1)], "two objects of the id 1"),
         ([node(content=[1], __id__=1), node(content=[True], __id__=1)], "two objects of the id 1"),
         ([node(content=[], __id__=1), {"__id__": 1}], "two objects of the id 1"),
+        (
+            [node(content=[node(content=[n])], __id__=1) for n in (1, 2)],
+            "two objects of the id 1",
+        ),
         ([array(1), array(2)], "names 'a.npy' more than once"),
         ([array(1), array(None)], "names 'a.npy' more than once"),
         ([array([1])], "names 'a.npy' more than once"),
@@ -51,7 +56,15 @@ def test_others_are_refused(parts, reason):
         check(node(content=parts))
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[" * 100_000 + b"]" * 100_000])
-def test_what_is_no_json_or_nested_too_deeply_is_refused(text):
-    with pytest.raises(Refusal):
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"", "no JSON"),
+        (b"{", "no JSON"),
+        (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+        (b'{"":' * 400 + b"1" + b"}" * 400, "nested too deeply"),  # not for the parser
+    ],
+)
+def test_what_is_no_json_or_nested_too_deeply_is_refused(text, reason):
+    with pytest.raises(Refusal, match=reason):
         check_schema(text, "schema.json")
