@@ -45,16 +45,22 @@ def finetune(
     weight_decay: Tensor | None = None,
     rates: Sequence[float] = (1.0, 1.0),
 ) -> Parameters:
-    """Train copies of the parameters of a stack of adapters, as `descend` does.
+    """Train copies of the parameters of a stack of adapters.
+
+    Adapters do not meet: ``torch.optim.AdamW`` would do the same to each alone, but it takes one
+    learning rate for all.
 
     Parameters
     ----------
-    parameters : mapping of str to tuple of Tensor
-        What is trained of every module, where it starts: ``(n_adapters, ...)`` each.
+    parameters : mapping of str to tuple of Tensor of shape (n_adapters, n, r)
+        What is trained of every module, where it starts.
     losses : callable
         ``losses(parameters, step)`` of each adapter, for steps 0, 1, ...
-    learning_rate, n_steps, weight_decay
-        See `descend`.
+    learning_rate : Tensor of shape (n_adapters,)
+    n_steps : int Tensor of shape (n_adapters,)
+        An adapter stands still once it has made its own number of steps.
+    weight_decay : Tensor of shape (n_adapters,) or None
+        Decoupled from the gradients (Loshchilov and Hutter, 2019). None is no decay.
     rates : sequence of float
         Times the learning rate, for each parameter of a module.
 
@@ -64,55 +70,18 @@ def finetune(
     """
     trained = {name: tuple(t.clone() for t in each) for name, each in parameters.items()}
     flat = [t.requires_grad_() for each in trained.values() for t in each]
-    descend(
-        flat,
-        lambda step: torch.autograd.grad(losses(trained, step).sum(), flat),
-        learning_rate=learning_rate,
-        n_steps=n_steps,
-        weight_decay=weight_decay,
-        rates=[*rates] * len(trained),
-    )
-    return {name: tuple(t.detach() for t in each) for name, each in trained.items()}
-
-
-def descend(
-    parameters: Sequence[Tensor],
-    gradients: Callable[[int], Sequence[Tensor]],
-    *,
-    learning_rate: Tensor,
-    n_steps: Tensor,
-    weight_decay: Tensor | None,
-    rates: Sequence[float],
-) -> None:
-    """Train parameters in place.
-
-    Adapters do not meet: ``torch.optim.AdamW`` would do the same to each alone, but it takes one
-    learning rate for all.
-
-    Parameters
-    ----------
-    parameters : sequence of Tensor of shape (n_adapters, n, r)
-    gradients : callable
-        ``gradients(step)``, of the shapes of the parameters, for steps 0, 1, ...
-    learning_rate : Tensor of shape (n_adapters,)
-    n_steps : int Tensor of shape (n_adapters,)
-        An adapter stands still once it has made its own number of steps.
-    weight_decay : Tensor of shape (n_adapters,) or None
-        Decoupled from the gradients (Loshchilov and Hutter, 2019). None is no decay.
-    rates : sequence of float
-        Times the learning rate, for each of the parameters.
-    """
-    first = [torch.zeros_like(t) for t in parameters]
-    second = [torch.zeros_like(t) for t in parameters]
+    first, second = ([torch.zeros_like(t) for t in flat] for _ in range(2))
+    every_rate = [*rates] * len(trained)
     for step in range(int(n_steps.max())):
-        found = gradients(step)
+        found = torch.autograd.grad(losses(trained, step).sum(), flat)
         rate = (learning_rate * (step < n_steps)).view(-1, 1, 1)
         kept = None if weight_decay is None else 1 - rate * weight_decay.view(-1, 1, 1)
         with torch.no_grad():
-            for t, g, m1, m2, times in zip(parameters, found, first, second, rates, strict=True):
+            for t, g, m1, m2, times in zip(flat, found, first, second, every_rate, strict=True):
                 if kept is not None:
                     t *= kept
                 m1.lerp_(g, 1 - BETA1)
                 m2.lerp_(g.square(), 1 - BETA2)
                 scale = m2.div(1 - BETA2 ** (step + 1)).sqrt_().add_(EPSILON)
                 t -= times * rate * (m1 / (1 - BETA1 ** (step + 1))) / scale
+    return {name: tuple(t.detach() for t in each) for name, each in trained.items()}

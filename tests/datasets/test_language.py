@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sklora.datasets import _language as language
-from sklora.datasets._adam import descend
+from sklora.datasets._adam import finetune as finetune_stack
 from sklora.datasets._denoiser import init_factors
 from sklora.testing import random_gauge
 
@@ -137,47 +137,41 @@ def test_what_is_dropped_enters_the_update_alone(base, factors, texts):
     torch.testing.assert_close(found, language.logits(base, symbols), rtol=0, atol=1e-12)
 
 
-class TestDescend:
+class TestFinetune:
     RATES, DECAYS, STEPS = (1e-2, 3e-2, 1e-2), (0.0, 0.5, 2.0), (7, 7, 3)
 
     def start(self, generator):
         return [torch.randn(3, 4, 2, generator=generator).double() for _ in range(2)]
 
-    def gradients(self, parameters):
-        """Of a loss that changes with the steps, adapter by adapter."""
+    def losses(self, parameters, step):
+        """They change with the steps, adapter by adapter."""
+        return sum((p - step - k).pow(4).sum((1, 2)) for k, p in enumerate(parameters))
 
-        def found(step):
-            return [(p - step - k).pow(3) for k, p in enumerate(parameters)]
-
-        return found
-
-    def descended(self, start, **options):
-        parameters = [p.clone() for p in start]
-        descend(
-            parameters,
-            self.gradients(parameters),
+    def finetuned(self, start, **options):
+        found = finetune_stack(
+            {"module": start},
+            lambda trained, step: self.losses(trained["module"], step),
             **{
                 "learning_rate": torch.tensor(self.RATES).double(),
                 "n_steps": torch.tensor(self.STEPS),
-                "rates": [1.0] * len(start),
                 **options,
             },
         )
-        return parameters
+        return found["module"]
 
     @pytest.mark.parametrize("decays", [DECAYS, None])
     def test_is_adamw_of_each_adapter_alone(self, decays, generator):
         start = self.start(generator)
         decay = None if decays is None else torch.tensor(decays).double()
-        found = self.descended(start, weight_decay=decay)
+        found = self.finetuned(start, weight_decay=decay)
         for i in range(3):
             alone = [p[i].clone().requires_grad_() for p in start]
             optimizer = torch.optim.AdamW(
                 alone, lr=self.RATES[i], weight_decay=0.0 if decays is None else decays[i]
             )
             for step in range(self.STEPS[i]):
-                for p, g in zip(alone, self.gradients(alone)(step), strict=True):
-                    p.grad = g.detach()
+                optimizer.zero_grad()
+                self.losses([p[None] for p in alone], step).sum().backward()
                 optimizer.step()
             for together, own in zip(found, alone, strict=True):
                 torch.testing.assert_close(together[i], own.detach(), rtol=1e-6, atol=1e-8)
@@ -185,8 +179,8 @@ class TestDescend:
     def test_an_adapter_stands_still_after_its_own_steps(self, generator):
         start = self.start(generator)
         decay = torch.tensor(self.DECAYS).double()
-        mixed = self.descended(start, weight_decay=decay)
-        short = self.descended(start, weight_decay=decay, n_steps=torch.tensor([3, 3, 3]))
+        mixed = self.finetuned(start, weight_decay=decay)
+        short = self.finetuned(start, weight_decay=decay, n_steps=torch.tensor([3, 3, 3]))
         for found, stopped in zip(mixed, short, strict=True):
             assert torch.equal(found[2], stopped[2])
             assert not torch.allclose(found[0], stopped[0])
