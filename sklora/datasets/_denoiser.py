@@ -9,7 +9,7 @@ low-rank part ``(x V) U^T`` in one batched product.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -167,12 +167,12 @@ def train_base(
 
     def loss() -> Tensor:
         rows = torch.randint(len(images), (1, batch_size), generator=generator)
-        return _loss(base, images[rows], generator).mean()
+        return noise_loss(base, images[rows], generator).mean()
 
     return adam.train_network(base, loss, learning_rate=2e-3, n_steps=n_steps, progress=progress)
 
 
-def _loss(
+def noise_loss(
     base: Weights, images: Tensor, generator: torch.Generator, factors: Factors | None = None
 ) -> Tensor:
     """Mean squared error of the predicted noise per adapter, at random times."""
@@ -193,48 +193,3 @@ def init_factors(
         )
         for name, (n, m) in shapes.items()
     }
-
-
-def finetune(
-    base: Weights,
-    parameters: Mapping[str, tuple[Tensor, ...]],
-    batches: Callable[[], Tensor],
-    *,
-    factors: Callable[[adam.Parameters], Factors],
-    rates: Sequence[float],
-    learning_rate: Tensor,
-    n_steps: Tensor,
-    generator: torch.Generator,
-) -> adam.Parameters:
-    """Finetune a stack of adapters together, each with its own step size and number of steps.
-
-    Parameters
-    ----------
-    base : mapping of str to Tensor
-        Frozen weights.
-    parameters : mapping of str to tuple of Tensor
-        What is trained of every module, where it starts: ``(n_adapters, ...)`` each.
-    batches : callable
-        Gives the next training images, ``(n_adapters, batch_size, 64)``.
-    factors : callable
-        Gives the factors of every update by the parameters.
-    rates : sequence of float
-        Times the learning rate, for each parameter of a module.
-    learning_rate : Tensor of shape (n_adapters,)
-        Adam's step size.
-    n_steps : int Tensor of shape (n_adapters,)
-        An adapter stands still once it has made its own number of steps.
-    generator : torch.Generator
-        Draws times and noise.
-
-    Returns
-    -------
-    dict of str to tuple of Tensor
-    """
-    return adam.finetune(
-        parameters,
-        lambda trained, step: _loss(base, batches(), generator, factors(trained)),
-        learning_rate=learning_rate,
-        n_steps=n_steps,
-        rates=rates,
-    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 from sklora._base import check_option
 from sklora._progress import progress
 from sklora.collection import LoRACollection, LoRALayout
+from sklora.datasets import _adam as adam
 from sklora.datasets import _denoiser as denoiser
 from sklora.datasets import _evaluation as evaluation
 from sklora.datasets._adam import Parameters
@@ -136,15 +136,15 @@ class DigitsRecipe:
         if drawn.seed_of_V is not None:
             first = torch.Generator().manual_seed(drawn.seed_of_V)
         method, shapes = METHODS[self.method], self.shapes
-        trained = denoiser.finetune(
-            tensors,
+        batches = _batches(drawn.images, drawn.chances, drawn.batch_size, generator)
+        trained = adam.finetune(
             method.start(tensors, shapes, len(drawn.rows), self.rank, first),
-            _batches(drawn.images, drawn.chances, drawn.batch_size, generator),
-            factors=partial(method.factors, tensors),
+            lambda parameters, _: denoiser.noise_loss(
+                tensors, batches(), generator, method.factors(tensors, parameters)
+            ),
             rates=method.rates,
             learning_rate=drawn.learning_rate,
             n_steps=drawn.n_steps,
-            generator=generator,
         )
         kept = self.store(trained)
         known = {name: values[drawn.rows] for name, values in self.labels.items()}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sklora.datasets import _adam as adam
 from sklora.datasets import _denoiser as denoiser
 
 DIM, DEPTH = 8, 2
@@ -107,22 +108,20 @@ def test_adapters_start_as_no_update(base, generator, noisy, time):
 
 
 def finetune(base, start, rate, steps, images, rates=(1.0, 1.0)):
-    return denoiser.finetune(
-        base,
+    draws = torch.Generator().manual_seed(1)
+    return adam.finetune(
         start,
-        lambda: images,
-        factors=lambda parameters: parameters,
+        lambda factors, _: denoiser.noise_loss(base, images, draws, factors),
         rates=rates,
         learning_rate=torch.tensor(rate),
         n_steps=torch.tensor(steps),
-        generator=torch.Generator().manual_seed(1),
     )
 
 
 def fixed_loss(base, images, factors=None):
     """The loss at the same times and noises, whatever the factors."""
     draws = torch.Generator().manual_seed(2)
-    return denoiser._loss(base, images.repeat(1, 20, 1), draws, factors)
+    return denoiser.noise_loss(base, images.repeat(1, 20, 1), draws, factors)
 
 
 def test_finetuning_lowers_the_loss_of_every_adapter(base, generator):
@@ -147,7 +146,7 @@ def test_finetuning_is_adam(base, generator):
     for _ in range(5):
         adapters = dict(zip(start, zip(flat[::2], flat[1::2], strict=True), strict=True))
         optimizer.zero_grad()
-        denoiser._loss(base, images, draws, adapters).sum().backward()
+        denoiser.noise_loss(base, images, draws, adapters).sum().backward()
         optimizer.step()
     for (U, V), U_adam, V_adam in zip(found.values(), flat[::2], flat[1::2], strict=True):
         torch.testing.assert_close(U, U_adam.detach(), rtol=1e-3, atol=1e-5)

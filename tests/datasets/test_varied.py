@@ -148,13 +148,13 @@ def test_hyperparameters_fill_their_ranges():
 
 def test_training_draws_the_same_at_every_rank(recipe, zoo, monkeypatch):
     drawn = []
-    loss = denoiser._loss
+    loss = denoiser.noise_loss
 
     def watched(base, images, generator, factors):
         drawn.append((images, generator.get_state()))
         return loss(base, images, generator, factors)
 
-    monkeypatch.setattr(denoiser, "_loss", watched)
+    monkeypatch.setattr(denoiser, "noise_loss", watched)
     for rank in (1, 4):
         replace(recipe, rank=rank).train_part(zoo.base, 1)
     n_steps = len(drawn) // 2
