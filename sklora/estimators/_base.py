@@ -85,27 +85,28 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
     optimizer_state_: OptimizerState
     n_outputs_: int
 
+    # The defaults are those of a perceptron, whose regressor has no parameters but these.
     def __init__(
         self,
         *,
-        hidden_dim: int,
-        n_layers: int,
-        nonlinearity: str,
-        dropout: float,
-        lr: float,
-        weight_decay: float,
-        optimizer: str,
-        max_epochs: int,
-        batch_size: int,
-        early_stopping: bool | Literal["auto"],
-        validation_fraction: float,
-        patience: int,
-        callbacks: Sequence[Any] | None,
-        warm_start: bool,
-        device: str | torch.device,
-        random_state: int | np.random.RandomState | None,
-        verbose: int,
-        layout: LoRALayout | None,
+        hidden_dim: int = 128,
+        n_layers: int = 2,
+        nonlinearity: str = "relu",
+        dropout: float = 0.5,
+        lr: float = 1e-3,
+        weight_decay: float = 1e-2,
+        optimizer: str = "adamw",
+        max_epochs: int = 40,
+        batch_size: int = 64,
+        early_stopping: bool | Literal["auto"] = "auto",
+        validation_fraction: float = 0.15,
+        patience: int = 8,
+        callbacks: Sequence[Any] | None = None,
+        warm_start: bool = False,
+        device: str | torch.device = "auto",
+        random_state: int | np.random.RandomState | None = None,
+        verbose: int = 0,
+        layout: LoRALayout | None = None,
     ) -> None:
         self.hidden_dim = hidden_dim
         self.n_layers = n_layers
