@@ -50,7 +50,8 @@ class TestCsv:
             "path", "big", "big:probability", "tiny", "tiny:probability", "error",
         ]  # fmt: skip
         assert [(row["big"], row["tiny"]) for row in rows] == [("0", "1"), ("1", "0")]
-        assert float(rows[1]["big:probability"]) > 0.5
+        assert float(rows[1]["big:probability"]) > 0.5 > float(rows[1]["tiny:probability"])
+        assert [row["error"] for row in rows] == ["", ""]
 
     def test_numbers(self, run, models, zoo):
         rows = rows_of(run("predict", models["loss"], zoo / "a00", zoo / "a01", "--csv").out)
@@ -181,6 +182,14 @@ class TestBadFiles:
         code, out, _ = run("predict", models["style"], tmp_path / "none", "--json")
         assert code == 1
         assert len(json.loads(out)) == 1
+
+    def test_folder_without_an_adapter(self, run, models, zoo, tmp_path):
+        code, out, _ = run("predict", models["loss"], tmp_path, zoo / "a00")
+        rows = rows_of(out)
+        assert code == 1
+        assert [row["path"] for row in rows] == [str(tmp_path), path_in(zoo / "a00")]
+        assert "there is no adapter in it" in rows[0]["error"]
+        assert rows[1]["loss"]
 
     @pytest.mark.parametrize("error", [ValueError, MemoryError, RuntimeError])
     def test_adapter_that_the_model_fails_on(self, run, models, zoo, monkeypatch, error):
