@@ -86,6 +86,24 @@ def test_a_network_that_finds_the_noise_loses_nothing(base, monkeypatch):
     np.testing.assert_array_equal(losses, np.zeros((3, 10)))
 
 
+def test_every_image_is_seen_at_four_times(base, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        denoiser,
+        "denoise",
+        lambda base, noisy, time, factors: seen.append((noisy[0], time[0])) or noisy,
+    )
+    X, tensors = loras(1), _evaluation.to_tensors(base)
+    _evaluation.class_losses(tensors, _evaluation.unpack(X.read(), X.layout, torch.float32))
+    times = torch.tensor([1, 3, 5, 7] * 4) / 8
+    for (noisy, time), images, noise in zip(
+        seen, tensors[_evaluation.HELD_OUT], tensors[_evaluation.NOISE], strict=True
+    ):
+        torch.testing.assert_close(time, times)
+        clean = images.repeat_interleave(4, dim=0)
+        torch.testing.assert_close(noisy, denoiser.add_noise(clean, times, noise))
+
+
 def test_no_update_is_the_base_network(base):
     X = loras()
     zero = LoRACollection.from_array(0 * np.asarray(X), X.layout)
