@@ -1,4 +1,4 @@
-"""A small denoising diffusion transformer, and LoRA finetuning of many adapters at once.
+"""A small denoising diffusion transformer that runs with many LoRA adapters at once.
 
 The network predicts the noise in an 8 x 8 image (Ho et al., 2020, eq. 14) and is a plain
 transformer over 2 x 2 patches (Peebles and Xie, 2023). Every function takes a stack of adapters:

@@ -21,11 +21,28 @@ class Recorder(Callback):
         self.epochs = 0
 
     def __deepcopy__(self, memo):
-        return Recorder(self.records)
+        return type(self)(self.records)
 
     def on_epoch_end(self, net, **kwargs):
         self.epochs += 1
         self.records.append((self, len(net.history)))
+
+
+class BatchRecorder(Recorder):
+    def on_batch_begin(self, net, batch, training, **kwargs):
+        self.records.append((net.history[-1]["epoch"], batch[1]))
+
+
+def test_rows_come_in_another_order_in_every_epoch(rng):
+    records, X = [], rng.normal(size=(12, 3))
+    options = {"max_epochs": 2, "batch_size": 6, "callbacks": [BatchRecorder(records)]}
+    MLPNetRegressor(**options, device="cpu", random_state=0).fit(X, np.arange(12.0))
+    first, second = (
+        np.concatenate([np.ravel(y) for n, y in records if n == epoch]) for epoch in (1, 2)
+    )
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(np.sort(first), np.sort(second))
+    assert len(set(first)) == 12
 
 
 class TestCallbacks:
