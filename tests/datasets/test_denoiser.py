@@ -51,6 +51,15 @@ def test_weights_keep_the_size_of_what_they_act_on(generator):
         assert weight.square().sum(dim=1).mean().item() == pytest.approx(1.0, rel=0.5), name
 
 
+def test_factors_start_as_those_of_peft(generator):
+    """``V`` by `kaiming_uniform_` with ``a = sqrt(5)``, which is uniform up to ``m**-0.5``."""
+    for name, (U, V) in denoiser.init_factors(SHAPES, 50, 4, generator).items():
+        assert not U.any()
+        drawn = V * SHAPES[name][1] ** 0.5
+        assert -1 <= drawn.min() < -0.95
+        assert 0.95 < drawn.max() <= 1
+
+
 def test_patches_round_trip(generator):
     images = torch.randn(2, 3, 64, generator=generator)
     patches = denoiser._patches(images)

@@ -48,6 +48,11 @@ def test_modules_that_take_an_adapter(base):
     assert all(base[name].shape == shape for name, shape in SHAPES.items())
 
 
+def test_weights_keep_the_size_of_what_they_act_on(base):
+    for name, weight in base.items():
+        assert weight.square().sum(dim=1).mean().item() == pytest.approx(1.0, rel=0.5), name
+
+
 def test_factors_are_the_update_of_the_weight(base, factors, texts):
     together = language.logits(base, texts[..., :-1], factors)
     assert together.shape == (3, 4, CONTEXT, N_SYMBOLS)

@@ -34,6 +34,10 @@ class TestValues:
                 np.testing.assert_allclose(row[module, :count], expected, atol=1e-12)
                 assert np.isnan(row[module, count:]).all()
 
+    def test_axes(self, X):
+        _, ax = plt.subplots()
+        assert SpectrumDisplay.from_loras(X, ax=ax).ax_ is ax
+
     def test_one_adapter(self, X):
         display = SpectrumDisplay.from_loras(X[1])
         np.testing.assert_allclose(display.values[0, 1], dense_spectrum(X[1], "m1", 3))
@@ -117,6 +121,9 @@ class TestPlot:
         assert len(display.lines_) == 3 + 1
         largest = [dense_spectrum(x, name, 1)[0] for x in X for name in x]
         assert display.lines_[-1].get_ydata()[0] == pytest.approx(np.median(largest))
+        of_m1 = np.median([dense_spectrum(x, "m1", 1)[0] for x in X])
+        assert display.lines_[1].get_xdata().tolist() == [1, 2, 3]
+        assert display.lines_[1].get_ydata()[0] == pytest.approx(of_m1)
         second = [dense_spectrum(x, name, 2)[1] for x in X for name in x]
         median = np.median([value for value in second if value > 1e-9])
         assert display.lines_[-1].get_ydata()[1] == pytest.approx(median)
@@ -153,10 +160,10 @@ class TestPlot:
 
     @pytest.mark.parametrize("kind", ["heatmap", "decay"])
     def test_rounding_errors_do_not_stretch_the_scale(self, kind):
-        values = np.array([[[1.0, 0.5, 1e-17], [1.0, 0.2, 0.0]]])
+        values = np.array([[[2.0, 0.5, 1e-17], [2.0, 0.2, 0.0]]])
         display = SpectrumDisplay(values=values, module_names=["a", "b"]).plot(kind=kind)
         low = display.ax_.get_ylim()[0] if kind == "decay" else display.image_.norm.vmin
-        assert low == pytest.approx(1e-4)
+        assert low == pytest.approx(2e-4)
 
     def test_modules_of_one_value_are_seen(self):
         values = np.array([[[3.0, np.nan], [3.0, 1.0]]])
