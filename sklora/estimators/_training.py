@@ -283,6 +283,6 @@ def calibrate_input(
         for block, weights in features()
     )
     # In the precision of the norms, whose rounding is no spread, nor is that of constant columns.
-    of_constant = torch.linalg.vector_norm(torch.where(scale > rounding, 0.0, rounding))
+    noise = torch.where(scale > rounding, 0.0, rounding) / net.standardize.scale
     mean, scale = (moment.float() for moment in weighted_moments(norms))
-    net.row_norm.norm.set_moments(mean, scale, of_constant.float())
+    net.row_norm.norm.set_moments(mean, scale, torch.linalg.vector_norm(noise).float())
