@@ -88,6 +88,20 @@ class TestFromLoras:
             ZooMapDisplay.from_loras(X, device="abacus")
 
 
+@pytest.mark.parametrize("estimator", [None, SVDSpectrum(2)])
+def test_what_is_passed_on(rng, random_loras, estimator):
+    X, (_, ax) = random_loras(rng, 5), plt.subplots()
+    options = {"label_name": "kind", "ax": ax, "scatter_kw": {"s": 77}}
+    if estimator is None:
+        display = ZooMapDisplay.from_loras(X, list("aabbb"), **options)
+    else:
+        display = ZooMapDisplay.from_estimator(estimator.fit(X), X, list("aabbb"), **options)
+    assert display.ax_ is ax
+    assert legend(display) == ["a (2)", "b (3)"]
+    assert display.legend_.get_title().get_text() == "kind"
+    assert [scatter.get_sizes().tolist() for scatter in display.scatters_] == [[77], [77]]
+
+
 class TestFromEstimator:
     def test_new_adapters_on_the_map_of_a_zoo(self, rng, random_loras):
         X, new = random_loras(rng, 12), random_loras(rng, 5)
