@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from abc import ABCMeta, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, Self
 
@@ -19,9 +19,10 @@ from sklearn.utils.validation import _check_sample_weight, check_consistent_leng
 from torch import Tensor, nn
 
 from sklora._base import VersionedState, as_tensor, atomic_fit, empty, resolve_device
+from sklora._pages import Rows
 from sklora._repr import DocumentedMixin
 from sklora._stores import check_memory
-from sklora.collection import LoRALayout, check_loras
+from sklora.collection import LoRACollection, LoRALayout, check_loras
 from sklora.estimators._data import (
     OPTIMIZERS,
     LossKind,
@@ -391,21 +392,26 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
         net.load_state_dict(state, assign=True)
         return net
 
+    def _parts(self, loras: LoRACollection) -> Iterable[tuple[Rows, LoRACollection]]:
+        """Give the adapters that are computed together, and their places."""
+        return [(slice(None), loras)]
+
     def _outputs(self, X: Any) -> NDArray[np.float64]:
         """Give the network's outputs ``(N, n_outputs)``, in float64, block by block."""
         check_is_fitted(self, "weights_")
         loras = check_loras(self, X, reset=False, rank=self._accepted_rank)
         net = self._evaluated_net()
         device = next(net.buffers()).device
-        forward = self._forward(net, loras.layout, torch.float64)
-        entries = self._entries_per_adapter(loras.layout)
-        if device.type == "cpu":
-            what = f"what {type(self).__name__} computes"
-            check_memory(1, entries, np.dtype(np.float64), what=what, remedy=_LEAVE_OUT)
         outputs = np.empty((len(loras), self.n_outputs_))
-        with torch.inference_mode():
-            for rows, block in iter_blocks(loras, device, entries):
-                outputs[rows] = forward(block).cpu().numpy()
+        for places, part in self._parts(loras):
+            forward = self._forward(net, part.layout, torch.float64)
+            entries = self._entries_per_adapter(part.layout)
+            if device.type == "cpu":
+                what = f"what {type(self).__name__} computes"
+                check_memory(1, entries, np.dtype(np.float64), what=what, remedy=_LEAVE_OUT)
+            with torch.inference_mode():
+                found = [forward(block).cpu() for _, block in iter_blocks(part, device, entries)]
+            outputs[places] = torch.cat(found).numpy()
         valid = np.isfinite(outputs).all(axis=1)
         if not valid.all():
             # Finite numbers overflow, and the largest of NaN would be the first class.

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from sklora._base import empty, resolve_device
 from sklora._modules import ModuleGroup
-from sklora.collection import LoRALayout
+from sklora._pages import Rows
+from sklora._stores import by_rank
+from sklora.collection import LoRACollection, LoRALayout
 from sklora.estimators._base import BaseNetEstimator
 from sklora.estimators._data import TrainingData, iter_blocks
 from sklora.estimators._docs import document
@@ -134,6 +136,13 @@ class _GLNetEstimator(BaseNetEstimator):
         if net.spectrum:
             spectra = torch.from_numpy(data.columns["spectra"]).to(device)
             calibrate_input(net.spectrum_path, lambda: [(spectra, weights)])
+
+    def _parts(self, loras: LoRACollection) -> Iterator[tuple[Rows, LoRACollection]]:
+        """Give adapters of like ranks, without the room for larger ones, which would be work."""
+        for places in by_rank(loras.ranks.max(axis=1)):
+            part = loras[places]
+            ranks = part.ranks.max(axis=0).clip(min=1).tolist()
+            yield places, part.with_layout(part.layout.with_ranks(ranks))
 
     def _entries_per_adapter(self, layout: LoRALayout) -> int:
         hidden = 2 * self.hidden_dim * max(layout.ranks)

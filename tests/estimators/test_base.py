@@ -214,6 +214,23 @@ class TestPrediction:
         scores = cross_val_score(quick(case[0]), zoo, case[1], cv=3, error_score="raise")
         assert np.isfinite(scores).all()
 
+    def test_a_large_rank_is_no_work_for_adapters_without(
+        self, random_loras, rng, traces, quick, monkeypatch
+    ):
+        small, large = (list(random_loras(rng, n, rank=rank)) for n, rank in ((58, 1), (2, 8)))
+        X = LoRACollection.from_factors([*small[:3], *large, *small[3:]])
+        model = quick(GLNetRegressor).fit(X, traces)
+        expected = np.concatenate([model.predict(X[[row]]) for row in range(60)])
+        read, seen = GLNetRegressor._forward, []
+
+        def watched(self, net, layout, dtype):
+            seen.append(layout.ranks)
+            return read(self, net, layout, dtype)
+
+        monkeypatch.setattr(GLNetRegressor, "_forward", watched)
+        np.testing.assert_allclose(model.predict(X), expected, rtol=1e-10)
+        assert seen == [(1, 1, 1), (8, 8, 8)]
+
 
 class TestEarlyStopping:
     def test_what_is_held_out(self, case, zoo, quick, monkeypatch):

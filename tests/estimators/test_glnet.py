@@ -278,12 +278,13 @@ def test_one_module_of_a_high_rank_makes_all_of_its_shape_as_large(zoo, traces, 
     layout = zoo.layout.with_ranks([1000, *zoo.layout.ranks[1:]])
     [group] = [group for group in layout.groups if 0 in group.index]
     cut = len(group.index) * (group.n + group.m) * 1000
+    high = {layout.names[0]: (np.ones((group.n, 1000)), np.ones((group.m, 1000)))}
     assert model._entries_per_adapter(layout) > layout.width + 2 * cut
     monkeypatch.setattr("sklora._stores._CERTAIN_BYTES", 0)
     monkeypatch.setattr("sklora._stores.available_memory", lambda: 8 * 2 * cut)
     model.predict(zoo)
     with pytest.raises(MemoryError, match=r"GLNetRegressor computes .* ranks are far above"):
-        model.predict(zoo.with_layout(layout))
+        model.predict(LoRACollection.from_factors([{**zoo[0], **high}], layout=layout))
 
 
 class TestSpectrum:
