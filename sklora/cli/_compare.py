@@ -11,7 +11,7 @@ from sklora.architectures import ARCHITECTURES
 from sklora.cli._fit import check_output
 from sklora.cli._output import FAILED, OK, CommandError, few, printable, result, say
 from sklora.cli._reading import check_device
-from sklora.cli._scoring import Evaluation, baseline, evaluate, make_folds, metric, show_scores
+from sklora.cli._scoring import Evaluation, Metric, evaluate, make_folds, make_metric, show_scores
 from sklora.cli._zoo import LabelledZoo, labelled_zoo
 
 _NO_MATPLOTLIB = "no chart is drawn, for which matplotlib is missing: pip install 'sklora[plot]'"
@@ -23,13 +23,14 @@ def run(args: argparse.Namespace) -> int:
     draws = not args.no_chart and _can_draw(args.output)
     zoo = labelled_zoo(args)
     folds = make_folds(zoo, args.folds, args.seed)
-    evaluations = evaluate(ARCHITECTURES, zoo, folds, args)
+    metric = make_metric(args.scoring, zoo, folds)
+    evaluations = evaluate(ARCHITECTURES, zoo, folds, metric, args)
     if args.json:
-        result(json.dumps(_summary(args, zoo, evaluations), indent=2))
+        result(json.dumps(_summary(args, zoo, metric, evaluations), indent=2))
     else:
-        show_scores(evaluations, zoo)
+        show_scores(evaluations, metric)
     if draws:
-        draw(zoo, evaluations, args.output)
+        draw(zoo, metric, evaluations, args.output)
         say(f"{args.output} holds the chart")
     return OK if len(evaluations) == len(ARCHITECTURES) else FAILED
 
@@ -51,16 +52,16 @@ def _can_draw(path: str) -> bool:
 
 
 def _summary(
-    args: argparse.Namespace, zoo: LabelledZoo, evaluations: Sequence[Evaluation]
+    args: argparse.Namespace, zoo: LabelledZoo, metric: Metric, evaluations: Sequence[Evaluation]
 ) -> dict[str, Any]:
     return {
         "task": zoo.targets.task,
         "targets": zoo.targets.names,
         "n_adapters": len(zoo.loras),
-        "metric": metric(zoo)[0],
+        "metric": metric.name,
         "folds": args.folds,
         "grouped": zoo.groups is not None,
-        "constant": baseline(zoo),
+        "constant": metric.constant,
         "results": [
             {
                 "architecture": one.architecture,
@@ -74,12 +75,13 @@ def _summary(
     }
 
 
-def draw(zoo: LabelledZoo, evaluations: Sequence[Evaluation], path: str) -> None:
+def draw(zoo: LabelledZoo, metric: Metric, evaluations: Sequence[Evaluation], path: str) -> None:
     """Save a chart of the scores.
 
     Parameters
     ----------
     zoo : LabelledZoo
+    metric : Metric
     evaluations : sequence of Evaluation
     path : str
     """
@@ -90,8 +92,8 @@ def draw(zoo: LabelledZoo, evaluations: Sequence[Evaluation], path: str) -> None
     display = ArchitectureComparisonDisplay(
         scores={task: {one.architecture: one.scores for one in evaluations}},
         fit_times={task: {one.architecture: one.fit_seconds for one in evaluations}},
-        score_name=metric(zoo)[0],
-        baseline={task: baseline(zoo)},
+        score_name=metric.name,
+        baseline={task: metric.constant},
     ).plot(windowless_axes("sklora compare", (6.5, 1.6 + 0.4 * len(evaluations))))
     n_folds = len(evaluations[0].scores)
     kind = "folds by group" if zoo.groups is not None else "folds"

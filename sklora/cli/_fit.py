@@ -17,10 +17,9 @@ from sklora.cli._predictions import columns_of
 from sklora.cli._reading import check_device
 from sklora.cli._scoring import (
     Evaluation,
-    baseline,
     evaluate,
     make_folds,
-    metric,
+    make_metric,
     new_model,
     show_scores,
 )
@@ -32,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     zoo = labelled_zoo(args)
     _check_columns(zoo)
-    evaluations = _evaluated(args, zoo)
+    evaluations, scores = _evaluated(args, zoo)
     best = max(evaluations, key=lambda one: one.mean).architecture if evaluations else None
     architecture = best or args.architecture
     say(f"training {architecture} on all adapters")
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         optional=optional_parts(zoo.loras),
         reading=zoo.reading,
         n_adapters=len(zoo.loras),
-        scores=_scores(args, zoo, evaluations) if evaluations else None,
+        scores=scores,
     )
     save_model(args.output, model, card)
     say(f"{args.output} holds the model")
@@ -106,23 +105,21 @@ def _check_columns(zoo: LabelledZoo) -> None:
         )
 
 
-def _evaluated(args: argparse.Namespace, zoo: LabelledZoo) -> Sequence[Evaluation]:
+def _evaluated(
+    args: argparse.Namespace, zoo: LabelledZoo
+) -> tuple[Sequence[Evaluation], dict[str, Any] | None]:
+    """Cross-validate, and give what the model file keeps of it."""
     if not args.folds:
-        return ()
+        return (), None
     folds = make_folds(zoo, args.folds, args.seed)
+    metric = make_metric(args.scoring, zoo, folds)
     names = ARCHITECTURES if args.architecture == "auto" else (args.architecture,)
-    evaluations = evaluate(names, zoo, folds, args)
-    show_scores(evaluations, zoo)
-    return evaluations
-
-
-def _scores(
-    args: argparse.Namespace, zoo: LabelledZoo, evaluations: Sequence[Evaluation]
-) -> dict[str, Any]:
-    return {
-        "metric": metric(zoo)[0],
+    evaluations = evaluate(names, zoo, folds, metric, args)
+    show_scores(evaluations, metric)
+    return evaluations, {
+        "metric": metric.name,
         "folds": args.folds,
         "grouped": zoo.groups is not None,
-        "constant": baseline(zoo),
+        "constant": metric.constant,
         "scores": {one.architecture: one.scores.tolist() for one in evaluations},
     }

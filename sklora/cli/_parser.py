@@ -103,6 +103,12 @@ def _learning() -> argparse.ArgumentParser:
     group.add_argument(
         "--groups", metavar="COLUMN", help="never test on a group that was trained on"
     )
+    group.add_argument(
+        "--scoring",
+        type=_scorer,
+        metavar="NAME",
+        help="a scorer of scikit-learn, such as roc_auc (default: accuracy, or R2)",
+    )
     group.add_argument("--seed", type=_at_least(0, 2**32 - 1), default=0, help="(default: 0)")
     group.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)"
@@ -123,6 +129,14 @@ def _at_least(least: int, most: float = math.inf) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def _scorer(name: str) -> str:
+    from sklearn.metrics import get_scorer_names
+
+    if name not in (known := get_scorer_names()):
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+    return name
 
 
 _TASK = "(default: regression if all targets are numbers, and either not whole or of many values)"

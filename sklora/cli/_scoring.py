@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.dummy import DummyClassifier, DummyRegressor
+from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.metrics import make_scorer
 from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold, cross_validate
 from sklearn.pipeline import Pipeline
@@ -48,28 +50,65 @@ class Evaluation(NamedTuple):
         return float(self.scores.std(ddof=1))
 
 
+class Metric(NamedTuple):
+    """What architectures are scored by; more is better.
+
+    Attributes
+    ----------
+    name : str
+    scorer : str or callable
+        As scikit-learn takes it for `scoring`.
+    constant : float
+        Score of the best constant answer: the commonest class, or the mean.
+    """
+
+    name: str
+    scorer: Any
+    constant: float
+
+
 def label_accuracy(y: NDArray[Any], predicted: NDArray[Any]) -> float:
     """Share of right answers, over all labels."""
     return float(np.mean(y == predicted))
 
 
-def metric(zoo: LabelledZoo) -> tuple[str, Any]:
-    """Give the name of the score, and the scorer."""
-    if zoo.targets.task == "regression":
-        return "R2", "r2"
-    if zoo.targets.classes is None:
-        return "accuracy", make_scorer(label_accuracy)
-    return "accuracy", "accuracy"
+def make_metric(scoring: str | None, zoo: LabelledZoo, folds: Folds) -> Metric:
+    """Give a score of scikit-learn's by its name; None for the accuracy, or R2.
 
-
-def baseline(zoo: LabelledZoo) -> float:
-    """Give the score of the best constant answer: the commonest class, or the mean."""
+    Raises
+    ------
+    CommandError
+        When the score has no value for targets such as these, or for some fold.
+    """
+    if scoring is not None:
+        return Metric(scoring, scoring, _constant(scoring, zoo, folds))
     y = zoo.targets.y
     if zoo.targets.task == "regression":
-        return 0.0
+        return Metric("R2", "r2", 0.0)
     columns = y.reshape(len(y), -1).T
     shares = [np.unique(column, return_counts=True)[1].max() / len(y) for column in columns]
-    return float(np.mean(shares))
+    scorer = make_scorer(label_accuracy) if zoo.targets.classes is None else "accuracy"
+    return Metric("accuracy", scorer, float(np.mean(shares)))
+
+
+def _constant(scoring: str, zoo: LabelledZoo, folds: Folds) -> float:
+    """Score constant answers on the folds: an unfit score is found out before any training."""
+    task, y = zoo.targets.task, zoo.targets.y
+    constant = DummyRegressor() if task == "regression" else DummyClassifier()
+    X = np.zeros((len(y), 1))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UndefinedMetricWarning)
+            done = cross_validate(constant, X, y, scoring=scoring, cv=folds, error_score="raise")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CommandError(f"--scoring {scoring} cannot score this {task}: {error}") from None
+    scores = done["test_score"]
+    if not np.isfinite(scores).all():
+        raise CommandError(
+            f"--scoring {scoring} has no value on one of the folds, which may lack a class; "
+            "pass fewer --folds, or another --scoring."
+        )
+    return float(scores.mean())
 
 
 def make_folds(zoo: LabelledZoo, n_folds: int, seed: int) -> Folds:
@@ -135,7 +174,11 @@ def _stratified(X: NDArray[Any], y: NDArray[Any], n_folds: int, seed: int) -> Fo
 
 
 def evaluate(
-    architectures: Iterable[str], zoo: LabelledZoo, folds: Folds, args: argparse.Namespace
+    architectures: Iterable[str],
+    zoo: LabelledZoo,
+    folds: Folds,
+    metric: Metric,
+    args: argparse.Namespace,
 ) -> list[Evaluation]:
     """Cross-validate architectures; one that fails is left out, with a message.
 
@@ -147,7 +190,7 @@ def evaluate(
     evaluations = []
     for name in track(list(architectures), "cross-validation", "architecture"):
         try:
-            evaluations.append(_evaluate(name, zoo, folds, args))
+            evaluations.append(_evaluate(name, zoo, folds, metric, args))
         except (ValueError, MemoryError, RuntimeError) as error:  # torch has but the last
             say(f"{name} failed: {str(error) or type(error).__name__}")
     if not evaluations:
@@ -156,13 +199,17 @@ def evaluate(
 
 
 def _evaluate(
-    architecture: str, zoo: LabelledZoo, folds: Folds, args: argparse.Namespace
+    architecture: str,
+    zoo: LabelledZoo,
+    folds: Folds,
+    metric: Metric,
+    args: argparse.Namespace,
 ) -> Evaluation:
     done = cross_validate(
         new_model(architecture, zoo, args),
         zoo.loras,
         zoo.targets.y,
-        scoring=metric(zoo)[1],
+        scoring=metric.scorer,
         cv=folds,
         n_jobs=min(args.jobs, len(folds)),  # joblib starts as many processes, idle ones too
         error_score="raise",
@@ -178,11 +225,11 @@ def new_model(architecture: str, zoo: LabelledZoo, args: argparse.Namespace) -> 
     )
 
 
-def show_scores(evaluations: Iterable[Evaluation], zoo: LabelledZoo) -> None:
+def show_scores(evaluations: Iterable[Evaluation], metric: Metric) -> None:
     """Write a table of scores, the last of which is that of the best constant answer."""
     rows = [
         (one.architecture, f"{one.mean:.3f}", f"±{one.spread:.3f}", f"{one.fit_seconds:.1f} s")
         for one in evaluations
     ]
-    headings = ("architecture", metric(zoo)[0], "spread", "fit time")
-    table([headings, *rows, ("(constant)", f"{baseline(zoo):.3f}", "", "")], "<>>>")
+    headings = ("architecture", metric.name, "spread", "fit time")
+    table([headings, *rows, ("(constant)", f"{metric.constant:.3f}", "", "")], "<>>>")

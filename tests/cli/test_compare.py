@@ -9,7 +9,7 @@ from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklora import ARCHITECTURES
 from sklora.cli import _scoring
 from sklora.cli._output import CommandError
-from sklora.cli._scoring import Evaluation, baseline, make_folds, metric, show_scores
+from sklora.cli._scoring import Evaluation, Metric, make_folds, make_metric, show_scores
 from sklora.cli._targets import Targets
 from sklora.cli._zoo import LabelledZoo
 from sklora.io._plan import ReadOptions
@@ -201,15 +201,61 @@ def zoo_of(y, task="classification", groups=None):
 
 def test_labels_count_one_by_one():
     y = np.array([[1, 0], [1, 1], [1, 0], [1, 0]])
-    zoo = zoo_of(y)
-    assert baseline(zoo) == 0.875
-    name, scorer = metric(zoo)
+    name, scorer, constant = make_metric(None, zoo_of(y), [])
     always = DummyClassifier(strategy="constant", constant=[1, 0]).fit(np.zeros((4, 1)), y)
     assert (name, scorer(always, np.zeros((4, 1)), y)) == ("accuracy", 0.875)
+    assert constant == 0.875
+
+
+class TestScoring:
+    RARE = np.arange(40) % 10 == 0  # four of forty
+
+    @pytest.mark.parametrize(
+        ("scoring", "y", "task", "constant"),
+        [
+            ("average_precision", RARE.astype(int), "classification", 0.1),
+            ("balanced_accuracy", np.where(RARE, "bad", "good"), "classification", 0.5),
+            ("f1", RARE.astype(int), "classification", 0),
+            ("roc_auc", np.arange(40)[:, None] // [1, 2] % 2, "classification", 0.5),
+            ("neg_mean_absolute_error", np.arange(40) % 2 * 2.0, "regression", -1),
+            ("neg_mean_absolute_error", np.ones((40, 2)), "regression", 0),
+        ],
+    )
+    def test_best_constant_answer(self, scoring, y, task, constant):
+        zoo = zoo_of(y, task)
+        made = make_metric(scoring, zoo, make_folds(zoo, 4, 0))
+        assert (made.name, made.scorer) == (scoring, scoring)
+        assert made.constant == pytest.approx(constant, abs=0.02)
+
+    @pytest.mark.parametrize(
+        ("scoring", "y", "task", "message"),
+        [
+            ("f1", ["a", "b"] * 4, "classification", "cannot score this classification: pos_label"),
+            ("accuracy", np.arange(8) / 3, "regression", "cannot score this regression: "),
+            ("roc_auc", np.arange(8) / 3, "regression", "cannot score this regression: "),
+            ("neg_max_error", np.ones((8, 2)), "regression", "cannot score this regression: "),
+            ("roc_auc", [1, *[0] * 7], "classification", "roc_auc has no value on one of the"),
+        ],
+    )
+    def test_what_a_score_does_not_take(self, scoring, y, task, message):
+        zoo = zoo_of(y, task)
+        with pytest.raises(CommandError, match=message):
+            make_metric(scoring, zoo, [(np.arange(4), np.arange(4, 8))])
+
+    def test_ranks_architectures_and_is_named(self, compare, quick, monkeypatch):
+        figures = []
+        monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+        code, out, _ = compare("--scoring", "neg_log_loss", "--json", target="big")
+        summary = json.loads(out)
+        assert code == 1  # one of the five fails
+        assert summary["metric"] == figures[0].axes[0].get_xlabel() == "neg_log_loss"
+        assert summary["constant"] == pytest.approx(-np.log(2))
+        for one in summary["results"]:
+            assert one["scores"] == pytest.approx([-np.log(2)] * 2)
 
 
 def test_table_of_scores(capsys):
-    show_scores([Evaluation("svd", np.array([1.0, 3.0]), 1.26)], zoo_of([0.5, 1], "regression"))
+    show_scores([Evaluation("svd", np.array([1.0, 3.0]), 1.26)], Metric("R2", "r2", 0.0))
     assert capsys.readouterr().out.splitlines() == [
         "architecture     R2  spread  fit time",
         "svd           2.000  ±1.414     1.3 s",

@@ -127,6 +127,16 @@ class TestScores:
         assert card.architecture == max(means, key=means.get)
         assert (card.scores["metric"], card.scores["constant"]) == ("R2", 0.0)
 
+    def test_auto_takes_the_best_by_any_score(self, fit, zoo, tmp_path):
+        options = ("--folds", "2", "--architecture", "auto", "--scoring", "neg_log_loss")
+        assert fit(zoo, *options, target="big").code == 0
+        _, card = load_model(tmp_path / "model.skops")
+        means = {name: np.mean(scores) for name, scores in card.scores["scores"].items()}
+        assert card.architecture == max(means, key=means.get)
+        assert max(means.values()) < 0
+        assert card.scores["metric"] == "neg_log_loss"
+        assert card.scores["constant"] == pytest.approx(-np.log(2))
+
     def test_seed_is_that_of_the_folds_too(self, fit, zoo, monkeypatch):
         given = []
         monkeypatch.setattr(

@@ -42,9 +42,10 @@ def test_defaults_are_those_that_the_help_says(command):
         ("fit", "--seed", "-1", "-1 is less than 0"),
         ("fit", "--seed", str(2**32), f"{2**32} is more than {2**32 - 1}"),
         ("fit", "--seed", "x", "invalid number value: 'x'"),
+        ("fit", "--scoring", "rmse", "argument --scoring: 'rmse' is none of accuracy, adjusted_"),
     ],
 )
-def test_numbers_out_of_range(capsys, command, option, value, message):
+def test_values_out_of_range(capsys, command, option, value, message):
     arguments = [command, "zoo", "--labels", "l", "--target", "t", "-o", "o", option, value]
     with pytest.raises(SystemExit) as error:
         build_parser().parse_args(arguments)
