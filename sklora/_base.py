@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import sklora
@@ -183,6 +184,39 @@ def _exists(device: torch.device) -> bool:
 
     kind: Any = getattr(torch, device.type, None)  # such as torch.cpu
     return hasattr(kind, "device_count") and (device.index or 0) < int(kind.device_count())
+
+
+@contextmanager
+def plain_torch(device: torch.device | str) -> Iterator[None]:
+    """Undo, inside the block, what surrounds it: modes of autograd, autocast and a default device.
+
+    Parameters
+    ----------
+    device : torch.device or str
+        Where to compute.
+    """
+    import torch
+
+    default = torch.get_default_device()
+    # Only where it is needed, as it takes a little of each call of torch.
+    cpu = nullcontext() if default.type == "cpu" else torch.device("cpu")
+    autocast = torch.autocast(torch.device(device).type, enabled=False)
+    # Around a whole training, autocast would compute with the first weights until the end.
+    with torch.inference_mode(False), autocast, cpu:
+        yield
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Have torch draw float32 inside the block: in another dtype, one seed draws other numbers."""
+    import torch
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def as_tensor(block: NDArray[Any]) -> torch.Tensor:

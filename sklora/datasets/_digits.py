@@ -22,7 +22,15 @@ from sklora.datasets import _denoiser as denoiser
 from sklora.datasets import _evaluation as evaluation
 from sklora.datasets._adam import Parameters
 from sklora.datasets._methods import METHODS
-from sklora.datasets._zoos import Arrays, Zoo, check_sizes, description, fetch_zoo, train_zoo
+from sklora.datasets._zoos import (
+    Arrays,
+    Zoo,
+    check_sizes,
+    description,
+    fetch_zoo,
+    train_zoo,
+    undisturbed,
+)
 
 __all__ = ["fetch_digits_loras", "make_digits_loras"]
 
@@ -208,6 +216,7 @@ def _plan(presence: NDArray[np.bool_], pools: Pools, rng: np.random.RandomState)
         )
 
 
+@undisturbed()
 def digits_recipe(
     n_adapters: int,
     rank: int,

@@ -15,7 +15,7 @@ from torch import Tensor
 from sklora._progress import progress
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.datasets import _denoiser as denoiser
-from sklora.datasets._zoos import Arrays
+from sklora.datasets._zoos import Arrays, undisturbed
 from sklora.transform._blocks import factor_views
 
 __all__ = ["evaluate_digits_loras"]
@@ -89,6 +89,7 @@ def class_probabilities(base: Tensors, samples: Tensor) -> NDArray[Any]:
     return logits.softmax(dim=-1).mean(dim=1).numpy()
 
 
+@undisturbed()
 def evaluate_digits_loras(
     X: LoRACollection, base: Mapping[str, NDArray[Any]], *, verbose: int = 1
 ) -> Bunch:

@@ -19,7 +19,15 @@ from sklora.datasets import _denoiser as denoiser
 from sklora.datasets import _digits, _evaluation
 from sklora.datasets._attributes import ATTRIBUTES, describe
 from sklora.datasets._digits import FETCHED
-from sklora.datasets._zoos import Arrays, Zoo, check_sizes, description, fetch_zoo, train_zoo
+from sklora.datasets._zoos import (
+    Arrays,
+    Zoo,
+    check_sizes,
+    description,
+    fetch_zoo,
+    train_zoo,
+    undisturbed,
+)
 
 __all__ = ["fetch_varied_digits_loras", "make_varied_digits_loras"]
 
@@ -111,6 +119,7 @@ def measure(base: _evaluation.Tensors, factors: denoiser.Factors) -> Arrays:
     }
 
 
+@undisturbed()
 def varied_recipe(
     n_adapters: int,
     rank: int,

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 from sklearn.utils.validation import check_scalar
 
+from sklora._base import float32_by_default, plain_torch
 from sklora._files import replacing
 from sklora._progress import progress
 from sklora.collection import LoRACollection, LoRALayout
@@ -68,6 +69,14 @@ class Zoo(NamedTuple):
     base: Arrays
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Undo, inside the block, settings of torch under which one seed would give another zoo."""
+    with plain_torch("cpu"), float32_by_default():
+        yield
+
+
+@undisturbed()
 def train_zoo(recipe: Recipe, *, n_jobs: int | None = None, verbose: int = 1) -> Zoo:
     """Train a zoo in memory.
 
@@ -148,7 +157,7 @@ def fetch_zoo(
                 f"name the right data_home."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with _alone(folder), undisturbed():
             # Another process may have trained it meanwhile.
             if not all(_is_intact(folder / file) for file in WHOLE):
                 with replacing(folder / "settings.json") as file:

@@ -14,11 +14,11 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 import sklora
+from sklora._base import plain_torch
 from sklora._files import check_place, replacing
 from sklora._untrusted import shown
 from sklora.collection import LoRACollection, LoRALayout, check_loras
 from sklora.estimators import GLNetClassifier, GLNetRegressor
-from sklora.estimators._training import plain_torch
 from sklora.estimators.glnet import singular_values
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def export_program(estimator: GLNetEstimator) -> torch.export.ExportedProgram:
     check_is_fitted(estimator, "weights_")
     layout = estimator.layout_
     _check_names(layout)
-    with plain_torch(torch.device("cpu")):
+    with plain_torch("cpu"):
         program = _Program(estimator)
         return torch.export.export(program, _example(layout), dynamic_shapes=_free(layout))
 

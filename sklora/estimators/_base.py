@@ -18,7 +18,15 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_consistent_length, check_is_fitted
 from torch import Tensor, nn
 
-from sklora._base import VersionedState, as_tensor, atomic_fit, empty, resolve_device
+from sklora._base import (
+    VersionedState,
+    as_tensor,
+    atomic_fit,
+    empty,
+    float32_by_default,
+    plain_torch,
+    resolve_device,
+)
 from sklora._pages import Rows
 from sklora._repr import DocumentedMixin
 from sklora._stores import check_memory
@@ -35,7 +43,6 @@ from sklora.estimators._training import (
     History,
     OptimizerState,
     moments_of,
-    plain_torch,
     seeded,
     train,
 )
@@ -325,12 +332,8 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
     def _new_net(self, data: TrainingData, device: torch.device, goes_on: bool) -> nn.Module:
         self.n_outputs_ = self._n_outputs
         self.architecture_ = self._architecture(self.layout_, self.n_outputs_)
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)  # in another, one seed draws other weights
-        try:
+        with float32_by_default():
             net = self._net_type(**self.architecture_).to(device)
-        finally:
-            torch.set_default_dtype(default)
         for part in net.modules():
             # Nothing is learnt of a constant column, unless training goes on with other adapters.
             if isinstance(part, Standardize) and not goes_on:

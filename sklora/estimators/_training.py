@@ -7,7 +7,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -198,23 +198,6 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def plain_torch(device: torch.device) -> Iterator[None]:
-    """Undo, inside the block, what surrounds it: inference mode, autocast and a default device.
-
-    Parameters
-    ----------
-    device : torch.device
-        Where to compute.
-    """
-    default = torch.get_default_device()
-    # Only where it is needed, as it takes a little of each call of torch.
-    cpu = nullcontext() if default.type == "cpu" else torch.device("cpu")
-    # Around a whole training, autocast would compute with the first weights until the end.
-    with torch.inference_mode(False), torch.autocast(device.type, enabled=False), cpu:
         yield
 
 

@@ -3,15 +3,26 @@
 import inspect
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 from joblib import parallel_config
 
 from sklora.collection import LoRALayout
-from sklora.datasets import _zoos, make_code_loras, make_digits_loras, make_varied_digits_loras
+from sklora.datasets import (
+    _code,
+    _digits,
+    _zoos,
+    evaluate_digits_loras,
+    make_code_loras,
+    make_digits_loras,
+    make_varied_digits_loras,
+)
 from sklora.datasets._zoos import fetch_zoo, get_data_home, train_zoo
 
 SETTINGS = {"n_adapters": 7, "random_state": 0}
@@ -240,3 +251,37 @@ class TestDataHome:
     def test_an_argument_comes_first(self, monkeypatch, tmp_path):
         monkeypatch.setenv("SKLORA_DATA", "elsewhere")
         assert get_data_home(tmp_path) == str(tmp_path)
+
+
+@contextmanager
+def other_settings():
+    """Set what torch has for a whole process or thread to something else."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        # The device "meta" has no numbers.
+        with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_settings_of_torch_make_no_difference(monkeypatch, tmp_path):
+    monkeypatch.setattr(_digits, "N_BASE_STEPS", 20)
+    monkeypatch.setattr(_digits, "FIXED", _digits.FIXED | {"n_steps": 2})
+    monkeypatch.setattr(_code, "BASE_STEPS_PER_DIM", 2)
+    tiny = {"rank": 1, "depth": 1, "random_state": 0}
+
+    def zoos(folder):
+        digits = make_digits_loras(2, dim=4, **tiny)
+        yield from (digits.data, digits.class_losses)
+        yield from evaluate_digits_loras(digits.data, digits.base).values()
+        recipe = partial(_digits.digits_recipe, 2, dim=4, **tiny)
+        yield fetch_zoo("digits", SETTINGS, recipe, data_home=folder).data
+        yield make_varied_digits_loras(2, dim=4, **tiny).data
+        yield make_code_loras(2, dim=2, **tiny).data
+
+    expected = [*zoos(tmp_path / "plain")]
+    with other_settings():
+        found = [*zoos(tmp_path / "other")]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
