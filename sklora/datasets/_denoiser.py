@@ -159,14 +159,13 @@ def train_base(
     depth: int,
     n_steps: int,
     generator: torch.Generator,
-    batch_size: int = 128,
     progress: Callable[[], object] = lambda: None,
 ) -> dict[str, Tensor]:
     """Train the base network on ``images (n_images, 64)`` with Adam and a cosine step size."""
     base = init_base(dim, depth, generator)
 
     def loss() -> Tensor:
-        rows = torch.randint(len(images), (1, batch_size), generator=generator)
+        rows = torch.randint(len(images), (1, 128), generator=generator)
         return noise_loss(base, images[rows], generator).mean()
 
     return adam.train_network(base, loss, learning_rate=2e-3, n_steps=n_steps, progress=progress)

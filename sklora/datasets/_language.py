@@ -111,7 +111,6 @@ def train_base(
     depth: int,
     n_steps: int,
     generator: torch.Generator,
-    batch_size: int = 32,
     progress: Callable[[], object] = lambda: None,
 ) -> dict[str, Tensor]:
     """Train the base network with Adam and a cosine step size.
@@ -121,7 +120,7 @@ def train_base(
     base = init_base(n_symbols, context, dim, depth, generator)
 
     def loss() -> Tensor:
-        batch = texts(batch_size)[None]
+        batch = texts(32)[None]
         return losses(logits(base, batch[..., :-1]), batch).sum()
 
     return adam.train_network(base, loss, learning_rate=8e-3, n_steps=n_steps, progress=progress)

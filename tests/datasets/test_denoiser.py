@@ -199,7 +199,7 @@ def test_adapters_of_a_stack_do_not_meet(base, generator):
 
 def test_the_base_network_learns(generator):
     images = torch.sign(torch.randn(20, 64, generator=generator))
-    options = {"dim": DIM, "depth": 1, "batch_size": 32}
+    options = {"dim": DIM, "depth": 1}
     first = denoiser.train_base(images, n_steps=1, generator=generator, **options)
     last = denoiser.train_base(images, n_steps=200, generator=generator, **options)
 
