@@ -60,9 +60,11 @@ def write_adapter(
     Raises
     ------
     ValueError
-        When factors do not fit together or have NaN or infinity, two names are of one module, a
-        module is not one of `like`, or of another shape there, or the base model's name is too
-        long.
+        When `adapter` has no module, factors do not fit together or have NaN or infinity, two names
+        are of one module, a module is not one of `like`, or of another shape there, or the base
+        model's name is too long.
+    TypeError
+        When `adapter` is no mapping.
     AdapterError
         When `like` cannot be read, or is not of PEFT's format.
 
@@ -87,6 +89,10 @@ def write_adapter(
         raise ValueError(f"base_model is {base_model!r}; pass a string or None.")
     if os.path.isfile(path):
         raise ValueError(f"path={path!r} is a file; name a folder.")
+    if not isinstance(adapter, Mapping):
+        raise TypeError(f"adapter is a {type(adapter).__name__}; pass one mapping, such as X[0].")
+    if not adapter:
+        raise ValueError("adapter has no module; pass one that has an update.")
     side: Mapping[str, NDArray[Any]] = {}
     default_base = None
     if isinstance(adapter, LoRAAdapter):

@@ -254,6 +254,21 @@ class TestImportance:
             np.testing.assert_array_equal(importances(random_state=0, n_jobs=2), first)
         assert (importances(random_state=1) != first).any()
 
+    def test_jobs_compute_as_scikit_learn_is_configured(self, zoo):
+        X, y = zoo
+        threads = joblib.parallel_config("threading")
+        with sklearn.config_context(transform_output="pandas", working_memory=0.25), threads:
+            # Of names of columns that are not those of the fit, scikit-learn would warn.
+            model = make_pipeline(SVDSpectrum(), RidgeCV()).fit(X, y)
+            memory = []
+
+            def scorer(*arguments):
+                memory.append(sklearn.get_config()["working_memory"])
+                return r2_score(y, model.predict(arguments[1]))
+
+            module_importance(model, X, y, scoring=scorer, n_repeats=1, n_jobs=2)
+        assert set(memory) == {0.25}
+
     def test_refused(self, zoo, model):
         X, y = zoo
         with pytest.raises(TypeError, match="of type ndarray"):

@@ -124,8 +124,10 @@ def test_arguments_are_checked(factors):
     Path("file").write_text("")
     with pytest.raises(ValueError, match="path='file' is a file; name a folder"):
         write_adapter("file", factors())
-    with pytest.raises(TypeError, match="mapping"):
-        write_adapter("a", [1])
+    with pytest.raises(TypeError, match=r"a LoRACollection; pass one mapping, such as X\[0\]"):
+        write_adapter("a", LoRACollection.from_factors([factors()]))
+    with pytest.raises(ValueError, match="adapter has no module"):
+        write_adapter("a", {})
 
 
 def test_names_of_files_of_peft_keep_one_prefix(factors):
