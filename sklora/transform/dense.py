@@ -192,7 +192,8 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
         kept = slice(max(1, n_coordinates))
         self._training = X
         self.eigenvalues_ = values[kept].clamp(min=0).numpy()
-        self.eigenvectors_ = (vectors * column_signs(vectors))[:, kept].numpy()
+        vectors = vectors[:, kept]
+        self.eigenvectors_ = (vectors * column_signs(vectors)).numpy()
 
     def _transform(self, X: LoRACollection) -> NDArray[Any]:
         if self.method != "gram":

@@ -207,6 +207,10 @@ class TestGram:
         found = make_pipeline(DenseProduct("gram"), learner).fit(X, y).predict(new)
         assert np.allclose(found, expected, rtol=1e-6) == same
 
+    def test_what_is_left_out_is_not_kept(self, X):
+        vectors = DenseProduct("gram", 2).fit(X).eigenvectors_
+        assert vectors.base.untyped_storage().nbytes() == vectors.nbytes
+
     def test_training_in_memory_is_not_copied(self, X):
         assert DenseProduct("gram").fit(X)._training._store is X._store
         assert DenseProduct("gram").fit(X[2:])._training._store is X._store
