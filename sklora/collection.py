@@ -185,7 +185,8 @@ def check_numbers(loras: LoRACollection, rows: slice, flat: NDArray[Any]) -> Non
     """
     if loras._store.is_checked:
         return
-    layout, ranks, ids = loras.layout, loras.ranks[rows], loras.ids[rows]
+    part = loras[rows]  # of a view, loras.ranks is a copy of all
+    layout, ranks, ids = part.layout, part.ranks, part.ids
     finite = np.isfinite(flat)
     if not finite.all():
         row, column = np.argwhere(~finite)[0]

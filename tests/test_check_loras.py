@@ -8,7 +8,7 @@ import sklearn
 from sklearn.base import BaseEstimator
 
 from sklora._stores import ArrayStore
-from sklora.collection import LoRACollection, LoRALayout, check_loras
+from sklora.collection import LoRACollection, LoRALayout, check_loras, check_numbers
 
 LAYOUT = LoRALayout([("q", 3, 2, 2), ("v", 2, 2, 1)])
 ROWS = np.arange(1.0, 5 * LAYOUT.width + 1).reshape(5, -1)
@@ -216,3 +216,12 @@ class TestRefused:
             Estimator(LAYOUT).fit(ROWS[:, 1:])
         with pytest.raises(ValueError, match="X has 13 features, but Estimator is expecting 14"):
             Estimator().fit(LORAS).check(ROWS[:, 1:])
+
+
+def test_the_ranks_of_other_rows_are_not_copied(monkeypatch):
+    view, counts, ranks = LORAS[[3, 1, 0]], [], LoRACollection.ranks
+    monkeypatch.setattr(
+        LoRACollection, "ranks", property(lambda X: counts.append(len(X)) or ranks.fget(X))
+    )
+    check_numbers(view, slice(1, 2), view.read(slice(1, 2)))
+    assert counts == [1]
