@@ -23,7 +23,8 @@ from tests.stored import TARGETS, assert_same_answers, by_joblib, fitted
 
 @pytest.fixture
 def loras(rng, random_loras):
-    return random_loras(rng, 12, base_model="tiny")
+    side = [{"magnitude": rng.normal(size=3)} for _ in range(12)]
+    return random_loras(rng, 12, base_model="tiny", side=side)
 
 
 @pytest.fixture
@@ -236,9 +237,9 @@ class TestHostile:
     @pytest.mark.parametrize("scale", [np.nan, np.inf])
     def test_scale_of_targets_that_is_not_finite(self, tmp_path, make_model, scale):
         """Outputs are checked before they are scaled."""
-        model = make_model("svd", "one number")
-        card = card_of(model, "one number")
-        model["model"].target_scale_ = np.array(scale)
+        model = make_model("svd", "two numbers")
+        card = card_of(model, "two numbers")
+        model["model"].target_scale_ = np.array([1.0, scale])
         save_model(tmp_path / "m.skops", model, card)
         assert "its pipeline is not what" in self.refusal(tmp_path / "m.skops")
 
@@ -282,8 +283,9 @@ class TestHostile:
             {"task": ["classification"]},
             {"targets": []},
             {"targets": "first"},
-            {"targets": [1]},
+            {"targets": ["first", 1]},
             {"classes": ["a", 1, "c"]},
+            {"classes": "abc"},
             {"classes": []},
             {"architecture": "cnn"},
             {"architecture": {}},
@@ -310,6 +312,23 @@ class TestHostile:
         card = {**json.loads(members[CARD]), **changes}
         write_zip(good, {**members, CARD: json.dumps(card)})
         assert "is no model that sklora stored: " in self.refusal(good)
+
+    def test_card_that_lacks_an_entry(self, good):
+        members = members_of(good)
+        card = json.loads(members[CARD])
+        del card["scores"]
+        write_zip(good, {**members, CARD: json.dumps(card)})
+        assert "sklora.json has scores None" in self.refusal(good)
+
+    def test_layout_that_is_wider_than_memory(self, tmp_path, rng, random_loras, monkeypatch):
+        X = random_loras(rng, 12, shapes=[(200, 200)])
+        model, available = fitted(X), 8 * X.layout.width
+        save_model(tmp_path / "m.skops", model, card_of(model))
+        monkeypatch.setattr("sklora._stores._CERTAIN_BYTES", 0)
+        monkeypatch.setattr("sklora._stores.available_memory", lambda: available)
+        load_model(tmp_path / "m.skops")
+        available -= 1
+        assert "its pipeline is not what" in self.refusal(tmp_path / "m.skops")
 
     @pytest.mark.parametrize(
         "changes",

@@ -55,6 +55,12 @@ def test_data_and_target_alone(zoo):
     np.testing.assert_array_equal(y, zoo.presence)
 
 
+def test_it_is_made_as_it_was(zoo):
+    recipe = _digits.digits_recipe(**_bundle.SETTINGS, random_state=_bundle.SEED)
+    np.testing.assert_array_equal(recipe.labels["presence"], zoo.presence)
+    assert recipe.layout == zoo.data.layout
+
+
 def test_rounding_keeps_what_the_file_holds():
     generator = torch.Generator().manual_seed(0)
     factors = {"q": tuple(torch.randn(3, size, 2, generator=generator) for size in (6, 4))}
