@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     int
         The exit code: 0 when all is well, 1 when some or all of the work failed, 2 when the command
-        was called wrongly.
+        was called wrongly, 130, 141 or 143 when it was ended from outside.
     """
     # Whoever closed a stream, for which Python has None, wants nothing of it.
     sys.stdout, sys.stderr = sys.stdout or StringIO(), sys.stderr or StringIO()

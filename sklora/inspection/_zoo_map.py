@@ -238,7 +238,7 @@ class ZooMapDisplay:
                 f"{type(estimator).__name__} gives features of shape {features.shape}; a map needs "
                 "two for every adapter."
             )
-        display = cls(points=features[:, :2], labels=labels, label_name=label_name)
+        display = cls(points=features[:, :2].copy(), labels=labels, label_name=label_name)
         return display.plot(ax, scatter_kw=scatter_kw)
 
     def _plot_numbers(self, labels: NDArray[Any], style: dict[str, Any]) -> None:
