@@ -168,8 +168,8 @@ class ArchitectureComparisonDisplay:
             When a result has no ``"test_score"``, or there are none.
         """
         check_matplotlib(f"{cls.__name__}.from_cv_results")
-        given: Mapping[str, Any] = cv_results  # by users, who may mean another result
-        for task, results in given.items():
+        given: Any = cv_results  # by users, who may mean another result
+        for task, results in given.items() if isinstance(given, Mapping) else [("", given)]:
             named = results.items() if isinstance(results, Mapping) else [("", results)]
             for name, result in named:
                 if not isinstance(result, Mapping) or "test_score" not in result:

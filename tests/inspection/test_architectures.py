@@ -267,7 +267,8 @@ class TestFromCVResults:
     def test_refused(self, results):
         with pytest.raises(ValueError, match="'ridge' for 'loss' has no 'test_score'"):
             ArchitectureComparisonDisplay.from_cv_results({"loss": {"ridge": {"test_r2": [1]}}})
-        for others in ({"mean_test_score": np.ones(2)}, results):
+        search = GridSearchCV(Ridge(), {})
+        for others in ({"mean_test_score": np.ones(2)}, results, search):
             with pytest.raises(ValueError, match=r"no 'test_score'; .* to from_estimator"):
                 ArchitectureComparisonDisplay.from_cv_results(others)
         for nothing in ({}, {"loss": {}}):
