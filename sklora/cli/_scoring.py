@@ -136,16 +136,11 @@ def _folds(zoo: LabelledZoo, n_folds: int, seed: int) -> Folds:
     if n_folds < 2:
         raise CommandError(f"--folds is {n_folds}; cross-validation takes at least 2.")
     # R2 is a share of the variance, which one adapter alone does not have.
-    least = n_folds * (2 if zoo.targets.task == "regression" else 1)
-    if n_adapters < least:
-        too_many = counted(n_adapters, "adapter")
-        raise CommandError(f"--folds {n_folds} is too many for {too_many}; pass fewer.")
+    least = 2 if zoo.targets.task == "regression" else 1
+    _check_enough(n_adapters, "adapter", n_folds, least)
     X = np.zeros((n_adapters, 1))
     if zoo.groups is not None:
-        n_groups = len(set(zoo.groups))
-        if n_groups < n_folds:
-            too_many = counted(n_groups, "group")
-            raise CommandError(f"--folds {n_folds} is too many for {too_many}; pass fewer.")
+        _check_enough(len(set(zoo.groups)), "group", n_folds)
         folds = list(GroupKFold(n_folds).split(X, y, zoo.groups))
         if zoo.targets.task == "regression" and min(len(test) for _, test in folds) < 2:
             raise CommandError(
@@ -156,6 +151,12 @@ def _folds(zoo: LabelledZoo, n_folds: int, seed: int) -> Folds:
     if zoo.targets.classes is None:
         return list(KFold(n_folds, shuffle=True, random_state=seed).split(X))
     return _stratified(X, y, n_folds, seed)
+
+
+def _check_enough(number: int, what: str, n_folds: int, least: int = 1) -> None:
+    if number < n_folds * least:
+        remedy = "pass fewer" if number >= 2 * least else f"label more {what}s"
+        raise CommandError(f"--folds {n_folds} is too many for {counted(number, what)}; {remedy}.")
 
 
 def _stratified(X: NDArray[Any], y: NDArray[Any], n_folds: int, seed: int) -> Folds:

@@ -287,6 +287,20 @@ class TestFolds:
         with pytest.raises(CommandError, match=r"leaves only class [ab] to train on; pass other"):
             make_folds(self.zoo(list("baabbb" if groups else "abbbbb"), groups=groups), 2, 0)
 
+    @pytest.mark.parametrize(
+        ("task", "number", "groups", "message"),
+        [
+            ("classification", 8, "a" * 8, "4 is too many for 1 group; label more groups"),
+            ("classification", 8, "aaabbbcc", "4 is too many for 3 groups; pass fewer"),
+            ("regression", 3, None, "4 is too many for 3 adapters; label more adapters"),
+            ("regression", 4, None, "4 is too many for 4 adapters; pass fewer"),
+        ],
+    )
+    def test_too_many(self, task, number, groups, message):
+        zoo = self.zoo(np.arange(number) % 2, task, groups=groups and tuple(groups))
+        with pytest.raises(CommandError, match=message):
+            make_folds(zoo, 4, 0)
+
     def test_as_many_as_there_can_be(self, capsys):
         assert len(make_folds(self.zoo(np.arange(8.0), "regression"), 4, 0)) == 4
         pairs = self.zoo(np.arange(8.0), "regression", groups=tuple("aabbccdd"))
