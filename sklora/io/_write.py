@@ -101,9 +101,9 @@ def write_adapter(
     factors = {name: checked[name] for name in checked}
     if like is not None:
         tensors, paths, config = _like(os.fspath(like), factors, side)
-    elif side:
+    elif placeless := [name for name, vector in side.items() if vector.any()]:
         raise ValueError(
-            f"the adapter has side features, such as {next(iter(side))!r}, whose place only an "
+            f"the adapter has side features, such as {placeless[0]!r}, whose place only an "
             "adapter of the same kind tells; pass it as like=, or dict(adapter) to leave them out."
         )
     else:
@@ -242,6 +242,8 @@ def _kept(adapter: OpenAdapter, side: Mapping[str, NDArray[Any]]) -> dict[str, N
     places |= _canonical(places)
     for name, vector in side.items():
         tensor, size = places.get(name, ("", 0))
+        if not size and not vector.any():
+            continue  # one that other adapters of the collection have
         if len(vector) != size:
             raise ValueError(
                 f"side feature {name!r} has {len(vector)} numbers, but {size} in {adapter.path!r}; "

@@ -401,6 +401,19 @@ class TestLike:
         with pytest.raises(ValueError, match=r"'q:magnitude_out' has 5 numbers, but 6 in"):
             write_adapter("a", other[0], like="like")
 
+    def test_magnitudes_that_only_other_adapters_have_need_no_place(self, factors):
+        X = LoRACollection.from_factors(
+            [factors(["q"]), factors(["q"])], side=[{"q:magnitude_out": [k] * 6} for k in (0, 1)]
+        )
+        write_adapter("plain", X[0])
+        write_adapter("again", X[0], like="plain")
+        for folder in ("plain", "again"):
+            [again] = read_adapters(folder)
+            np.testing.assert_array_equal(again["q"][0], X[0]["q"][0])
+            assert not again.side
+        with pytest.raises(ValueError, match="has 6 numbers, but 0 in"):
+            write_adapter("again", X[1], like="plain")
+
 
 def test_adapters_from_the_wild_are_written_like_themselves(shared_adapters):
     for name in ("peft_gpt2_movies", "peft_clip_te"):
