@@ -212,6 +212,11 @@ class TestFetchDigitsLoras:
             assert len(zoo.data) == n_adapters
             assert (zoo.data.ranks == rank).all()
 
+    def test_each_method_is_a_zoo_of_its_own(self, tmp_path):
+        options = {"n_adapters": 3, "data_home": tmp_path, "verbose": 0}
+        first, second = (fetch_digits_loras(2, method=m, **options) for m in ("lora", "lora+"))
+        assert not np.array_equal(np.asarray(first.data), np.asarray(second.data))
+
     def test_its_default_is_each_subset_twice(self, monkeypatch):
         asked = {}
 
