@@ -69,5 +69,5 @@ def test_columns_are_as_wide_as_they_look(capsys):
 
 
 def test_few():
-    assert few("ab") == "a, b"
-    assert few("abcde") == "a, b, c and 2 more"
+    assert few("abc") == "a, b, c"
+    assert few("abcd") == "a, b, c and 1 more"

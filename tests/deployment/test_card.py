@@ -15,6 +15,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline
+from sklearn.tree import DecisionTreeClassifier
 
 import sklora
 from sklora import (
@@ -119,6 +120,13 @@ class TestModelCard:
         text = model_card(search, tmp_path / "scores.png").render()
         assert "A multilabel classification model" in text
         assert "Classes" not in text
+
+    def test_labels_of_an_estimator_of_scikit_learn(self, zoo, tmp_path):
+        model = make_pipeline(SVDSpectrum(device="cpu"), DecisionTreeClassifier())
+        search = GridSearchCV(model, {}, cv=2).fit(zoo, targets("multilabel", 30))
+        text = model_card(search, tmp_path / "scores.png", targets=["a", "b", "c"]).render()
+        assert "A multilabel classification model" in text
+        assert "A classification model" in model_card(search, tmp_path / "scores.png").render()
 
     def test_classes_are_no_labels(self, zoo, tmp_path):
         model = GLNetClassifier(max_epochs=1, device="cpu")
