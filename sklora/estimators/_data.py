@@ -213,5 +213,7 @@ def iter_blocks(
     block : Tensor of shape (B, width)
         Not to be written to: it may be the collection's own memory.
     """
+    if loras.layout != loras._store.layout:
+        entries_per_adapter += loras._store.layout.width  # the rows as the store has them
     for rows in loras.iter_batches(8 * entries_per_adapter):
         yield rows, send(loras.read(rows, copy=False), device)

@@ -100,6 +100,15 @@ class TestDataset:
         [(_, block)] = iter_blocks(loras, CPU, 1)
         np.testing.assert_array_equal(block, flat)
 
+    def test_blocks_count_the_rows_as_the_store_has_them(self, data):
+        layout = data.loras.layout
+        wide = data.loras.with_layout(layout.with_ranks([2000] * layout.n_modules))
+        stored = LoRACollection.from_array(wide.read(), wide.layout, ranks=data.loras.ranks)
+        with sklearn.config_context(working_memory=1):
+            blocks = list(iter_blocks(stored.with_layout(layout), CPU, layout.width))
+        most = max(len(block) for _, block in blocks)
+        assert most == 2**20 // (8 * (wide.layout.width + layout.width)) < len(data.loras)
+
 
 class TestSplitValidation:
     def split(self, keys, fraction=0.2, seed=0, classes=True):
