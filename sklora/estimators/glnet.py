@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor, nn
 
@@ -74,8 +75,7 @@ class _GLNetEstimator(BaseNetEstimator):
         # Once a fit: at large ranks, they take as long as a step of the network.
         loras, device = data.loras, resolve_device(self.device)
         values = np.empty((len(loras), sum(self.layout_.ranks)), loras.dtype)
-        for rows, block in iter_blocks(loras, device, self._entries_per_adapter(loras.layout)):
-            factors, _ = cut_factors(block, loras.layout)
+        for rows, factors in self._cut(loras, device):
             values[rows] = singular_values(factors, self.layout_).cpu().numpy()
         return data._replace(columns={"spectra": values})
 
@@ -96,15 +96,13 @@ class _GLNetEstimator(BaseNetEstimator):
     def _calibrate(self, net: nn.Module, data: TrainingData) -> None:
         assert isinstance(net, GLNet)
         layout, device = data.loras.layout, net.module_scale.device
-        entries = self._entries_per_adapter(layout)
-
-        def factors() -> Iterator[tuple[slice, Factors, Tensor | None]]:
-            for rows, block in iter_blocks(data.loras, device, entries):
-                yield rows, *cut_factors(block, layout, dtype=torch.float32)
-
         weights = data.adapter_weights
+
+        def factors() -> Iterator[tuple[NDArray[np.intp], Factors]]:
+            return self._cut(data.loras, device, torch.float32)
+
         square, _ = weighted_moments(
-            (_mean_square_entries(pairs), weights[rows]) for rows, pairs, _ in factors()
+            (_mean_square_entries(pairs), weights[rows]) for rows, pairs in factors()
         )
         if not torch.isfinite(square).all():
             names = [layout.names[i] for group in layout.groups for i in group.index]
@@ -118,14 +116,15 @@ class _GLNetEstimator(BaseNetEstimator):
 
         # A module whose update is the same in all adapters differs by rounding alone.
         rounding, _ = weighted_moments(
-            (net.rounding(pairs), weights[rows]) for rows, pairs, _ in factors()
+            (net.rounding(pairs), weights[rows]) for rows, pairs in factors()
         )
         calibrate_input(
             net,
-            lambda: ((net.features(pairs), weights[rows]) for rows, pairs, _ in factors()),
+            lambda: ((net.features(pairs), weights[rows]) for rows, pairs in factors()),
             rounding,
         )
         if layout.n_side:
+            entries = self._entries_per_adapter(layout)
             calibrate_input(
                 net.side_path,
                 lambda: (
@@ -143,6 +142,15 @@ class _GLNetEstimator(BaseNetEstimator):
             part = loras[places]
             ranks = part.ranks.max(axis=0).clip(min=1).tolist()
             yield places, part.with_layout(part.layout.with_ranks(ranks))
+
+    def _cut(
+        self, loras: LoRACollection, device: torch.device, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[NDArray[np.intp], Factors]]:
+        """Give the factors of all adapters, block by block, and their places."""
+        for places, part in self._parts(loras):
+            index = np.arange(len(loras))[places]
+            for rows, block in iter_blocks(part, device, self._entries_per_adapter(part.layout)):
+                yield index[rows], cut_factors(block, part.layout, dtype=dtype)[0]
 
     def _entries_per_adapter(self, layout: LoRALayout) -> int:
         hidden = 2 * self.hidden_dim * max(layout.ranks)

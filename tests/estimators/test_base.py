@@ -17,8 +17,15 @@ from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import cross_val_score
 from skorch.callbacks import Callback
 
+from sklora import SVDSpectrum
 from sklora.collection import LoRACollection, LoRALayout
-from sklora.estimators import GLNetClassifier, GLNetRegressor, MLPNetClassifier, MLPNetRegressor
+from sklora.estimators import (
+    GLNetClassifier,
+    GLNetRegressor,
+    MLPNetClassifier,
+    MLPNetRegressor,
+    glnet,
+)
 from sklora.estimators._data import split_validation
 
 
@@ -230,6 +237,23 @@ class TestPrediction:
         monkeypatch.setattr(GLNetRegressor, "_forward", watched)
         np.testing.assert_allclose(model.predict(X), expected, rtol=1e-10)
         assert seen == [(1, 1, 1), (8, 8, 8)]
+
+    def test_nor_is_it_before_training(self, random_loras, rng, traces, quick, monkeypatch):
+        small, large = (list(random_loras(rng, n, rank=rank)) for n, rank in ((58, 1), (2, 8)))
+        X = LoRACollection.from_factors([*small[:3], *large, *small[3:]])
+        cut, seen = glnet.cut_factors, []
+
+        def watched(rows, layout, memory=None, **options):
+            seen.append((len(rows), layout.ranks) if memory is None else None)
+            return cut(rows, layout, memory, **options)
+
+        monkeypatch.setattr(glnet, "cut_factors", watched)
+        model = quick(GLNetRegressor, spectrum=True)
+        spectra = model._training_data(X, traces, None, None, reset=True).columns["spectra"]
+        expected = SVDSpectrum(device="cpu").fit_transform(X)
+        np.testing.assert_allclose(np.sort(spectra), np.sort(expected), atol=1e-10)
+        model.set_params(early_stopping=False).fit(X, traces)
+        assert {*seen} == {(58, (1, 1, 1)), (2, (8, 8, 8)), None}
 
 
 class TestEarlyStopping:
