@@ -20,7 +20,7 @@ SCRIPTS = sorted(path.stem for path in PAPER.glob("*.py") if path.stem != "proto
 # Drawn by another test, too.
 SLOW = ("figure4",)
 # Many questions like those of others: of every architecture one candidate and one seed will do.
-LONG = ("appendix_e", "table3")
+LONG = ("appendix_e", "table3", "table4")
 FIVE = ("mlp", "o-align", "svd", "dense", "gl-net", "gl-net, spectrum")
 BY_RANK = ("svd", "dense", "gl-net", "gl-net, spectrum")
 REGRESSION = {"R2", "Kendall's tau", "Spearman's rho"}
@@ -53,9 +53,13 @@ EXPECTED = {
         "classes, rank 32": (FIVE, {"accuracy"}),
     },
     "table4": {
-        "size": (FIVE, {"accuracy"}),
-        "classes": (FIVE, {"accuracy"}),
-        "size as the number of predicted classes": (FIVE, SUMS),
+        f"{asked}, rank {rank}": (FIVE, scores)
+        for rank in (4, 32)
+        for asked, scores in (
+            ("size", {"accuracy"}),
+            ("classes", {"accuracy"}),
+            ("size as the number of predicted classes", SUMS),
+        )
     },
     "table5": {
         "sources": (FIVE, {"accuracy"}),
@@ -312,6 +316,13 @@ def test_equation_38_counts_every_pattern_of_errors(paper, p):
                 chance += np.prod(np.where(wrong, 1 - p, p))
         expected.append(chance)
     assert paper.table4.count_accuracy(p, sizes, n_classes) == pytest.approx(np.mean(expected))
+
+
+def test_equation_38_gives_what_the_paper_found(paper):
+    # GL-net is right on .904 of the classes in its table 3, and on .468 +- .021 of the sizes in its
+    # table 4: "approximately as well as expected" of who counts classes, in section 5.2.2.
+    sizes = [sum(classes) for classes in itertools.product((0, 1), repeat=10) if any(classes)]
+    assert paper.table4.count_accuracy(0.904, sizes) == pytest.approx(0.468, abs=0.021)
 
 
 def test_rates_for_each_class_count_every_pattern_of_errors(paper, rng):
