@@ -34,7 +34,7 @@ def make_architecture(
     memory: Any = None,
     verbose: int = 0,
 ) -> Pipeline:
-    """Build one of the five architectures of the paper (section 4).
+    """Build one of the five architectures of the paper (section 3).
 
     Parameters
     ----------

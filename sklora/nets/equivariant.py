@@ -137,7 +137,7 @@ class GLNonlinearity(nn.Module):
 
 
 class InvariantHead(nn.Module):
-    r"""Invariant features ``U V^T`` of every module.
+    r"""Invariant features ``U V^T`` of every module (section 3.3.3).
 
     Parameters
     ----------

@@ -24,7 +24,7 @@ WIDE_BESIDE_SPECTRUM = 30
 
 
 class GLNet(nn.Module):
-    r"""GL-net: a function of LoRA factors that no gauge changes (section 4 of the paper).
+    r"""GL-net: a function of LoRA factors that no gauge changes (section 3.3 of the paper).
 
     .. math::
         f(U, V) = \mathrm{MLP}\bigl(\mathrm{cat}_l\, \hat U_l \hat V_l^\top\bigr), \qquad

@@ -25,7 +25,7 @@ from sklora.transform._blocks import as_one
 
 
 class OAlign(WeightsToWeights):
-    r"""Rotate the factors of every update onto those of a template adapter.
+    r"""Rotate the factors of every update onto those of a template adapter (the paper's eq. 3).
 
     For every module the orthogonal :math:`Q` that minimises
     :math:`\|U Q - U_0\|_F^2 + \|V Q - V_0\|_F^2` is :math:`A B^\top`, where

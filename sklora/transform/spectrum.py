@@ -16,7 +16,7 @@ from sklora.transform._base import WeightsToFeatures
 
 
 class SVDSpectrum(WeightsToFeatures):
-    r"""Singular values of every update, largest first.
+    r"""Singular values of every update, largest first (the paper's section 3.2).
 
     The features of a module are :math:`\sigma_1 \ge \sigma_2 \ge \ldots` of :math:`U V^\top`, found
     from the factors in float64 without forming the update. They are invariant to GL(r), and to
