@@ -2,10 +2,10 @@
 Compare the five architectures
 ==============================
 
-Which of the paper's architectures reads most from LoRA weights? Each is cross-validated on the
-bundled zoo: on which digits an adapter was trained on (classification, ten labels), and on its
-denoising loss on held-out images (regression). Every set of digits comes once in this zoo, so that
-no fold is tested on a set that it was trained on.
+Which of the paper's architectures reads most from LoRA weights? This page cross-validates each on
+the bundled zoo, for two targets: on which digits an adapter was trained (classification, ten
+labels), and its denoising loss on held-out images (regression). Every set of digits occurs once in
+this zoo, so no fold is tested on a set that it was trained on.
 
 ``python examples/plot_compare_architectures.py --help`` names further targets.
 """
@@ -35,7 +35,7 @@ TARGETS = {
 }
 
 # %%
-# Everything that a run may vary.
+# These options vary a run.
 
 parser = argparse.ArgumentParser(description="Cross-validate the five architectures.")
 parser.add_argument("--targets", nargs="+", choices=TARGETS, default=["presence", "loss"])
@@ -46,7 +46,7 @@ parser.add_argument("--output", default="comparison.png", help="where the chart 
 args = parser.parse_args()
 
 # %%
-# Cross-validation. The folds are the same for all architectures.
+# Cross-validation, with the same folds for all architectures.
 
 zoo = load_digits_loras()
 folds = KFold(args.folds, shuffle=True, random_state=args.seed)
@@ -67,7 +67,8 @@ for target, name in tqdm(runs, disable=None, leave=False):
     )
 
 # %%
-# The chart: a diamond is the mean over the folds with the standard deviation, a ring one fold.
+# In the chart, a diamond is the mean over the folds with the standard deviation, and a ring is one
+# fold.
 
 display = ArchitectureComparisonDisplay.from_cv_results(
     results,

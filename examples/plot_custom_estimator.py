@@ -4,8 +4,8 @@ A feature of your own, checked for its gauge
 
 ``(U R, V R^-T)`` is the same update as ``(U, V)`` for every invertible ``R``, the *gauge*. A
 feature that depends on ``R`` describes how an adapter is stored and not what it does. This page
-writes two scikit-learn transformers, one that is invariant to the gauge and one that only looks it,
-lets ``sklora.testing`` tell them apart, and shows what the difference does to predictions.
+writes two scikit-learn transformers: one is invariant to the gauge, and one only seems to be.
+``sklora.testing`` tells them apart, and predictions show what the difference does.
 """
 
 # %%
@@ -14,11 +14,11 @@ lets ``sklora.testing`` tell them apart, and shows what the difference does to p
 # Three numbers for each module, all functions of its singular values ``s``: the logarithm of the
 # norm, the stable rank ``sum(s^2) / max(s)^2``, and the entropy of ``s^2 / sum(s^2)``.
 #
-# ``check_loras`` is the way in for collections and plain arrays alike. It checks the numbers and
-# sets ``layout_`` and ``n_features_in_``; in ``transform``, it compares what comes with what
-# ``fit`` saw. ``iter_blocks`` reads as many adapters at a time as fit into scikit-learn's
-# ``working_memory``, and ``layout.unpack`` stacks the factors of all modules of one shape, so that
-# one call to ``sklora.linalg`` serves them all.
+# ``check_loras`` takes collections and plain arrays alike. It checks the numbers and sets
+# ``layout_`` and ``n_features_in_``; in ``transform``, it compares the input with what ``fit`` saw.
+# ``iter_blocks`` reads as many adapters at a time as fit into scikit-learn's ``working_memory``.
+# ``layout.unpack`` stacks the factors of all modules of one shape, so that one call to
+# ``sklora.linalg`` serves them all.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -72,7 +72,7 @@ class SpectrumShape(ModuleFeatures):
 # %%
 # A feature that only looks invariant
 # -----------------------------------
-# The lengths of both factors are unchanged when ``R`` is a rotation. But ``R`` need not be one.
+# A rotation ``R`` leaves the lengths of both factors unchanged. But ``R`` need not be a rotation.
 
 
 class FactorLengths(ModuleFeatures):
@@ -100,7 +100,7 @@ for features in (SpectrumShape(), FactorLengths()):
             print(f"{type(features).__name__}.transform is invariant to {group}(r)")
 
 # %%
-# Both are good citizens of scikit-learn otherwise, whose checks know nothing of gauges.
+# Both pass scikit-learn's own checks, which know nothing of gauges.
 
 for features in (SpectrumShape(), FactorLengths()):
     check_estimator(features, on_skip=None)
@@ -108,10 +108,10 @@ for features in (SpectrumShape(), FactorLengths()):
 # %%
 # A cross-validated score does not tell
 # -------------------------------------
-# All adapters of this zoo were trained alike from alike starting points, and are stored as training
-# left them. So lengths of factors mean something here, and a score within the zoo is no warning.
-# The target is the denoising loss on held-out images, and a constant prediction scores an R2 of 0
-# at best.
+# All adapters of this zoo were trained alike from similar starting points, and are stored as
+# training left them. So the lengths of factors mean something here, and a score within the zoo
+# gives no warning. The target is the denoising loss on held-out images, and a constant prediction
+# scores an R2 of 0 at best.
 
 models = {
     "FactorLengths": make_pipeline(FactorLengths(), StandardScaler(), RidgeCV()),
@@ -127,8 +127,8 @@ for name, model in models.items():
 # Disguised adapters do
 # ---------------------
 # Now the test adapters come from someone else's files: the same updates, in gauges of growing
-# condition. Tools that merge, resize or balance adapters leave such files behind. The error is
-# given in units of the spread of the losses, which is the error of the best constant prediction.
+# condition. Tools that merge, resize or balance adapters leave such files behind. The error is in
+# units of the spread of the losses, which is the error of the best constant prediction.
 
 train, test = train_test_split(np.arange(len(zoo.data)), test_size=0.3, random_state=0)
 conditions = np.array([1, 2, 5, 10, 100, 1000])
@@ -146,9 +146,9 @@ for name, error in errors.items():
     print(f"{name:14} relative error from {error.min():.3f} to {error.max():.3f}")
 
 # %%
-# The condition 1 is a rotation, which changes no length. At the condition 2 the predictions from
-# lengths are already worse than a constant. Marks are means over five draws of the gauges, and bars
-# what the draws span. The invariant features do not notice.
+# At condition 1 the gauge is a rotation, which changes no length. At condition 2 the predictions
+# from lengths are already worse than a constant. The invariant features do not notice. Marks are
+# means over five draws of the gauges, and bars show what the draws span.
 
 figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
 styles = {

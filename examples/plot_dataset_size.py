@@ -2,11 +2,11 @@
 How many images was a LoRA trained on?
 ======================================
 
-Salama et al., *Dataset Size Recovery from LoRA Weights* (`arXiv 2406.19395
-<https://arxiv.org/abs/2406.19395>`_), read the number of training images off the singular values
-of the updates, with nearest neighbours. Here the same is tried on the bundled zoo, whose adapters
-were trained on 1 to 10 images: one of each digit in a set of digits. So "how many images" and "how
-many kinds of digit" are one question here, which they were not in the paper.
+Salama et al., *Dataset Size Recovery from LoRA Weights*
+(`arXiv 2406.19395 <https://arxiv.org/abs/2406.19395>`_), read the number of training images off the
+singular values of the updates, with nearest neighbours. This page tries the same on the bundled
+zoo, whose adapters were trained on 1 to 10 images: one of each digit in a set of digits. So "how
+many images" and "how many kinds of digit" are one question here, which they were not in the paper.
 
 Needs pandas: ``pip install -c constraints.txt pandas`` in a clone of the repository.
 """
@@ -14,8 +14,8 @@ Needs pandas: ``pip install -c constraints.txt pandas`` in a clone of the reposi
 # %%
 # Spectra as a data frame
 # -----------------------
-# ``SVDSpectrum`` learns no more than the layout of the adapters that it is fitted to. So calling it
-# once for all adapters leaks nothing into the test folds below.
+# ``SVDSpectrum`` learns only the layout of the adapters that it is fitted on. So calling it once
+# for all adapters leaks nothing into the test folds below.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -36,7 +36,7 @@ spectra = SVDSpectrum().set_output(transform="pandas").fit_transform(zoo.data)
 spectra.iloc[:3, :5].round(3)
 
 # %%
-# Sizes are spread unevenly, as there are 252 sets of five digits, but one of all ten.
+# Sizes are distributed unevenly: there are 252 sets of five digits, but only one of all ten.
 
 counts = {int(n): int(count) for n, count in zip(*np.unique(size, return_counts=True), strict=True)}
 print(counts)
@@ -44,10 +44,10 @@ print(counts)
 # %%
 # Models
 # ------
-# The paper asks one nearest neighbour in each module, and lets the modules vote. Beside it stand
-# neighbours in the spectra of all modules at once, one or as many as a search inside the training
-# folds picks; the perceptron of the ``svd`` architecture; and what any of them has to beat, a
-# model that always says the most frequent size.
+# The paper asks one nearest neighbour in each module, and lets the modules vote. The page compares
+# this with neighbours in the spectra of all modules at once, one or as many as a search inside the
+# training folds picks, and with the perceptron of the ``svd`` architecture. All of them have to
+# beat a model that always says the most frequent size.
 
 
 def neighbour_in(module):
@@ -70,8 +70,8 @@ models = {
 # %%
 # Scores
 # ------
-# Every set of digits occurs once in this zoo, so that no adapter has a sibling in another fold. The
-# error is in images, and counts a near miss as a near miss.
+# Every set of digits occurs once in this zoo, so no adapter has a sibling in another fold. The
+# error is in images, so a near miss costs less than a far one.
 
 folds = KFold(5, shuffle=True, random_state=0)
 scoring = {"accuracy": "accuracy", "error": "neg_mean_absolute_error"}
@@ -89,9 +89,9 @@ for name, model in models.items():
 # %%
 # Where the neighbours err
 # ------------------------
-# Left, each dot is one fold. Right, the predictions of the neighbours, each for an adapter that
-# they had not seen: rows add up to one, and the diagonal is what is right. Errors are mostly by one
-# image, and of the sizes of which the zoo has ten adapters or fewer, most are missed.
+# Errors are mostly by one image. Of the adapters of sizes that occur ten times or fewer, most are
+# missed. Left, each dot is one fold. Right, the predictions of the neighbours, each for an adapter
+# that they had not seen: rows add up to one, and the diagonal is what is right.
 
 predicted = cross_val_predict(more_neighbours, spectra, size, cv=folds)
 shares = confusion_matrix(size, predicted, normalize="true")

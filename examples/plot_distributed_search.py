@@ -3,10 +3,10 @@ Search over architectures on a dask cluster
 ===========================================
 
 ``GridSearchCV`` puts its work on a cluster when joblib is told to: under
-``joblib.parallel_config("dask")``, every candidate on every fold is a task for some worker. Two
-worker processes stand for the cluster here. For one of many machines, start ``dask scheduler`` and
-``dask worker`` there, connect with ``Client("tcp://scheduler:8786")``, and put the zoo's file where
-all of them see it; the rest stays as it is.
+``joblib.parallel_config("dask")``, every candidate on every fold is a task for some worker. Here
+two worker processes stand for the cluster. For a cluster of many machines, start ``dask scheduler``
+and ``dask worker`` there, connect with ``Client("tcp://scheduler:8786")``, and put the zoo's file
+where all of them see it; the rest stays as it is.
 
 Needs the extra ``dask``: ``pip install ".[dask]"`` in a clone of the repository.
 """
@@ -15,7 +15,7 @@ Needs the extra ``dask``: ``pip install ".[dask]"`` in a clone of the repository
 # The zoo in one file
 # -------------------
 # A task that gets a collection in memory gets all of its weights. A collection that is mapped from
-# a file travels as path and row numbers, and the worker reads its rows itself.
+# a file travels as a path and row numbers, and the worker reads its rows itself.
 
 import pickle
 import tempfile
@@ -46,8 +46,8 @@ print(f"{len(pickle.dumps(part)):,} bytes as a pickle, row numbers and ids inclu
 # %%
 # What is searched
 # ----------------
-# Of the five architectures, the three that train in a second or two, so that this page is quick.
-# :func:`~sklora.architecture_grid` has an entry for each.
+# To be quick, this page searches only the three of the five architectures that train in a second or
+# two. :func:`~sklora.architecture_grid` has an entry for each.
 
 grid = dict(zip(ARCHITECTURES, architecture_grid("regression", random_state=0), strict=False))
 names = ["mlp", "o-align", "svd"]
@@ -57,11 +57,11 @@ search = GridSearchCV(model, [grid[name] for name in names], cv=folds)
 # %%
 # The search, on two workers
 # --------------------------
-# One thread to a worker, as networks are not to be trained in threads of one process; dask sets
-# ``OMP_NUM_THREADS=1`` in it. The workers of a ``LocalCluster`` would import this script again,
-# which would then have to hide all it does behind ``if __name__ == "__main__"``. Those of a
-# ``SubprocessCluster`` are started as ``dask worker`` starts them, and do not. (It does not exist
-# on Windows, where the guard and a ``LocalCluster`` are the way.)
+# Each worker has one thread, because networks are trained one after another in threads of one
+# process; dask sets ``OMP_NUM_THREADS=1`` in it. The workers of a ``LocalCluster`` would import
+# this script again, which would then have to hide all it does behind ``if __name__ == "__main__"``.
+# Those of a ``SubprocessCluster`` are started as ``dask worker`` starts them, and do not. (Windows
+# has no ``SubprocessCluster``: use the guard and a ``LocalCluster`` there.)
 #
 # The target is the denoising loss on held-out images.
 
@@ -91,7 +91,7 @@ for name, of_folds, seconds in zip(names, scores, results["mean_fit_time"], stri
 # Left, each dot is a fold. Right, each box is a task: a candidate on a fold, or inside it a block
 # of adapters for a featurizer, which puts its own work on the cluster too. The first task of each
 # worker includes its imports, torch among them. The last fit, of the best candidate on all
-# adapters, is no such task: it runs in this program.
+# adapters, is not a task: it runs in this program.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
 for row, of_folds in enumerate(scores):

@@ -2,20 +2,20 @@
 Flag adapters, with a bounded rate of false alarms
 ==================================================
 
-Every upload is to be looked at from its weights, and those that were trained on something forbidden
-are to be flagged. People check what is flagged, so false alarms have to stay few. This page sets a
+The task is to read the weights of every upload, and to flag those that were trained on something
+forbidden. People check what is flagged, so false alarms have to stay few. This page sets a
 threshold that keeps them below a chosen rate, tests it, and shows what it misses: what nobody hid,
 and what somebody did.
 
-Here the digit 4 is forbidden. For a question of yours, train on adapters of your base model of
-which you know the answer. :doc:`/results` has how backdoors of a small language model are found.
+Here the digit 4 is forbidden. For your own question, train on adapters of your base model for which
+you know the answer. :doc:`/results` shows how well backdoors of a small language model are found.
 """
 
 # %%
 # Three parts
 # -----------
 # One part trains the model, one sets the threshold, and one is looked at once, at the end. No set
-# of digits occurs twice in the bundled zoo; where siblings are, keep them in one part, as
+# of digits occurs twice in the bundled zoo; where there are siblings, keep them in one part, as
 # ``GroupShuffleSplit`` does.
 
 import matplotlib.pyplot as plt
@@ -38,18 +38,19 @@ train, hold = train_test_split(rest, test_size=1 / 3, random_state=0, stratify=y
 # %%
 # A model
 # -------
-# A support vector machine on the cosines between updates. It keeps its training adapters; whoever
-# has to give the model away takes ``make_architecture("dense")``, say.
+# A support vector machine on the cosines between updates. It keeps its training adapters; to give
+# the model away, use ``make_architecture("dense")``, say.
 
 model = make_pipeline(UpdateKernel("cosine"), SVC(kernel="precomputed")).fit(X[train], y[train])
 
 # %%
 # A threshold
 # -----------
-# Of ``n`` harmless adapters that the model has not seen, let the score that is ``k``-th highest be
-# the threshold. The next harmless adapter, if it is like these, scores above it with probability
-# ``k / (n + 1)``, whatever the model is. Scores of training adapters would not do: the model has
-# learnt to score these low. The model with its threshold is a classifier of its own.
+# Take the scores of ``n`` harmless adapters that the model has not seen, and let the ``k``-th
+# highest be the threshold. The next harmless adapter, if it is like these, scores above it with
+# probability ``k / (n + 1)``, whatever the model is. Scores of training adapters would not do: the
+# model has learnt to score the harmless ones low. The model with its threshold is a classifier of
+# its own.
 
 allowed = 0.05
 harmless = np.sort(model.decision_function(X[hold[y[hold] == 0]]))[::-1]
@@ -63,9 +64,9 @@ print(f"threshold {threshold:.3f}, the score of number {k} of {len(harmless)} ha
 # %%
 # The test
 # --------
-# Rates come with an interval of 95 %, since a few hundred adapters do not tell more. Forbidden
-# adapters are half of this zoo, and few of any hub, so what share of the flagged ones is forbidden
-# is worked out for other shares.
+# Rates come with an interval of 95 %, since a few hundred adapters do not tell more. Half of this
+# zoo is forbidden, but few adapters of any hub are. So the last lines say what share of the flagged
+# adapters is forbidden where fewer of all are.
 
 
 def rate(flagged):
@@ -87,9 +88,9 @@ for forbidden in (0.5, 0.1, 0.01):
 # -----------------
 # The owner of a forbidden adapter may change its files. Other factors of the same updates do not
 # help, and neither does a smaller alpha, as cosines have no scale. Noise of the size of the updates
-# hardly does. But half of a forbidden adapter and half of a harmless one are an adapter that saw
-# the digit, too, and most of these pass. So an adapter that is not flagged is not thereby harmless:
-# :doc:`/security` says what a score does not prove.
+# hardly does. But half of a forbidden adapter plus half of a harmless one still makes an adapter
+# that saw the digit, and most of these pass. So an adapter that is not flagged is not thereby
+# harmless: :doc:`/security` says what a score does not prove.
 
 
 def with_others(adapters, others):
@@ -130,8 +131,8 @@ for name, (share, low, high) in rates.items():
     print(f"{name:21} {share:.3f} ({low:.3f} to {high:.3f})")
 
 # %%
-# On the left, the scores of the adapters of the test part; what is right of the dashed line is
-# flagged. On the right, how many of the forbidden ones are, with the intervals.
+# On the left are the scores of the adapters of the test part; those right of the dashed line are
+# flagged. On the right is the share of the forbidden ones that is flagged, with the intervals.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
 scores = [model.decision_function(part) for part in (good, bad)]

@@ -2,10 +2,9 @@
 Which modules carry the signal
 ==============================
 
-A model that predicts something from adapters has read it somewhere. Permutation importance says
-where: the updates of one module are swapped between adapters, and the score is computed once more.
-What it loses is the module's importance. Factors and rank are swapped together, so that updates
-stay whole.
+Which modules does a model read its predictions from? Permutation importance says so: the updates of
+one module are swapped between adapters, and the score is computed once more. What it loses is the
+module's importance. Factors and rank are swapped together, so that updates stay whole.
 """
 
 from sklearn.linear_model import RidgeCV
@@ -25,8 +24,8 @@ print(f"number of training images, R2 on held-out adapters: {model.score(X_test,
 # %%
 # Module by module
 # ----------------
-# On held-out adapters, because what a model has learnt by heart is not of interest. A bar is the
-# mean over ten permutations, with the standard deviation.
+# The adapters are held out, because what a model has learnt by heart is not of interest. A bar is
+# the mean over ten permutations, with the standard deviation.
 
 display = ModuleImportanceDisplay.from_estimator(
     model, X_test, y_test, n_repeats=10, random_state=0
@@ -35,8 +34,8 @@ display = ModuleImportanceDisplay.from_estimator(
 # %%
 # Block by block
 # --------------
-# Modules of one block tell much the same. Where one is spoilt the others can stand in for it, and
-# all of them look less important than they are together. So permute whole blocks at once.
+# Modules of one block tell much the same. Where one is spoilt the others can stand in for it, so
+# each looks less important than they are together. So permute whole blocks at once.
 
 display = ModuleImportanceDisplay.from_estimator(
     model, X_test, y_test, by="depth", n_repeats=10, random_state=0
@@ -45,8 +44,8 @@ display = ModuleImportanceDisplay.from_estimator(
 # %%
 # The numbers
 # -----------
-# The display draws what a function computes, which returns what
-# :func:`sklearn.inspection.permutation_importance` does.
+# The display draws what a function computes. Its result has the form of that of
+# :func:`sklearn.inspection.permutation_importance`.
 
 result = module_importance(model, X_test, y_test, scoring="neg_mean_absolute_error", random_state=0)
 for place in result.importances_mean.argsort()[::-1][:5]:

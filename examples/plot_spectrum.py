@@ -35,7 +35,7 @@ display.ax_.set_title(f"an adapter trained on {zoo.size[0]} images")
 display = SpectrumDisplay.from_loras(X)
 
 # %%
-# The same as curves. A thin line is a module, the darker the earlier in the model. The band holds
+# The same as curves: a thin line is a module, the darker the earlier in the model. The band holds
 # the middle four fifths of all modules and adapters.
 
 display = SpectrumDisplay.from_loras(X, kind="decay")
@@ -43,8 +43,8 @@ display = SpectrumDisplay.from_loras(X, kind="decay")
 # %%
 # Few images and many
 # -------------------
-# Axes that are there already can be drawn on, for comparisons. Adapters that were trained on one
-# image change the model more than those that were trained on nine, in nearly every direction.
+# To compare, draw on existing axes. Adapters that were trained on one image change the model more
+# than those that were trained on nine, in nearly every direction.
 
 figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
 for ax, size in zip(axes, (1, 9), strict=True):
@@ -54,8 +54,8 @@ for ax, size in zip(axes, (1, 9), strict=True):
 # %%
 # The gauge does not show
 # -----------------------
-# Here are the same updates with other factors: ``U R`` and ``V R^-T``. The factors change, the
-# singular values do not, up to rounding.
+# Here are the same updates with other factors, ``U R`` and ``V R^-T``. The factors change; up to
+# rounding, the singular values do not.
 
 few = X[:50]
 same = apply_gauge(few, random_state=0)

@@ -2,19 +2,18 @@
 What was a LoRA trained on? Siblings must stay together
 =======================================================
 
-Which digits did an adapter see in training? That is ten labels for each adapter, and a multilabel
-classifier reads them from the weights. The page is as much about a trap: public zoos hold the same
-adapter more than once, and a split that does not know it gives a score that says nothing about new
-adapters.
+Which digits did an adapter see in training? That is ten labels for each adapter, to be read from
+the weights. The page is as much about a trap: public zoos hold the same adapter more than once, and
+a split that ignores this gives a score that says nothing about new adapters.
 """
 
 # %%
 # A zoo with re-uploads
 # ---------------------
-# The bundled zoo has no siblings: every set of digits occurs once. So siblings are made here, the
-# way they come about on model hubs: somebody resizes an adapter to half its rank and uploads it
-# again. The factors look unrelated afterwards, the updates nearly do not differ. Half of the
-# adapters get such a sibling.
+# The bundled zoo has no siblings: every set of digits occurs once. So this page makes some, the way
+# they come about on model hubs: somebody resizes an adapter to half its rank and uploads it again.
+# Afterwards the factors look unrelated, but the updates hardly differ. Half of the adapters get
+# such a sibling.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -48,8 +47,8 @@ digits, groups = zoo.presence[origin], zoo.groups[origin]
 print(X, "ranks", np.unique(X.ranks))
 
 # %%
-# ``groups`` numbers the sets of digits. Two adapters of one number are siblings, and so are
-# adapters that were trained twice on one set, with :func:`~sklora.datasets.make_digits_loras`, say.
+# ``groups`` numbers the sets of digits. Adapters with the same number are siblings. So are adapters
+# that were trained twice on one set, for example with :func:`~sklora.datasets.make_digits_loras`.
 
 members = np.unique(groups, return_counts=True)[1]
 print(f"{len(members)} groups, {np.sum(members > 1)} of them with more than one adapter")
@@ -57,10 +56,10 @@ print(f"{len(members)} groups, {np.sum(members > 1)} of them with more than one 
 # %%
 # Two models, two ways to split
 # -----------------------------
-# ``KFold`` deals adapters out one by one. ``GroupKFold`` deals out groups, so that siblings stay on
+# ``KFold`` deals out adapters one by one. ``GroupKFold`` deals out groups, so that siblings stay on
 # one side. Both models read the cosine between updates, which learns nothing from data and so is
 # computed once, for all folds. One is ridge regression; the other looks up the nearest training
-# adapter and repeats its digits, which is what recognising a sibling comes to. Neither is tuned.
+# adapter and repeats its digits, which amounts to recognising a sibling. Neither is tuned.
 
 cosine = pairwise_update_kernel(X, kernel="cosine")
 models = {
@@ -95,9 +94,9 @@ for name, (model, pairs) in models.items():
         print(f"{name:16}{split:22}{of_folds.mean():.3f} ± {of_folds.std(ddof=1):.3f}")
 
 # %%
-# Two figures to compare with. Every digit is in half of the sets, so guessing is right half of the
-# time. And whoever knows *how many* digits an adapter saw, but not which, says "all" where that is
-# more than half of them, and "none" otherwise.
+# Compare the scores with two figures. Every digit is in half of the sets, so guessing is right half
+# of the time. And whoever knows *how many* digits an adapter saw, but not which, says "all" where
+# that is more than half of them, and "none" otherwise.
 
 chance = max(zoo.presence.mean(), 1 - zoo.presence.mean())
 knows_number = np.mean((digits.mean(axis=1, keepdims=True) > 0.5) == digits)
@@ -106,10 +105,10 @@ print(f"guessing {chance:.3f}, knowing the number {knows_number:.3f}")
 # %%
 # The scores, and what is left of them
 # ------------------------------------
-# Each dot is one fold, each line their mean. Where siblings are on both sides of the split, the
-# nearest adapter looks as good as ridge regression is on new adapters; kept together, little of
-# that is left. Ridge regression loses less, but does lose: its honest score is the lower one. The
-# panel on the right has that score for each digit.
+# Each dot is one fold, each line their mean. With siblings on both sides of the split, the nearest
+# adapter looks as good as ridge regression is on new adapters; with siblings kept together, little
+# of that is left. Ridge regression loses less, but it does lose: its honest score is the lower one.
+# The panel on the right has that score for each digit.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
 styles = {"dealt out one by one": ("s", "#E69F00"), "siblings together": ("o", "#0072B2")}

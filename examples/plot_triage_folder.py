@@ -7,9 +7,9 @@ at first? A model that reads weights scores each file in milliseconds, without t
 page goes from files to a CSV in which every file has a line: a predicted loss, or the reason why
 there is none.
 
-The model here is for adapters of the denoiser of the bundled zoo, and refuses others. For a folder
-of yours, train one on adapters of your base model whose quality you know: the commands ``sklora
-fit`` and ``sklora predict`` go the same way.
+The model here is for adapters of the denoiser of the bundled zoo, and refuses others. For your own
+folder, train one on adapters of your base model whose quality you know. The commands ``sklora fit``
+and ``sklora predict`` go the same way.
 
 Needs pandas: ``pip install -c constraints.txt pandas`` in a clone of the repository.
 """
@@ -17,10 +17,10 @@ Needs pandas: ``pip install -c constraints.txt pandas`` in a clone of the reposi
 # %%
 # Two folders
 # -----------
-# The bundled LoRAs become files of the format of PEFT: a third of them arrive in a folder, the
-# others are those whose quality has been measured. It is a mean squared error of denoising, on
-# images that no adapter was trained on. Two more files arrive: one whose download broke off, and
-# one for another base model.
+# The bundled LoRAs are written as PEFT files, into two folders. A third of them have just arrived.
+# The quality of the others has been measured: it is the mean squared error of denoising, on images
+# that no adapter was trained on. Two more files arrive: one whose download broke off, and one for
+# another base model.
 
 import tempfile
 import warnings
@@ -69,7 +69,7 @@ model.fit(X, y)
 # %%
 # What is in the folder
 # ---------------------
-# ``scan_adapters`` looks at headers alone and never raises for a bad file. The reports make a
+# ``scan_adapters`` looks at headers alone and never raises for a bad file. Its reports make a
 # table.
 
 reports = pd.DataFrame(
@@ -109,9 +109,9 @@ print(*csv.read_text().splitlines()[:6], "...", sep="\n")
 # %%
 # Was it worth it?
 # ----------------
-# The losses of the files made here are known, and were kept from the model. So the order can be
-# judged: of the tenth that the triage would look at first, how many are of the tenth that is worst
-# in truth? Picking at random finds a tenth of them.
+# The losses of the files that arrived are known here, and were kept from the model. So the order
+# can be judged: of the tenth that the triage would look at first, how many are truly in the worst
+# tenth? Picking at random finds a tenth of them.
 
 table["measured_loss"] = [loss.get(Path(path).parts[0]) for path in table["path"]]
 known = table.dropna(subset=["predicted_loss", "measured_loss"])

@@ -11,11 +11,11 @@ was trained on.
 # %%
 # Ranks 1, 2 and 3 from rank 4
 # ----------------------------
-# The bundled adapters all have rank 4. The other ranks are made of them as tools that *resize*
+# The bundled adapters all have rank 4. The other ranks are made from them as tools that *resize*
 # adapters do it: every update is replaced by its best approximation of lower rank, from its
 # singular value decomposition. ``sklora.linalg.balance`` orders the columns of both factors by
 # singular value, so that the first ``rank`` of them are that approximation. So these are real
-# adapters, made smaller; adapters *trained* at another rank may differ from them by more.
+# adapters, made smaller; adapters *trained* at another rank may differ more.
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -54,8 +54,8 @@ for rank, zoo in zoos.items():
 # Train on ranks 2 and 3
 # ----------------------
 # Half of the training adapters come at rank 2, the others at rank 3, in one collection. The test
-# adapters are others, and come at each of the four ranks; at rank 4 they are what the bundled
-# files hold.
+# adapters are others, and come at each of the four ranks; at rank 4 they are as the bundled files
+# hold them.
 
 train, test = train_test_split(np.arange(len(X)), test_size=0.5, random_state=0)
 half = len(train) // 2
@@ -94,19 +94,19 @@ for name in models:
     print("".join(f"{text:>10}" for text in [name, *cells]))
 
 # %%
-# What ``mlp`` says to rank 4.
+# This is how ``mlp`` refuses rank 4.
 
 print(refused["mlp", 4])
 
 # %%
 # Accuracy by rank
 # ----------------
-# The ranks of the training are shaded. Bars are two standard errors over the test adapters, for
-# this one split. From the ranks of the training to rank 4, ``svd``, ``dense`` and ``gl-net`` lose
-# nothing. At rank 1 the smaller directions of every update are gone: ``dense`` and ``gl-net`` lose
-# a little, and ``svd`` the little that it had. There ``mlp`` goes on, with zeros in the columns
-# that are missing. It is close to chance at every rank, as it sees factors in a gauge that differs
-# from adapter to adapter.
+# From the ranks of training to rank 4, ``svd``, ``dense`` and ``gl-net`` lose nothing. At rank 1
+# the smaller directions of every update are gone: ``dense`` and ``gl-net`` lose a little, and
+# ``svd`` the little that it had. There ``mlp`` goes on, with zeros in the columns that are missing.
+# It is close to chance at every rank, as it sees factors in a gauge that differs from adapter to
+# adapter. The ranks of training are shaded. Bars are two standard errors over the test adapters,
+# for this one split.
 
 figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
 styles = {

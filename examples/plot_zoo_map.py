@@ -23,20 +23,20 @@ X = zoo.data
 # ------------
 # The cosine between the updates of two adapters says whether they push the model the same way,
 # however far. Its first principal component has found something of a digit, although nobody told it
-# which adapters had seen one: of those that were trained on a 4, seven in ten are on one side, and
-# of the others three in ten.
+# which adapters had seen one: seven in ten of those that were trained on a 4 are on one side, and
+# three in ten of the others.
 
 digit = np.where(zoo.presence[:, 4], "with a 4", "without")
 display = ZooMapDisplay.from_loras(X, digit, label_name="trained")
 
 # %%
-# The share of the variance is small. Updates of this zoo start from random factors each, so that
-# most of what they are is their own.
+# The component's share of the variance is small. Each update of this zoo starts from random factors
+# of its own, so most of what it is belongs to it alone.
 #
 # By size
 # -------
 # Any transformer gives a map. Spectra forget the directions of the updates and keep their sizes,
-# and these tell how many images an adapter was trained on.
+# which tell how many images an adapter was trained on.
 
 spectra = make_pipeline(SVDSpectrum(), StandardScaler(), PCA(2, random_state=0)).fit(X)
 display = ZooMapDisplay.from_estimator(spectra, X, zoo.size, label_name="training images")
