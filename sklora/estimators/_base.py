@@ -205,14 +205,14 @@ class BaseNetEstimator(DocumentedMixin, VersionedState, BaseEstimator, metaclass
         Raises
         ------
         ValueError
-            When a parameter, `X`, `y` or `sample_weight` is not as it must be, or training
-            diverges. The estimator stays as it was.
+            When a parameter, `X`, `y` or `sample_weight` is not valid, or training diverges. The
+            estimator stays as it was.
 
         Warns
         -----
         TrainingInterruptedWarning
             When Ctrl-C ends training once an epoch is complete: the estimator is fitted, with the
-            best weights so far. Before that, the interrupt goes on.
+            best weights so far. Before that, the interrupt is raised.
         """
         self._validate_params()
         resume = self.warm_start and hasattr(self, "weights_")

@@ -15,12 +15,12 @@ n_layers : int, default=$n_layers
 nonlinearity : {"sign_relu", "sigmoid", "silu"}, default=$nonlinearity
     The gate between them, see :class:`~sklora.nets.GLNonlinearity`; ``"sign_relu"`` is the paper's.
 head : {"flatten", "mean"}, default=$head
-    The invariant features, every entry of every ``U V^T`` or the mean of each.
+    The invariant features: every entry of every ``U V^T``, or the mean of each.
 spectrum : bool, default=$spectrum
-    Whether the singular values of every update join them. Of each module there are as many as its
+    Whether the singular values of every update join these features. Each module has as many as its
     rank in `layout_`: further ones are left out, missing ones are zero.
 mlp_hidden : int or tuple of int, default=$mlp_hidden
-    Widths of the hidden layers of the multilayer perceptron that reads them.
+    Widths of the hidden layers of the multilayer perceptron that reads these features.
 dropout : float, default=$dropout
     Probability of dropping one of its hidden units in training.
 """
@@ -45,40 +45,40 @@ optimizer : {"adamw", "adam", "sgd"}, default=$optimizer
 max_epochs : int, default=$max_epochs
     Number of passes over the training adapters, at most.
 batch_size : int, default=$batch_size
-    Adapters in one step; of ``n`` training adapters ``ceil(n / $least_steps)`` where that is less.
+    Adapters in one step, or ``ceil(n / $least_steps)`` of ``n`` training adapters, if that is less.
 early_stopping : bool or "auto", default=$early_stopping
-    Whether to keep some adapters apart, stop when the loss on them no longer falls, and go back to
-    the weights of the best epoch. With ``"auto"`` this is done with 200 training adapters or more:
-    of fewer, none can be spared. With True none are kept apart where 10 would be over a third of
-    all, and more than `validation_fraction`.
+    Whether to hold some adapters out, stop when the loss on them no longer falls, and go back to
+    the weights of the best epoch. ``"auto"`` does this with 200 training adapters or more; with
+    fewer, it trains on all. True holds none out where 10 would be over a third of all, and more
+    than `validation_fraction`.
 validation_fraction : float, default=$validation_fraction
-    Share of the adapters kept apart, at least 10, stratified by target.
+    Share of the adapters to hold out, at least 10 adapters, stratified by target.
 patience : int, default=$patience
     Epochs without progress that end the training.
 callbacks : list of skorch callbacks, default=$callbacks
     As `skorch.NeuralNet` takes them, with or without names. Copied before use. The skorch net that
-    they meet has this network as ``net.module_.net``, and its history a ``valid_loss`` only where
-    adapters are held out.
+    they receive has this network as ``net.module_.net``, and a ``valid_loss`` in its history only
+    if adapters are held out.
 """
 
 _CLASS_WEIGHT = """class_weight : dict, list of dict or "balanced", default=$class_weight
     Weights of the classes in the loss. For multilabel targets a list of one dict for every label,
-    with the weights of absence 0 and presence 1. ``"balanced"`` weighs by the inverse of frequency,
-    in which an adapter counts by its `sample_weight`.
+    with the weights of absence 0 and presence 1. ``"balanced"`` weighs by the inverse of the
+    frequency, where each adapter counts by its `sample_weight`.
 """
 
 _RUNNING = """warm_start : bool, default=$warm_start
     Whether `fit` goes on from the weights of the last fit.
 device : str or torch.device, default=$device
-    Where to train and predict; ``"auto"`` is CUDA where there is one, else the CPU.
+    Where to train and predict; ``"auto"`` is CUDA if there is one, else the CPU.
 random_state : int, RandomState instance or None, default=$random_state
     Seed of weights, order, dropout and validation rows. Torch's global generators are untouched.
 verbose : int, default=$verbose
-    With 1 there is a progress bar, where standard error is a terminal; with 2 or more, a row for
-    every epoch is printed too.
+    With 1 there is a progress bar, if standard error is a terminal; 2 or more also prints a row for
+    every epoch.
 layout : LoRALayout, default=$layout
-    What the columns of a 2-D array mean. With None, each row of one is the update ``U V^T`` of a
-    single module, ``U`` the row and ``V = 1``.
+    What the columns of a 2-D array mean. With None, each row of the array is the update ``U V^T``
+    of a single module, with ``U`` the row and ``V = 1``.
 """
 
 _ATTRIBUTES = """weights_ : dict of ndarray
@@ -88,11 +88,12 @@ architecture_ : dict
 net_ : torch.nn.Module
     The network in float64, made anew from `weights_` at each access.
 layout_ : LoRALayout
-    Modules, shapes and largest ranks of `X` seen by `fit`; a part of a collection has those of all.
+    Modules, shapes and largest ranks of the `X` seen by `fit`; for a part of a collection, those of
+    the whole.
 n_features_in_ : int
     Width of a flat row.
 feature_names_in_ : ndarray of shape (`n_features_in_`,)
-    Column names, where `X` was a data frame with names that are strings.
+    Column names, if `X` was a data frame with string names.
 n_outputs_ : int
     Number of outputs of the network.
 n_iter_ : int
@@ -110,7 +111,7 @@ multilabel_ : bool
 """
 
 _TARGETS = """target_mean_, target_scale_ : ndarray of shape () or (n_targets,)
-    What the targets are standardised by inside.
+    Mean and scale by which the targets are standardised inside.
 """
 
 _FRAGMENTS = {

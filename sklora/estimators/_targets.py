@@ -36,10 +36,10 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
         classes: ArrayLike | None = None,
         sample_weight: ArrayLike | None = None,
     ) -> Self:
-        """Train for one epoch on these adapters, from the weights there are.
+        """Train for one epoch on these adapters, from the current weights.
 
         All rows are trained on, at a constant learning rate; the optimizer's moments are kept from
-        call to call. The first call sets what features are standardised by.
+        call to call. The first call sets how features are standardised.
 
         Parameters
         ----------
@@ -51,7 +51,7 @@ class NetClassifier(ClassifierMixin, BaseNetEstimator):
             All the classes that will come; needed in the first call, unless `y` is an indicator
             matrix.
         sample_weight : array-like of shape (n_adapters,), optional
-            Weights of the adapters in the loss, to be compared with those of other calls.
+            Weights of the adapters in the loss, on the same scale in all calls.
 
         Returns
         -------
@@ -309,10 +309,10 @@ class NetRegressor(MultiOutputMixin, RegressorMixin, BaseNetEstimator):
 
     @atomic_fit
     def partial_fit(self, X: Any, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
-        """Train for one epoch on these adapters, from the weights there are.
+        """Train for one epoch on these adapters, from the current weights.
 
         All rows are trained on, at a constant learning rate; the optimizer's moments are kept from
-        call to call. The first call sets what features and targets are standardised by.
+        call to call. The first call sets how features and targets are standardised.
 
         Parameters
         ----------
@@ -321,7 +321,7 @@ class NetRegressor(MultiOutputMixin, RegressorMixin, BaseNetEstimator):
         y : array-like of shape (n_adapters,) or (n_adapters, n_targets)
             Targets.
         sample_weight : array-like of shape (n_adapters,), optional
-            Weights of the adapters in the loss, to be compared with those of other calls.
+            Weights of the adapters in the loss, on the same scale in all calls.
 
         Returns
         -------

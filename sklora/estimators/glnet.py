@@ -289,11 +289,11 @@ class GLNetClassifier(NetClassifier, _GLNetEstimator):
     """Classifier of LoRA adapters that no gauge changes.
 
     The paper's ``gl-net``: equivariant layers with gates between them, the invariant products
-    ``U V^T`` of what they give, and a multilayer perceptron (:class:`~sklora.nets.GLNet`). The
-    prediction is that of the update, whichever factors it is given by, of whatever rank.
+    ``U V^T`` of their outputs, and a multilayer perceptron (:class:`~sklora.nets.GLNet`). The
+    prediction depends on the update alone, whatever factors, of whatever rank, it is given by.
     Each module is scaled by the training root mean square of ``||U V^T||_F``, and the features that
-    the perceptron reads are standardised; all of these are invariant too.
-    With `spectrum`, the singular values of every ``U V^T`` join these, by a path of their own.
+    the perceptron reads are standardised; both are invariant, too. With `spectrum`, the singular
+    values of every ``U V^T`` join these features, by a path of their own.
 
     Parameters
     ----------
@@ -385,11 +385,11 @@ class GLNetRegressor(NetRegressor, _GLNetEstimator):
     """Regressor of LoRA adapters that no gauge changes.
 
     The paper's ``gl-net``: equivariant layers with gates between them, the invariant products
-    ``U V^T`` of what they give, and a multilayer perceptron (:class:`~sklora.nets.GLNet`). The
-    prediction is that of the update, whichever factors it is given by, of whatever rank.
+    ``U V^T`` of their outputs, and a multilayer perceptron (:class:`~sklora.nets.GLNet`). The
+    prediction depends on the update alone, whatever factors, of whatever rank, it is given by.
     Each module is scaled by the training root mean square of ``||U V^T||_F``, and the features that
-    the perceptron reads are standardised; all of these are invariant too.
-    With `spectrum`, the singular values of every ``U V^T`` join these, by a path of their own.
+    the perceptron reads are standardised; both are invariant, too. With `spectrum`, the singular
+    values of every ``U V^T`` join these features, by a path of their own.
 
     Parameters
     ----------
