@@ -86,7 +86,7 @@ class Featurizer(DocumentedMixin, VersionedState, TransformerMixin, BaseEstimato
         return self
 
     def fit_transform(self, X: LoRACollection | ArrayLike, y: Any = None) -> Any:
-        """Fit to adapters, and transform them; each is read once, if `fit` need not see them all.
+        """Fit to adapters and transform them; each is read once, unless `fit` has to see them all.
 
         Parameters
         ----------
@@ -136,7 +136,7 @@ class Featurizer(DocumentedMixin, VersionedState, TransformerMixin, BaseEstimato
         Parameters
         ----------
         input_features : array-like of shape (`n_features_in_`,), of str, or None, default=None
-            Checked, and not used: the names come from the layout.
+            Checked but not used: the names come from the layout.
 
         Returns
         -------

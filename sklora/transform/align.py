@@ -38,16 +38,16 @@ class OAlign(WeightsToWeights):
     ----------
     template : "random" or int, default="random"
         The adapter to align to: its position among those that `fit` is given, or one drawn from
-        those that have the largest rank in every module. Where no adapter has, as when adapters
-        lack different modules, every module draws its own template.
+        those that have the largest rank in every module. If there is none, as when adapters lack
+        different modules, every module draws its own template.
     random_state : int, RandomState instance or None, default=None
         Draws the template.
     device : str or torch.device, default="auto"
-        Where to compute. ``"auto"`` uses CUDA where there is one.
+        Where to compute. ``"auto"`` uses CUDA if there is one.
     n_jobs : int or None, default=None
         Blocks of adapters to work on at once, in threads.
     verbose : int, default=0
-        With 1 or more there is a progress bar, where standard error is a terminal.
+        With 1 or more there is a progress bar, if standard error is a terminal.
     layout : LoRALayout or None, default=None
         What the columns of a plain array mean. ``None`` takes each row for one update of shape
         ``(n_features, 1)``, which has no gauge to fix and stays as it is. Collections bring their
@@ -73,11 +73,12 @@ class OAlign(WeightsToWeights):
     Notes
     -----
     The result is unique where :math:`U^\top U_0 + V^\top V_0` has the rank of ``U`` and ``V`` as
-    one matrix of ``n + m`` rows. Where columns of the template depend on each other, and those of
-    an adapter do not, it is one of several, and not invariant.
+    one matrix of ``n + m`` rows. If columns of the template depend on each other, and those of an
+    adapter do not, it is one of several, and not invariant.
 
-    A rank below the template's is aligned to it with orthonormal rows, and is the template's
-    afterwards; a rank above it is an error. A collection gives a collection, an array a flat array.
+    An adapter of lower rank than the template is aligned by a ``Q`` with orthonormal rows, and has
+    the template's rank afterwards; a higher rank is an error. A collection gives a collection, an
+    array a flat array.
 
     Examples
     --------

@@ -44,25 +44,25 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
         ``"gram"`` gives coordinates of all updates together, as one vector, in the span of the
         training updates: those that principal component analysis without centring would give, found
         from inner products of updates alone. Between training adapters, and between these and any
-        other, inner products are those of the entries, so that a learner that does not care for
-        rotations, such as ridge regression, a support vector machine or k nearest neighbours,
-        learns what it would from the entries. A perceptron does care, and wants few coordinates.
+        other, inner products are those of the entries, so that a learner that ignores rotations,
+        such as ridge regression, a support vector machine or k nearest neighbours, learns what it
+        would from the entries. A perceptron does not ignore them, and wants few coordinates.
 
         ``"sketch"`` gives the entries of :math:`S_1 U (S_2 V)^\top`, with fixed Gaussian matrices
         for every module. Inner products are those of the updates on average over the draw.
     n_components : int or None, default=None
-        For ``"gram"``, how many leading coordinates to give at most; ``None`` for all, which are
-        at most as many as there are training adapters. For ``"sketch"``, rows of the matrices of
-        variance ``1 / n_components``, 32 by default; a side that has no more rows is left as it is.
-        ``"exact"`` gives all entries whatever it is.
+        For ``"gram"``, how many leading coordinates to give at most; ``None`` for all, at most one
+        for each training adapter. For ``"sketch"``, rows of the matrices, whose entries have
+        variance ``1 / n_components``; 32 by default. A side with no more rows is left as it is.
+        ``"exact"`` ignores it.
     random_state : int, RandomState instance or None, default=None
         Draws the matrices of ``"sketch"``.
     device : str or torch.device, default="auto"
-        Where to compute. ``"auto"`` uses CUDA where there is one.
+        Where to compute. ``"auto"`` uses CUDA if there is one.
     n_jobs : int or None, default=None
         Blocks of adapters to work on at once, in threads.
     verbose : int, default=0
-        With 1 or more there is a progress bar, where standard error is a terminal.
+        With 1 or more there is a progress bar, if standard error is a terminal.
     layout : LoRALayout or None, default=None
         What the columns of a plain array mean. ``None`` takes each row for one update of shape
         ``(n_features, 1)``, whose entries are the row. Collections bring their own.
@@ -101,22 +101,23 @@ class DenseProduct(KeepsTraining, WeightsToFeatures):
 
     Entries are right to the rounding of the factors, which grows with the condition of the gauge.
     Where a module does the same in all training adapters, in factors of float32 that differ, its
-    entries differ by that alone. What standardises them, such as :class:`MLPNetClassifier`, learns
-    from it, and depends on the gauge; the spectrum and GL-net do not.
+    entries differ by that rounding alone. A learner that standardises them, such as
+    :class:`MLPNetClassifier`, learns from it, and depends on the gauge; the spectrum and GL-net do
+    not.
 
-    What a new adapter does outside the span is not in its coordinates. Linear models and nearest
-    neighbours predict what they would from the entries all the same, but its distances are too
+    The coordinates of a new adapter leave out what it does outside the span. Linear models and
+    nearest neighbours still predict what they would from the entries. But its distances are too
     small, all squares by the same amount: for Gaussian kernels, take :class:`UpdateKernel`.
 
     With ``"gram"`` a pair of adapters takes ``2 (n + m) r^2`` operations a module, against ``n m``
     numbers that ``"exact"`` writes, and the work takes scikit-learn's ``working_memory`` beside the
     matrix of inner products in float64. The estimator keeps the training adapters: without a copy
-    while X is in memory or in files, and with their weights when it is pickled. An eigenvalue of no
-    more than ``n_training e`` of the largest, or than ``e`` of the sum of all
-    :math:`(\sum_k \|u_k\| \|v_k\|)^2` over columns, which is large where gauges are bad, says
-    nothing and is left out. Of inner products in float64, ``e`` is the rounding, 2.2e-16. Weights
-    in float32 are rounded more, by 1.2e-7; since an eigenvalue is the square of a length, there
-    ``e`` is the square of that, 1.4e-14.
+    while X is in memory or in files, and with their weights when it is pickled. An eigenvalue says
+    nothing and is left out if it is no more than ``n_training e`` times the largest, or than ``e``
+    times the sum of all :math:`(\sum_k \|u_k\| \|v_k\|)^2` over columns, which is large where
+    gauges are bad. For weights in float64, ``e`` is the rounding of inner products, 2.2e-16.
+    Weights in float32 are rounded more, by 1.2e-7; since an eigenvalue is the square of a length,
+    ``e`` is then the square of that, 1.4e-14.
 
     Examples
     --------

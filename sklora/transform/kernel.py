@@ -33,11 +33,11 @@ class UpdateKernel(KeepsTraining, Featurizer):
         Of ``"rbf"``. ``None`` is one over the mean squared norm of the training updates: adapters
         come in any scale, so that no constant would do.
     device : str or torch.device, default="auto"
-        Where to compute. ``"auto"`` uses CUDA where there is one.
+        Where to compute. ``"auto"`` uses CUDA if there is one.
     n_jobs : int or None, default=None
         Blocks of adapters to work on at once, in threads.
     verbose : int, default=0
-        With 1 or more there is a progress bar, where standard error is a terminal.
+        With 1 or more there is a progress bar, if standard error is a terminal.
     layout : LoRALayout or None, default=None
         What the columns of a plain array mean. ``None`` takes each row for one update of shape
         ``(n_features, 1)``. Collections bring their own.
@@ -180,7 +180,7 @@ def pairwise_update_kernel(
     gamma : float or None, default=None
         Of ``"rbf"``. ``None`` is one over the mean squared norm of the updates of Y.
     device : str or torch.device, default="auto"
-        Where to compute. ``"auto"`` uses CUDA where there is one.
+        Where to compute. ``"auto"`` uses CUDA if there is one.
     n_jobs : int or None, default=None
         As for :class:`UpdateKernel`.
 

@@ -32,15 +32,14 @@ Sides: TypeAlias = dict[str, NDArray[Any]]
 class GLEquivariantProjection(WeightsToWeights):
     r"""Project both sides of every update: ``dW`` becomes ``P dW Q^T``.
 
-    The factors become :math:`(P U, Q V)` with fixed matrices :math:`P` (k x n) and :math:`Q`
-    (k x m) for every module. Acting with a gauge before or after is the same, so what is
-    equivariant or invariant to GL(r) downstream stays so; the flat numbers themselves are not
-    invariant.
+    The factors become :math:`(P U, Q V)` with fixed matrices :math:`P` (k x n) and :math:`Q` (k x
+    m) for every module. A gauge acts the same before and after, so whatever is equivariant or
+    invariant to GL(r) downstream stays so; the flat numbers themselves are not invariant.
 
     Parameters
     ----------
     n_components : int, default=32
-        Rows to keep on either side. A side with no more rows has as many afterwards.
+        Rows to keep on either side. A side with no more rows keeps as many.
     method : {"random", "hosvd"}, default="random"
         ``"random"`` draws Gaussian matrices of variance ``1 / n_components``, and leaves a side
         alone that has no more rows than that. ``"hosvd"`` takes the leading left and right singular
@@ -49,11 +48,11 @@ class GLEquivariantProjection(WeightsToWeights):
     random_state : int, RandomState instance or None, default=None
         Draws the matrices of ``"random"``.
     device : str or torch.device, default="auto"
-        Where to compute. ``"auto"`` uses CUDA where there is one.
+        Where to compute. ``"auto"`` uses CUDA if there is one.
     n_jobs : int or None, default=None
         Blocks of adapters that `transform` works on at once, in threads.
     verbose : int, default=0
-        With 1 or more there is a progress bar, where standard error is a terminal.
+        With 1 or more there is a progress bar, if standard error is a terminal.
     layout : LoRALayout or None, default=None
         What the columns of a plain array mean. ``None`` takes each row for one update of shape
         ``(n_features, 1)``. Collections bring their own.

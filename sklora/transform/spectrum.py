@@ -28,11 +28,11 @@ class SVDSpectrum(WeightsToFeatures):
         How many singular values to give for every module: further ones are left out, missing ones
         are zero. ``None`` takes the largest rank of the module in the layout seen by `fit`.
     device : str or torch.device, default="auto"
-        Where to compute. ``"auto"`` uses CUDA where there is one.
+        Where to compute. ``"auto"`` uses CUDA if there is one.
     n_jobs : int or None, default=None
         Blocks of adapters to work on at once, in threads.
     verbose : int, default=0
-        With 1 or more there is a progress bar, where standard error is a terminal.
+        With 1 or more there is a progress bar, if standard error is a terminal.
     layout : LoRALayout or None, default=None
         What the columns of a plain array mean. ``None`` takes each row for one update of shape
         ``(n_features, 1)``. Collections bring their own.
