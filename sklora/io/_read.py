@@ -89,25 +89,26 @@ def read_adapters(
 ) -> LoRACollection:
     r"""Read LoRA adapters from files, as a collection that is backed by them.
 
-    Headers alone are read now; weights are read when a block of adapters is needed, and again when
-    it is needed again. Each file is one adapter. Its format is told by its content. The scale
-    :math:`s` of an update :math:`s B A` is folded into the factors,
-    :math:`U = \sqrt{|s|}\, \mathrm{sign}(s) B` and :math:`V = \sqrt{|s|}\, A^\top`.
+    Only headers are read now; the weights of a block of adapters are read each time that it is
+    needed. Each file is one adapter. Its format is told by its content. The scale :math:`s` of an
+    update :math:`s B A` is folded into the factors, :math:`U = \sqrt{|s|}\, \mathrm{sign}(s) B` and
+    :math:`V = \sqrt{|s|}\, A^\top`.
 
     Parameters
     ----------
     paths : str, path-like, or iterable of them
         Files; folders, which stand for all adapters in them and below; or patterns such as
-        ``"zoo/*/adapter_model.safetensors"``. In a folder that has other adapters, pickles are
-        passed by: trainers save the same weights twice.
+        ``"zoo/*/adapter_model.safetensors"``. In a folder, pickles beside other adapters are
+        skipped, as trainers save the same weights twice, except those that PEFT or diffusers would
+        load.
     layout : LoRALayout or None, default=None
         The modules to read, such as ``estimator.layout_``; ranks may exceed those of the layout,
-        and the collection then has room for them. By default all modules of all files, by name, in
-        the shape that they have in the first file that has them: others do not fit.
+        and the collection then has room for them. By default all modules of all files, sorted by
+        name, each in the shape of the first file that has it; files with another shape do not fit.
     on_missing : {"zero", "raise"}, default="zero"
         What becomes of a module or side feature that a file lacks: the zero update, or an error.
     on_extra : {"ignore", "raise"}, default="ignore"
-        What becomes of a module that `layout` lacks.
+        What becomes of a module or side feature that `layout` lacks.
     strict : bool, default=False
         Whether both are errors.
     on_error : {"raise", "skip"}, default="raise"
@@ -124,7 +125,7 @@ def read_adapters(
         Names of ``A (r, in)`` and ``B (out, r)`` in files with keys of their own, where
         ``{module}`` stands for the module: ``("w_a_{module}", "w_b_{module}")``.
     scale : float or None, default=None
-        The scale :math:`s` of files that do not tell it themselves. They are refused without it.
+        The scale :math:`s` of files that do not state it themselves. They are refused without it.
     lokr : {"exact", "kronecker"}, default="exact"
         How LoKr is read: as the exact factors of the update, or as the outer product of the
         flattened parts, whose gauge is GL(1) (appendix E of the paper).
@@ -132,7 +133,7 @@ def read_adapters(
         Whether PyTorch's ``.bin``, ``.pt`` and ``.ckpt`` are read, tensors alone; no code in them
         is run.
     verbose : int, default=0
-        With 1 or more there is a progress bar, where standard error is a terminal.
+        With 1 or more there is a progress bar, if standard error is a terminal.
 
     Returns
     -------

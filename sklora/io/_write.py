@@ -45,7 +45,7 @@ def write_adapter(
     Parameters
     ----------
     path : str or path-like
-        The folder. What it has of an adapter is replaced, once the new files are complete.
+        The folder. An adapter in it is replaced, once the new files are complete.
     adapter : mapping of str to (U, V)
         For every module ``U (n, r)`` and ``V (m, r)``, such as ``X[0]``. Modules that it lacks are
         not written.
@@ -53,7 +53,8 @@ def write_adapter(
         A PEFT adapter whose keys, configuration and other tensors (biases, modules that were saved
         whole, magnitudes of DoRA) the new one is to have. Modules are found by the name that the
         file gives them or by their canonical name. Without it, every module is written as a linear
-        layer of the name that it is given, so that PEFT does not take embeddings and convolutions.
+        layer under the name that you give, so that PEFT does not accept embeddings and
+        convolutions.
     base_model : str or None, default=None
         What the configuration names as base model; by default what `like` or the collection names.
 
