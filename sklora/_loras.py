@@ -109,12 +109,12 @@ class LoRACollection:
         ids : array-like of shape (n_adapters,) or None, default=None
             What the adapters are called; by default 0, 1, 2, ...
         side : iterable of {name: vector} or None, default=None
-            Side features of every adapter, all the same; None for those of each `LoRAAdapter`.
+            Side features, the same ones for every adapter; None for those of each `LoRAAdapter`.
         base_model : str or None, default=None
             What the adapters were trained on.
         dtype : dtype or None, default=None
-            How weights are stored; by default the common dtype of factors and side features, of
-            which Python's floats are float64. float16 and bfloat16 are read as float32.
+            How weights are stored; by default the common dtype of factors and side features, where
+            Python's floats are float64. float16 and bfloat16 are read as float32.
 
         Returns
         -------
@@ -315,7 +315,7 @@ class LoRACollection:
         rows : slice, array-like of int or bool, or None, default=None
             None for all.
         copy : bool, default=True
-            False gives a view of weights that lie in memory just so, not to be written to.
+            False gives a view, not to be written to, if the weights lie in memory in this layout.
 
         Returns
         -------
@@ -361,7 +361,7 @@ class LoRACollection:
         Parameters
         ----------
         bytes_per_adapter : float or None, default=None
-            What the work on one adapter takes; None for its flat row alone.
+            What the work on one adapter takes; None for only its flat row.
 
         Yields
         ------

@@ -51,12 +51,12 @@ def check_loras(
         True in `fit`: sets `layout_` and `n_features_in_` (and `feature_names_in_`, for data
         frames). False elsewhere: X has to have the modules of `layout_`.
     rank : {"any", "fitted"}, default="any"
-        Whether any rank will do, in which case the layout of the result may have other ranks than
-        `layout_`, or ranks have to be at most those of `layout_`, in which case the result is laid
-        out by it.
+        With ``"any"``, any rank will do, and the layout of the result may have other ranks than
+        `layout_`. With ``"fitted"``, ranks have to be at most those of `layout_`, and the result is
+        laid out by it.
     numbers : bool, default=True
-        Whether to look for NaN and infinity in a collection now. With False, whoever reads it
-        passes each block to `check_numbers`.
+        Whether to look for NaN and infinity in a collection now. With False, pass each block that
+        you read from it to `check_numbers`.
 
     Returns
     -------

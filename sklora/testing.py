@@ -177,14 +177,14 @@ def assert_gauge_invariant(
         `condition` times the rounding of the input.
     rtol, atol : float, default=None and 0
         Every number may change by ``atol + rtol * s``, with ``s`` the largest magnitude in its
-        column, or a tenth of the largest in the output where that is more. Columns that stay
-        the same to the bit, as side features do, do not count. By default `rtol` is 1e-6 where `X`
-        is float64 and 1e-3 where it is float32. Outputs that are not floating point, such as class
-        labels, may not change.
+        column, or a tenth of the largest in the output if that is more. Columns that stay the same
+        to the bit, as side features do, do not count. By default `rtol` is 1e-6 for `X` in float64
+        and 1e-3 in float32. Outputs that are not floating point, such as class labels, may not
+        change.
     method : str or None, default=None
         Whose output is compared. By default the first of `predict_proba`, `decision_function`,
-        `predict` and `transform` that there is. A transformed collection is compared as its flat
-        array, factors and all.
+        `predict` and `transform` that the estimator has. A transformed collection is compared as
+        its flat array, factors and all.
     random_state : int, RandomState or None, default=None
         For the gauges.
 

@@ -262,7 +262,7 @@ class ArchitectureComparisonDisplay:
         errorbar_kw: dict[str, Any] | None = None,
         fold_kw: dict[str, Any] | None = None,
     ) -> Self:
-        """Plot how well predictions agree with the truth; they tell no spread and no time.
+        """Plot how well predictions agree with the truth, without spread and time.
 
         Parameters
         ----------

@@ -48,7 +48,7 @@ def module_importance(
     by : {"module", "depth"}, default="module"
         What is permuted at once: one module, or all modules of a block, which is told by the name
         of the module up to its first number. A module without a number is on its own. Modules that
-        hold the same information each look unimportant where their block does not.
+        hold the same information each look unimportant, even if their block does not.
     scoring : str, callable or None, default=None
         One score, as for `sklearn.inspection.permutation_importance`. None is that of the
         estimator.
@@ -76,7 +76,7 @@ def module_importance(
     TypeError
         When X is no collection.
     ValueError
-        When there are less than two adapters, y is of another length, or a parameter is not valid.
+        When there are fewer than two adapters, y is of another length, or a parameter is not valid.
     sklearn.exceptions.NotFittedError
         When the estimator is not fitted.
 

@@ -165,7 +165,7 @@ class SpectrumDisplay:
         n_values : int or None, default=None
             How many singular values of every module; None for all.
         device : str or torch.device, default="auto"
-            Where to compute. ``"auto"`` uses CUDA where there is one.
+            Where to compute. ``"auto"`` uses CUDA if there is one.
         kind : {"heatmap", "decay"}, default="heatmap"
             As for `plot`.
         quantiles : (float, float), default=(0.1, 0.9)

@@ -40,9 +40,9 @@ class ZooMapDisplay:
     ----------
     points : array-like of shape (n_adapters, 2)
     labels : array-like of shape (n_adapters,) or None, default=None
-        Fractional numbers, or more than 8 different integers, are numbers, with a colour bar. All
-        else are categories, with a colour and a marker each: of more than 8, the 7 commonest have
-        their own.
+        Fractional numbers, or more than 8 different integers, are numbers, with a colour bar.
+        Anything else is a category, with its own colour and marker; of more than 8 categories, only
+        the 7 commonest have their own.
     label_name : str or None, default=None
         What the labels are.
     shares : ndarray of shape (2,) or None, default=None
@@ -165,7 +165,7 @@ class ZooMapDisplay:
         label_name : str or None, default=None
             What the labels are.
         device : str or torch.device, default="auto"
-            Where to compute. ``"auto"`` uses CUDA where there is one.
+            Where to compute. ``"auto"`` uses CUDA if there is one.
         ax : matplotlib Axes or None, default=None
             None makes a new figure.
         scatter_kw : dict or None, default=None
@@ -178,7 +178,7 @@ class ZooMapDisplay:
         Raises
         ------
         ValueError
-            When X is not valid, has less than three adapters, or there are not as many labels.
+            When X is not valid, has fewer than three adapters, or there are not as many labels.
         """
         check_matplotlib(f"{cls.__name__}.from_loras")
         check_consistent_length(X, labels)
@@ -202,7 +202,7 @@ class ZooMapDisplay:
     ) -> Self:
         """Map adapters by the first two features of a fitted transformer.
 
-        So further adapters find their place on the map of a zoo.
+        This places further adapters on the map of a zoo.
 
         Parameters
         ----------
@@ -228,7 +228,7 @@ class ZooMapDisplay:
         sklearn.exceptions.NotFittedError
             When the transformer is not fitted.
         ValueError
-            When it gives less than two features, or there are not as many labels.
+            When it gives fewer than two features, or there are not as many labels.
         """
         check_matplotlib(f"{cls.__name__}.from_estimator")
         check_is_fitted(estimator)
