@@ -4,8 +4,8 @@ Runs ``ratios(quick=True)`` of every ``bench_*.py`` here that has it, one proces
 compares with recorded.json. A ratio is our time over that of something beside which it was
 measured, and less is better. It says much the same on any machine of one make of processor; for
 other makes the worst that was recorded counts. Each process has one thread, as threads that wait
-for a busy core say nothing of the code. What is beyond the limit is measured three times
-more at most: other work on the machine only ever makes a ratio worse for a while.
+for a busy core say nothing of the code. A ratio beyond the limit is measured up to three more
+times: other work on the machine only ever makes a ratio worse for a while.
 ``python benchmarks/guard.py``, and with ``--record`` to write the ratios down.
 """
 
