@@ -23,7 +23,7 @@ class Refusal(ValueError):
 def shown(value: object, length: int = 80) -> str:
     """Give a value from a file as it may stand in a message: escaped, and short."""
     if isinstance(value, (str, bytes)):
-        text = ascii(value[: length + 1])
+        text = ascii(value[:length])
     else:
         # Abbreviates what is long or nested deeply before it is written out.
         text = reprlib.repr(value).encode("ascii", "backslashreplace").decode()

@@ -167,7 +167,6 @@ class ArchitectureComparisonDisplay:
         ValueError
             When a result has no ``"test_score"``, or there are none.
         """
-        check_matplotlib(f"{cls.__name__}.from_cv_results")
         given: Any = cv_results  # by users, who may mean another result
         for task, results in given.items() if isinstance(given, Mapping) else [("", given)]:
             named = results.items() if isinstance(results, Mapping) else [("", results)]
@@ -225,7 +224,6 @@ class ArchitectureComparisonDisplay:
         ValueError
             When it has many scores and `refit` names none, or no candidate could be trained.
         """
-        check_matplotlib(f"{cls.__name__}.from_estimator")
         if not hasattr(search, "refit"):
             raise TypeError(
                 f"search is of type {type(search).__name__}, which is no search; pass a fitted "
@@ -282,7 +280,6 @@ class ArchitectureComparisonDisplay:
         display : ArchitectureComparisonDisplay
             Of one task, ``"predictions"``.
         """
-        check_matplotlib(f"{cls.__name__}.from_predictions")
         if score_name is None:
             score_name = getattr(metric, "__name__", "score").replace("_", " ")
         scores = {name: np.array([metric(y_true, y_pred)]) for name, y_pred in y_preds.items()}
@@ -290,6 +287,7 @@ class ArchitectureComparisonDisplay:
         return display.plot(ax, errorbar_kw=errorbar_kw, fold_kw=fold_kw)
 
     def _axes(self, ax: Any) -> NDArray[np.object_]:
+        check_matplotlib(f"{type(self).__name__}.plot")
         n_tasks = len(self.scores)
         if not n_tasks or not all(self.scores.values()):
             raise ValueError("there are no scores to plot; pass at least one architecture's.")
@@ -302,7 +300,6 @@ class ArchitectureComparisonDisplay:
                     f"{len(found)} axes; pass one for every task, or ax=None."
                 )
             return np.array(found, dtype=object)
-        check_matplotlib(f"{type(self).__name__}.plot")
         import matplotlib.pyplot as plt
 
         size = (6 * n_tasks, self._height())

@@ -1,3 +1,4 @@
+import sys
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -212,14 +213,14 @@ class TestFromCVResults:
         assert folds.get_ydata().tolist() == [0, 0, 0, 1, 1, 1]
         assert display.ax_.yaxis_inverted()
 
-    def test_tasks(self, results):
+    def test_tasks(self, results, monkeypatch):
         display = ArchitectureComparisonDisplay.from_cv_results(
-            {"loss": results, "$size_$": results},
-            score_name={"loss": "R2", "$size_$": "error"},
+            {"loss": results, "$size_$": {"ridge": results["ridge"]}},
+            score_name={"loss": "R2", "$size_$": "$error_$"},
             baseline={"loss": 0.0},
         )
         assert [axes.get_title() for axes in display.axes_] == ["loss", "$size_$"]
-        assert [axes.get_xlabel() for axes in display.axes_] == ["R2", "error"]
+        assert [axes.get_xlabel() for axes in display.axes_] == ["R2", "$error_$"]
         assert [[text.get_text() for text in axes.texts] for axes in display.axes_] == [
             ["constant"],
             [],
@@ -229,6 +230,9 @@ class TestFromCVResults:
         assert [len(axes.lines) for axes in display.axes_] == [5, 4]
         assert display.figure_.get_size_inches().tolist() == [12, 2]
         display.figure_.draw_without_rendering()
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        with pytest.raises(ImportError, match=r"^ArchitectureComparisonDisplay\.plot requires"):
+            display.plot()
 
     def test_axes(self, results):
         _, axes = plt.subplots(1, 2)
