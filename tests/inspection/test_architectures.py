@@ -366,6 +366,8 @@ def test_names_of_the_grid(task):
 def test_name_of_other_steps():
     model = make_architecture("mlp", "regression")
     assert architecture_name(model, {"features": Pipeline([("s", SVDSpectrum())])}) == "svd"
+    scaled = architecture_name(model, {"features": StandardScaler()})
+    assert scaled == "StandardScaler + MLPNetRegressor"
     two = make_pipeline(SVDSpectrum(), Ridge())
     assert architecture_name(model, {"features": two}) == "SVDSpectrum + Ridge + MLPNetRegressor"
     gl_net = make_architecture("gl-net", "regression")
