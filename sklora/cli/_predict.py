@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
                 n_errors += 1
         write(block)
     if args.json:
-        end_json(len(findings))
+        end_json()
     return FAILED if n_errors else OK
 
 

@@ -90,9 +90,9 @@ def json_writer(card: ModelCard) -> Callable[[Sequence[Prediction]], None]:
     return write
 
 
-def end_json(n_predictions: int) -> None:
+def end_json() -> None:
     """Close the array."""
-    result("\n]" if n_predictions else "[]")
+    result("\n]")
 
 
 def _entry(one: Prediction, card: ModelCard) -> dict[str, Any]:
