@@ -48,7 +48,8 @@ class _MLPNetEstimator(BaseNetEstimator):
     def _forward(
         self, net: nn.Module, layout: LoRALayout, dtype: torch.dtype
     ) -> Callable[[Tensor], Tensor]:
-        return net
+        # Not the module itself, whose weights skorch's net would have twice, and keep twice.
+        return net.__call__
 
     def _calibrate(self, net: nn.Module, data: TrainingData) -> None:
         assert isinstance(net, MLPNet)

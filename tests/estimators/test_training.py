@@ -377,6 +377,16 @@ class TestSteps:
         np.testing.assert_allclose(rates, 0.005 * (1 + np.cos(np.pi * np.arange(4) / 4)))
         assert "event_lr" not in model.partial_fit(zoo, case[1]).history_[-1]
 
+    def test_the_weights_are_there_once(self, case, zoo, quick):
+        seen = []
+
+        class Names(Callback):
+            def on_epoch_end(self, net, **_):
+                seen.extend(name.removeprefix("net.") for name in net.module_.state_dict())
+
+        model = quick(case[0], max_epochs=1, callbacks=[Names()]).fit(zoo, case[1])
+        assert seen == [*model.weights_]
+
     def test_partial_fit_is_one_epoch_that_holds_nothing_out(self, case, zoo, quick):
         epochs = []
 
