@@ -38,16 +38,16 @@ def run(args: argparse.Namespace) -> int:
     )
     findings = list(find_each(args.paths))
     write = json_writer(card) if args.json else csv_writer(card)
-    n_errors = 0
+    code = OK
     for block in _predictions(model, reader, track(findings, "predictions", "file")):
         for one in block:
             if one.error is not None:
                 say(f"{one.path}: {one.error}")
-                n_errors += 1
+                code = FAILED
         write(block)
     if args.json:
         end_json()
-    return FAILED if n_errors else OK
+    return code
 
 
 def _load(path: str, device: str) -> tuple[Pipeline, ModelCard]:
