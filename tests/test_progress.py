@@ -24,6 +24,7 @@ from sklora import (
     UpdateKernel,
     make_architecture,
 )
+from sklora.__main__ import main
 from sklora._progress import progress, track, write
 from sklora.datasets import make_digits_loras
 from sklora.io import SkippedAdapterWarning, read_adapters, scan_adapters, write_adapter
@@ -145,6 +146,10 @@ class TestBars:
         assert "5/5" in drawn
         assert "loss=0.25" in drawn
         assert drawn.split("\r")[-2].strip() == ""  # it is wiped
+
+    def test_inspect_shows_them(self, folder, terminal):
+        assert main(["inspect", str(folder)]) == 0
+        assert "headers:" in terminal.getvalue()
 
     def test_losses_are_shown(self, X, terminal):
         MLPNetRegressor(max_epochs=1, verbose=1).fit(X, y)
