@@ -87,8 +87,7 @@ def make_metric(scoring: str | None, zoo: LabelledZoo, folds: Folds) -> Metric:
         return Metric("R2", "r2", 0.0)
     columns = y.reshape(len(y), -1).T
     shares = [np.unique(column, return_counts=True)[1].max() / len(y) for column in columns]
-    scorer = make_scorer(label_accuracy) if zoo.targets.classes is None else "accuracy"
-    return Metric("accuracy", scorer, float(np.mean(shares)))
+    return Metric("accuracy", make_scorer(label_accuracy), float(np.mean(shares)))
 
 
 def _constant(scoring: str, zoo: LabelledZoo, folds: Folds) -> float:
