@@ -167,6 +167,7 @@ class ArchitectureComparisonDisplay:
         ValueError
             When a result has no ``"test_score"``, or there are none.
         """
+        check_matplotlib(f"{cls.__name__}.from_cv_results")
         given: Any = cv_results  # by users, who may mean another result
         for task, results in given.items() if isinstance(given, Mapping) else [("", given)]:
             named = results.items() if isinstance(results, Mapping) else [("", results)]
@@ -224,6 +225,7 @@ class ArchitectureComparisonDisplay:
         ValueError
             When it has many scores and `refit` names none, or no candidate could be trained.
         """
+        check_matplotlib(f"{cls.__name__}.from_estimator")
         if not hasattr(search, "refit"):
             raise TypeError(
                 f"search is of type {type(search).__name__}, which is no search; pass a fitted "
@@ -280,6 +282,7 @@ class ArchitectureComparisonDisplay:
         display : ArchitectureComparisonDisplay
             Of one task, ``"predictions"``.
         """
+        check_matplotlib(f"{cls.__name__}.from_predictions")
         if score_name is None:
             score_name = getattr(metric, "__name__", "score").replace("_", " ")
         scores = {name: np.array([metric(y_true, y_pred)]) for name, y_pred in y_preds.items()}

@@ -233,6 +233,8 @@ class TestFromCVResults:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         with pytest.raises(ImportError, match=r"^ArchitectureComparisonDisplay\.plot requires"):
             display.plot()
+        with pytest.raises(ImportError, match=r"^ArchitectureComparisonDisplay\.from_cv_results "):
+            ArchitectureComparisonDisplay.from_cv_results(results)
 
     def test_axes(self, results):
         _, axes = plt.subplots(1, 2)
