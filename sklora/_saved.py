@@ -7,9 +7,9 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import numpy as np
 from sklearn.pipeline import Pipeline
@@ -17,6 +17,7 @@ from sklearn.pipeline import Pipeline
 import sklora
 from sklora._base import warn_of_version
 from sklora._files import replacing
+from sklora._modules import side_slices
 from sklora._schema import check_schema
 from sklora._stores import check_memory
 from sklora._untrusted import Refusal, parse_json, shown
@@ -50,6 +51,13 @@ TRUSTED_TYPES: tuple[str, ...] = tuple(
         UpdateKernel,
     )
 )
+
+# What a model file may hold.
+FEATURIZERS = (DenseProduct, GLEquivariantProjection, OAlign, SVDSpectrum)
+NETS = {
+    "classification": (GLNetClassifier, MLPNetClassifier),
+    "regression": (GLNetRegressor, MLPNetRegressor),
+}
 
 CARD = "sklora.json"
 _FORMAT = "sklora model"
@@ -210,7 +218,41 @@ def check_skops() -> None:
         raise ModuleNotFoundError(_NO_SKOPS) from None
 
 
-def save_model(path: str | os.PathLike[str], model: Pipeline, card: ModelCard) -> None:
+def optional_parts(loras: LoRACollection) -> tuple[str, ...]:
+    """Name the modules and side features that some of the adapters lack."""
+    layout = loras.layout
+    lacking = (loras.ranks == 0).any(axis=0)
+    names = [name for name, lacks in zip(layout.names, lacking, strict=True) if lacks]
+    sides = side_slices(layout.side, layout.side_slice.start)
+    names += [name for name, place in sides.items() if not loras[:, place].any(axis=1).all()]
+    return tuple(names)
+
+
+def columns_of(task: str, targets: Sequence[str], classes: Sequence[str | int] | None) -> list[str]:
+    """Name the columns of the predictions of a model.
+
+    Raises
+    ------
+    ValueError
+        When two of them have one name.
+    """
+    if task == "regression":
+        inner = [*targets]
+    elif classes is not None:
+        inner = ["prediction", *(f"{name}:probability" for name in classes)]
+    else:
+        inner = [column for name in targets for column in (name, f"{name}:probability")]
+    columns = ["path", *inner, "error"]
+    twice = sorted({column for column in columns if columns.count(column) > 1})
+    if twice:
+        raise ValueError(
+            f"predict would write two columns {', '.join(map(repr, twice[:3]))}; rename that "
+            "target, or give it once."
+        )
+    return columns
+
+
+def write_model(path: str | os.PathLike[str], model: Pipeline, card: ModelCard) -> None:
     """Write a fitted pipeline and its card.
 
     The file appears under its name when it is complete. It is a skops file with one more member,
@@ -231,19 +273,25 @@ def save_model(path: str | os.PathLike[str], model: Pipeline, card: ModelCard) -
     OSError
         When the file cannot be written.
     """
+    whole = model_file(model, card)
+    with replacing(os.path.realpath(path)) as file:
+        file.write(whole.getbuffer())
+
+
+def model_file(model: Pipeline, card: ModelCard) -> io.BytesIO:
+    """Make what `write_model` writes."""
     import skops.io
 
     text = card.to_json()
-    buffer = io.BytesIO()
-    skops.io.dump(model, buffer)
-    with zipfile.ZipFile(buffer, "a") as archive:
+    file = io.BytesIO()
+    skops.io.dump(model, file)
+    with zipfile.ZipFile(file, "a") as archive:
         archive.writestr(CARD, text)
-    with replacing(os.path.realpath(path)) as file:
-        file.write(buffer.getbuffer())
+    return file
 
 
-def load_model(path: str | os.PathLike[str]) -> tuple[Pipeline, ModelCard]:
-    """Read a file that `save_model` wrote.
+def read_model(path: str | os.PathLike[str]) -> tuple[Pipeline, ModelCard]:
+    """Read a file that `write_model` wrote.
 
     Parameters
     ----------
@@ -272,17 +320,34 @@ def load_model(path: str | os.PathLike[str]) -> tuple[Pipeline, ModelCard]:
     with open(path, "rb") as file:
         try:
             card = _read_card(file)
+            warn_of_version(os.fspath(path), card.sklora)
+            return _read_pipeline(file, card), card
         except Refusal as error:
-            raise ValueError(f"{os.fspath(path)} is no model that sklora stored: {error}") from None
-        warn_of_version(os.fspath(path), card.sklora)
-        return _read_pipeline(file, path, card), card
+            raise ValueError(
+                f"{os.fspath(path)} is damaged, or no model that sklora stored: {error}"
+            ) from None
+
+
+def check_model_file(file: BinaryIO) -> None:
+    """Check that what `model_file` made can be read.
+
+    Raises
+    ------
+    Refusal
+        When it cannot.
+    """
+    if types := _untrusted_types(file):
+        raise _foreign(types)
+    _read_pipeline(file, _read_card(file))
 
 
 def _read_card(file: BinaryIO) -> ModelCard:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     if not file.read(4).startswith(b"PK"):
         raise Refusal("it is no zip file.")
     # Sizes are checked here, for what skops reads too.
-    archive = ZipArchive(file, os.fstat(file.fileno()).st_size)
+    archive = ZipArchive(file, size)
     for name in (CARD, SCHEMA):
         if name not in archive.members:
             raise Refusal(f"it has no {name}.")
@@ -296,7 +361,7 @@ def _read_card(file: BinaryIO) -> ModelCard:
     return ModelCard.from_json(archive.unpack(member, member.size))
 
 
-def _read_pipeline(file: BinaryIO, path: str | os.PathLike[str], card: ModelCard) -> Pipeline:
+def _read_pipeline(file: BinaryIO, card: ModelCard) -> Pipeline:
     import skops.io
     from skops.io.exceptions import UntrustedTypesFoundException
 
@@ -304,20 +369,24 @@ def _read_pipeline(file: BinaryIO, path: str | os.PathLike[str], card: ModelCard
     try:
         model = skops.io.load(file, trusted=list(TRUSTED_TYPES))
     except UntrustedTypesFoundException:
-        types = ", ".join(map(shown, _untrusted_types(file)))
-        _refuse(path, f"it holds types that are not sklora's: {types}; do not load it")
+        raise _foreign(_untrusted_types(file)) from None
     except Exception as error:  # the file may make skops and our own types raise anything
-        _refuse(path, f"skops cannot load it ({type(error).__name__}: {shown(str(error), 200)})")
+        reason = f"{type(error).__name__}: {shown(str(error), 200)}"
+        raise Refusal(f"skops cannot load it ({reason}).") from None
     try:
         is_right = _fits(model, card)
     except Exception:  # parts of a forged model may be of any type
         is_right = False
     if not is_right:
-        _refuse(path, f"its pipeline is not what {CARD} says")
+        raise Refusal(f"its pipeline is not what {CARD} says.")
     if model["features"] != "passthrough":
         model["features"].n_jobs = None  # a forged one may start any number of threads
     # Of the pipeline itself nothing but its steps is taken from the file.
     return Pipeline([*model.named_steps.items()])
+
+
+def _foreign(types: Sequence[str]) -> Refusal:
+    return Refusal(f"it holds types that are not sklora's: {', '.join(map(shown, types))}.")
 
 
 def _untrusted_types(file: BinaryIO) -> list[str]:
@@ -335,14 +404,9 @@ def _fits(model: Any, card: ModelCard) -> bool:
     if model.memory is not None or layout_of(model) != card.layout:
         return False
     features, estimator = model.named_steps.values()
-    kinds = {
-        "classification": (GLNetClassifier, MLPNetClassifier),
-        "regression": (GLNetRegressor, MLPNetRegressor),
-    }
-    known = (DenseProduct, GLEquivariantProjection, OAlign, SVDSpectrum)
-    if not isinstance(estimator, kinds[card.task]):
+    if not isinstance(estimator, NETS[card.task]):
         return False
-    if features != "passthrough" and not isinstance(features, known):
+    if features != "passthrough" and not isinstance(features, FEATURIZERS):
         return False
     if card.classes is not None:
         # As a list, an array of empty texts can take far more memory than its file.
@@ -378,7 +442,3 @@ def _answers(model: Pipeline, card: ModelCard) -> bool:
         return bool(is_right and np.isfinite(predicted).all())
     shares = trial.predict_proba(X)
     return bool(predicted.size == n_values and shares.size == len(card.classes or card.targets))
-
-
-def _refuse(path: str | os.PathLike[str], reason: str) -> NoReturn:
-    raise ValueError(f"{os.fspath(path)} is damaged, or no model that sklora stored: {reason}.")

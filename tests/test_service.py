@@ -282,7 +282,7 @@ import os, resource, signal, sys
 import numpy as np
 import skops.io, skorch
 from sklora import LoRACollection, make_architecture
-from sklora._saved import ModelCard, save_model
+from sklora._saved import ModelCard, write_model
 from sklora.io import write_adapter
 from sklora.io._plan import ReadOptions
 
@@ -312,7 +312,7 @@ def save(how, kind, path):
         elif kind == "adapter":
             write_adapter(path, factors)
         else:
-            save_model(path, model, card)
+            write_model(path, model, card)
     except OSError:
         os._exit(7)
     os._exit(0)

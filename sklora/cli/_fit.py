@@ -9,11 +9,17 @@ from typing import Any
 from sklearn.pipeline import Pipeline
 
 from sklora._files import check_place
-from sklora._saved import ModelCard, check_skops, layout_of, save_model
+from sklora._saved import (
+    ModelCard,
+    check_skops,
+    columns_of,
+    layout_of,
+    optional_parts,
+    write_model,
+)
 from sklora._untrusted import counted
 from sklora.architectures import ARCHITECTURES, set_both
-from sklora.cli._output import OK, CommandError, few, say
-from sklora.cli._predictions import columns_of
+from sklora.cli._output import OK, CommandError, say
 from sklora.cli._reading import check_device
 from sklora.cli._scoring import (
     Evaluation,
@@ -23,7 +29,7 @@ from sklora.cli._scoring import (
     new_model,
     show_scores,
 )
-from sklora.cli._zoo import LabelledZoo, labelled_zoo, optional_parts
+from sklora.cli._zoo import LabelledZoo, labelled_zoo
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         n_adapters=len(zoo.loras),
         scores=scores,
     )
-    save_model(args.output, model, card)
+    write_model(args.output, model, card)
     say(f"{args.output} holds the model")
     return OK
 
@@ -96,13 +102,10 @@ def check_output(path: str) -> None:
 
 def _check_columns(zoo: LabelledZoo) -> None:
     """Check that the columns that `predict` will write have different names."""
-    columns = columns_of(zoo.targets.task, zoo.targets.names, zoo.targets.classes)
-    twice = sorted({column for column in columns if columns.count(column) > 1})
-    if twice:
-        raise CommandError(
-            f"predict would write two columns {few(map(repr, twice))}; rename that "
-            "target, or give it once."
-        )
+    try:
+        columns_of(zoo.targets.task, zoo.targets.names, zoo.targets.classes)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
 
 
 def _evaluated(

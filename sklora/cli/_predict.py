@@ -11,7 +11,7 @@ import sklearn
 from sklearn.pipeline import Pipeline
 
 from sklora._progress import track
-from sklora._saved import ModelCard, load_model
+from sklora._saved import ModelCard, read_model
 from sklora.architectures import set_both
 from sklora.cli._output import FAILED, OK, CommandError, say, with_options
 from sklora.cli._predictions import Prediction, csv_writer, end_json, json_writer
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _load(path: str, device: str) -> tuple[Pipeline, ModelCard]:
     try:
-        model, card = load_model(path)
+        model, card = read_model(path)
     except OSError as error:
         raise CommandError(f"{path}: {error.strerror}.") from None
     except (ValueError, ModuleNotFoundError) as error:

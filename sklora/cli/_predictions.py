@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any
 
-from sklora._saved import ModelCard
+from sklora._saved import ModelCard, columns_of
 from sklora.cli._output import printable, result
 
 Value = str | int | float
@@ -36,16 +36,6 @@ class Prediction:
     error: str | None = None
     values: tuple[Value, ...] = ()
     probabilities: tuple[float, ...] = ()
-
-
-def columns_of(task: str, targets: Sequence[str], classes: Sequence[str | int] | None) -> list[str]:
-    """Name the columns of the predictions of a model."""
-    if task == "regression":
-        return ["path", *targets, "error"]
-    if classes is not None:
-        return ["path", "prediction", *(f"{name}:probability" for name in classes), "error"]
-    labels = [column for name in targets for column in (name, f"{name}:probability")]
-    return ["path", *labels, "error"]
 
 
 def csv_writer(card: ModelCard) -> Callable[[Sequence[Prediction]], None]:

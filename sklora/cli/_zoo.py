@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sklora._modules import side_slices
 from sklora._progress import track
 from sklora._stores import available_memory
 from sklora._untrusted import counted
@@ -157,13 +156,3 @@ def _in_memory(loras: LoRACollection) -> LoRACollection:
             errors.append(error)
     refuse(errors)
     return LoRACollection.from_array(flat, loras.layout, ranks=loras.ranks, ids=loras.ids)
-
-
-def optional_parts(loras: LoRACollection) -> tuple[str, ...]:
-    """Name the modules and side features that some of the adapters lack."""
-    layout = loras.layout
-    lacking = (loras.ranks == 0).any(axis=0)
-    names = [name for name, lacks in zip(layout.names, lacking, strict=True) if lacks]
-    sides = side_slices(layout.side, layout.side_slice.start)
-    names += [name for name, place in sides.items() if not loras[:, place].any(axis=1).all()]
-    return tuple(names)

@@ -8,10 +8,10 @@ import pytest
 import skops.io
 
 from sklora import TRUSTED_TYPES, LoRACollection
-from sklora._saved import load_model
+from sklora._saved import optional_parts, read_model
 from sklora.cli._fit import _say_epochs
 from sklora.cli._scoring import make_folds
-from sklora.cli._zoo import _in_memory, labelled_zoo, optional_parts
+from sklora.cli._zoo import _in_memory, labelled_zoo
 from sklora.io import read_adapters, write_adapter
 from tests.cli.conftest import make_zoo
 
@@ -59,7 +59,7 @@ class TestModel:
         ],
     )
     def test_card(self, models, name, task, targets, classes):
-        model, card = load_model(models[name])
+        model, card = read_model(models[name])
         assert (card.task, card.targets, card.classes) == (task, targets, classes)
         assert (card.architecture, card.n_adapters, card.scores) == ("svd", 40, None)
         assert card.layout == model["features"].layout_
@@ -70,11 +70,11 @@ class TestModel:
         weights = []
         for _ in range(2):
             assert fit(zoo, "--seed", "3").code == 0
-            weights.append(load_model(tmp_path / "model.skops")[0]["model"].weights_)
+            weights.append(read_model(tmp_path / "model.skops")[0]["model"].weights_)
         for name, array in weights[0].items():
             np.testing.assert_array_equal(array, weights[1][name])
         assert fit(zoo, "--seed", "4").code == 0
-        others = load_model(tmp_path / "model.skops")[0]["model"].weights_
+        others = read_model(tmp_path / "model.skops")[0]["model"].weights_
         assert not all(np.array_equal(array, others[name]) for name, array in weights[0].items())
 
     def test_says_which_epoch_was_the_best(self, fit, zoo, tmp_path):
@@ -82,7 +82,7 @@ class TestModel:
         err = fit(make_zoo(tmp_path / "more", 200)).err
         assert "sklora: training svd on all adapters\n" in err
         assert err.endswith(f"sklora: {tmp_path}/model.skops holds the model\n")
-        history = load_model(tmp_path / "model.skops")[0]["model"].history_
+        history = read_model(tmp_path / "model.skops")[0]["model"].history_
         losses = [epoch["valid_loss"] for epoch in history]
         assert f"trained {len(losses)} epochs; " in err
         assert f" was lowest after epoch {np.argmin(losses) + 1}\n" in err
@@ -96,7 +96,7 @@ class TestModel:
 
     def test_options_of_reading_are_kept(self, fit, zoo, tmp_path):
         assert fit(zoo, "--names", "raw", "--scale", "2").code == 0
-        _, card = load_model(tmp_path / "model.skops")
+        _, card = read_model(tmp_path / "model.skops")
         assert (card.reading.names, card.reading.scale) == ("raw", 2.0)
         assert card.layout.names[0].startswith("base_model.model.")
 
@@ -104,7 +104,7 @@ class TestModel:
 class TestScores:
     def test_one_architecture(self, fit, zoo, tmp_path):
         code, out, err = fit(zoo, "--folds", "2")
-        _, card = load_model(tmp_path / "model.skops")
+        _, card = read_model(tmp_path / "model.skops")
         assert code == 0
         header, svd, constant = (line.split() for line in out.splitlines())
         assert header == ["architecture", "accuracy", "spread", "fit", "time"]
@@ -119,7 +119,7 @@ class TestScores:
 
     def test_auto_takes_the_best(self, fit, zoo, tmp_path):
         code, out, _ = fit(zoo, "--folds", "2", "--architecture", "auto", target="loss")
-        _, card = load_model(tmp_path / "model.skops")
+        _, card = read_model(tmp_path / "model.skops")
         means = {name: np.mean(scores) for name, scores in card.scores["scores"].items()}
         assert code == 0
         assert len(out.splitlines()) == 7
@@ -130,7 +130,7 @@ class TestScores:
     def test_auto_takes_the_best_by_any_score(self, fit, zoo, tmp_path):
         options = ("--folds", "2", "--architecture", "auto", "--scoring", "neg_log_loss")
         assert fit(zoo, *options, target="big").code == 0
-        _, card = load_model(tmp_path / "model.skops")
+        _, card = read_model(tmp_path / "model.skops")
         means = {name: np.mean(scores) for name, scores in card.scores["scores"].items()}
         assert card.architecture == max(means, key=means.get)
         assert max(means.values()) < 0
@@ -148,14 +148,14 @@ class TestScores:
 
     def test_groups(self, fit, zoo, tmp_path):
         assert fit(zoo, "--folds", "2", "--groups", "run").code == 0
-        assert load_model(tmp_path / "model.skops")[1].scores["grouped"]
+        assert read_model(tmp_path / "model.skops")[1].scores["grouped"]
 
     def test_many_labels(self, fit, zoo, tmp_path):
         code, _, err = fit(zoo, "--folds", "2", "--target", "big", target="tiny")
         assert code == 0
         what = "predicts tiny, big: classification, 2 labels (--task says otherwise)"
         assert f"sklora: {what}\n" in err
-        assert load_model(tmp_path / "model.skops")[1].scores["constant"] == 0.5
+        assert read_model(tmp_path / "model.skops")[1].scores["constant"] == 0.5
 
     def test_rare_class(self, fit, zoo, tmp_path, write_csv):
         rows = [(f"a{number:02}", "abc"[(number > 5) + (number > 20)]) for number in range(20)]
@@ -275,7 +275,7 @@ class TestIds:
         rows = [(id, "xy"[n % 2]) for n, id in enumerate(X.ids)]
         labels = write_csv(tmp_path / "l.csv", ("path", "style"), rows)
         assert fit(tmp_path / "zoo.safetensors", labels=labels).code == 0
-        assert load_model(tmp_path / "model.skops")[1].layout == X.layout
+        assert read_model(tmp_path / "model.skops")[1].layout == X.layout
         code, _, err = fit([str(zoo), str(tmp_path / "zoo.safetensors")], labels=labels)
         assert code == 2
         assert f"{tmp_path}/zoo.safetensors is a packed zoo, which goes alone" in err
@@ -446,7 +446,7 @@ class TestRefused:
         assert "'base1'" in err
         assert "--allow-other-base-model" in err
         assert fit(tmp_path / "zoo", "--allow-other-base-model", labels=labels).code == 0
-        assert load_model(tmp_path / "model.skops")[1].layout.base_model is None
+        assert read_model(tmp_path / "model.skops")[1].layout.base_model is None
 
     def test_without_skops(self, fit, zoo, monkeypatch):
         monkeypatch.setitem(sys.modules, "skops.io", None)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sklearn
 
-from sklora._saved import load_model
+from sklora._saved import read_model
 from sklora.cli._predict import predict
 from sklora.cli._reading import OneByOne
 from sklora.estimators._base import BaseNetEstimator
@@ -32,7 +32,7 @@ class TestCsv:
         code, out, err = run("predict", models["style"], zoo)
         rows = rows_of(out)
         X = read_adapters(zoo)
-        model, _ = load_model(models["style"])
+        model, _ = read_model(models["style"])
         assert (code, err) == (0, "")
         assert list(rows[0]) == [
             "path", "prediction", "large:probability", "small:probability", "error",
@@ -120,7 +120,7 @@ def test_predictions_come_as_they_are_made(run, models, zoo, monkeypatch, form):
 
 @pytest.mark.parametrize("name", ["style", "labels", "loss"])
 def test_answers_are_the_models_at_one_pass_of_the_network(models, zoo, monkeypatch, name):
-    (model, _), X = load_model(models[name]), read_adapters(zoo)
+    (model, _), X = read_model(models[name]), read_adapters(zoo)
     expected = [model.predict(X).reshape(len(X), -1).tolist(), [[]] * len(X)]
     if name != "loss":
         expected[1] = model.predict_proba(X).tolist()
@@ -412,7 +412,7 @@ class TestOptions:
         (tmp_path / "m.skops").write_text("nothing")
         code, out, err = run("predict", tmp_path / "m.skops", zoo)
         assert (code, out) == (2, "")
-        assert "is no model that sklora stored" in err
+        assert "no model that sklora stored" in err
 
     def test_other_version_warns(self, run, models, zoo, monkeypatch):
         monkeypatch.setattr("sklora.__version__", "9.9.9")

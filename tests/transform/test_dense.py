@@ -13,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.svm import SVR
 
 from sklora import TRUSTED_TYPES, LoRACollection, make_architecture
-from sklora._saved import ModelCard, load_model, save_model
+from sklora._saved import ModelCard, read_model, write_model
 from sklora.io._plan import ReadOptions
 from sklora.testing import apply_gauge, assert_gauge_invariant
 from sklora.transform import DenseProduct
@@ -269,8 +269,8 @@ class TestGram:
         model = make_architecture("dense", random_state=0, device="cpu")
         model.set_params(features__method="gram", model__max_epochs=1).fit(X, np.arange(9) % 2)
         card = ModelCard("classification", ("y",), (0, 1), "dense", X.layout, (), ReadOptions(), 9)
-        save_model(tmp_path / "m.skops", model, card)
-        loaded, _ = load_model(tmp_path / "m.skops")
+        write_model(tmp_path / "m.skops", model, card)
+        loaded, _ = read_model(tmp_path / "m.skops")
         np.testing.assert_array_equal(loaded.predict_proba(X), model.predict_proba(X))
 
 
