@@ -379,8 +379,6 @@ def _read_pipeline(file: BinaryIO, card: ModelCard) -> Pipeline:
         is_right = False
     if not is_right:
         raise Refusal(f"its pipeline is not what {CARD} says.")
-    if model["features"] != "passthrough":
-        model["features"].n_jobs = None  # a forged one may start any number of threads
     # Of the pipeline itself nothing but its steps is taken from the file.
     return Pipeline([*model.named_steps.items()])
 
@@ -398,7 +396,7 @@ def _untrusted_types(file: BinaryIO) -> list[str]:
 
 
 def _fits(model: Any, card: ModelCard) -> bool:
-    """Tell whether a model is what its card says."""
+    """Tell whether a model is what its card says; it is left without `n_jobs`."""
     if not isinstance(model, Pipeline) or [*model.named_steps] != ["features", "model"]:
         return False
     if model.memory is not None or layout_of(model) != card.layout:
@@ -406,8 +404,10 @@ def _fits(model: Any, card: ModelCard) -> bool:
     features, estimator = model.named_steps.values()
     if not isinstance(estimator, NETS[card.task]):
         return False
-    if features != "passthrough" and not isinstance(features, FEATURIZERS):
-        return False
+    if features != "passthrough":
+        if not isinstance(features, FEATURIZERS):
+            return False
+        features.n_jobs = None  # a forged one may start any number of threads, or never end
     if card.classes is not None:
         # As a list, an array of empty texts can take far more memory than its file.
         classes = estimator.classes_
