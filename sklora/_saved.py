@@ -408,11 +408,13 @@ def _fits(model: Any, card: ModelCard) -> bool:
         if not isinstance(features, FEATURIZERS):
             return False
         features.n_jobs = None  # a forged one may start any number of threads, or never end
-    if card.classes is not None:
-        # As a list, an array of empty texts can take far more memory than its file.
-        classes = estimator.classes_
-        if len(classes) != len(card.classes) or classes.tolist() != list(card.classes):
-            return False
+    # As a list, an array without bytes can take far more memory than its file.
+    held = [*vars(estimator).values(), *getattr(features, "__dict__", {}).values()]
+    arrays = [value for value in held if isinstance(value, np.ndarray)]
+    if any(max(array.shape, default=0) > array.nbytes for array in arrays):
+        return False
+    if card.classes is not None and estimator.classes_.tolist() != list(card.classes):
+        return False
     return _has_weights_for(estimator) and _answers(model, card)
 
 

@@ -228,10 +228,20 @@ class TestHostile:
         )
         assert "'SparseMatrixNode'" in self.forge(good, node, s=b"")
 
-    def test_classes_that_are_endless_empty_texts(self, tmp_path, make_model):
+    @pytest.mark.timeout(60)
+    @pytest.mark.parametrize(
+        ("step", "name", "value"),
+        [
+            ("model", "classes_", np.empty(2**36, "V0")),
+            ("model", "classes_", np.empty((3, 2**28, 0))),
+            ("features", "n_values_", np.empty(2**28, "V0")),
+        ],
+        ids=["texts", "lists", "counts"],
+    )
+    def test_arrays_without_bytes(self, tmp_path, make_model, step, name, value):
         model = make_model()
         card = card_of(model)
-        model["model"].classes_ = np.empty(2**36, "V0")
+        setattr(model[step], name, value)
         write_model(tmp_path / "m.skops", model, card)
         assert "its pipeline is not what" in self.refusal(tmp_path / "m.skops")
 
