@@ -7,6 +7,7 @@ import io
 import json
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO
@@ -146,6 +147,10 @@ class ModelCard:
         if not isinstance(layout, dict) or not isinstance(reading, dict):
             raise Refusal(f"{CARD} has no layout, or does not say how adapters are read.")
         plain = {name: _frozen(card[name]) for name in _PLAIN}
+        try:
+            columns_of(plain["task"], plain["targets"], plain["classes"])
+        except ValueError as error:
+            raise Refusal(f"{CARD} has columns of one name: {shown(str(error), 200)}") from None
         return cls(**plain, layout=_layout(layout), reading=_reading(reading))
 
 
@@ -243,7 +248,7 @@ def columns_of(task: str, targets: Sequence[str], classes: Sequence[str | int] |
     else:
         inner = [column for name in targets for column in (name, f"{name}:probability")]
     columns = ["path", *inner, "error"]
-    twice = sorted({column for column in columns if columns.count(column) > 1})
+    twice = sorted(column for column, count in Counter(columns).items() if count > 1)
     if twice:
         raise ValueError(
             f"predict would write two columns {', '.join(map(repr, twice[:3]))}; rename that "
@@ -342,6 +347,8 @@ def check_model_file(file: BinaryIO) -> None:
 
 
 def _read_card(file: BinaryIO) -> ModelCard:
+    if not file.seekable():
+        raise Refusal("it is a pipe; name a file.")
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if not file.read(4).startswith(b"PK"):

@@ -360,6 +360,12 @@ class TestHostile:
         write_zip(good, {**members, CARD: json.dumps(card)})
         assert "its pipeline is not what" in self.refusal(good)
 
+    def test_columns_of_one_name(self, tmp_path, make_model):
+        """One of them would be lost in JSON."""
+        model = make_model(kind="two numbers")
+        write_model(tmp_path / "m.skops", model, card_of(model, "two numbers", targets=("a", "a")))
+        assert "two columns 'a'" in self.refusal(tmp_path / "m.skops")
+
     def test_card_of_another_version(self, good):
         members = members_of(good)
         write_zip(good, {**members, CARD: json.dumps({**json.loads(members[CARD]), "version": 2})})

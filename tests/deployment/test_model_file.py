@@ -18,7 +18,7 @@ from sklora import (
     make_architecture,
 )
 from sklora.__main__ import main
-from sklora._saved import read_model
+from sklora._saved import columns_of, read_model
 from sklora.deployment import load_model, save_model
 from sklora.estimators import MLPNetRegressor
 from sklora.io import read_adapters, write_adapter
@@ -165,6 +165,10 @@ class TestRefuses:
         message = self.refusal(fitted(X, "svd", "two numbers"), path, X, targets)
         assert f"two columns '{targets[0]}'" in message
 
+    @pytest.mark.timeout(60)
+    def test_very_many_columns(self):
+        assert len(columns_of("regression", [*map(str, range(10**6))], None)) == 10**6 + 2
+
     @pytest.mark.parametrize("classes", [[False, True], [1.0, 2.0]])
     def test_classes_that_json_does_not_tell_apart(self, X, path, classes):
         model = make_architecture("svd", device="cpu").set_params(model__max_epochs=1)
@@ -218,3 +222,10 @@ class TestLoadRefuses:
     def test_no_file(self, path):
         with pytest.raises(FileNotFoundError):
             load_model(path)
+
+    def test_pipe(self):
+        reader, writer = os.pipe()
+        os.close(writer)
+        with pytest.raises(ValueError, match="it is a pipe; name a file"):
+            load_model(f"/dev/fd/{reader}")
+        os.close(reader)
