@@ -106,7 +106,8 @@ def save_model(
     except Refusal as error:
         raise ValueError(
             f"model has no place in a model file: {error} Leave out what is not sklora's, such as "
-            "callbacks, by set_params, or store the pipeline with skops.io.dump."
+            "callbacks, a RandomState or a torch.device, by set_params, or store the pipeline with "
+            "skops.io.dump."
         ) from None
     with replacing(os.path.realpath(place)) as file:
         file.write(whole.getbuffer())
@@ -224,7 +225,8 @@ def _classes(estimator: Any) -> tuple[str | int, ...] | None:
     if estimator.multilabel_:
         return None
     classes = estimator.classes_.tolist()
-    if {type(one) for one in classes} not in ({str}, {int}):
+    # Those of a pandas Series may be of NumPy's own type of text.
+    if {str if isinstance(one, str) else type(one) for one in classes} not in ({str}, {int}):
         raise ValueError(
             f"model has the classes {shown(classes)}, but a model file holds integers or text; fit "
             "it on such."

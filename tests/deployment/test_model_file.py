@@ -1,8 +1,10 @@
 import os
+import sys
 
 import numpy as np
 import pytest
 import skops.io
+import torch
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV
@@ -52,6 +54,7 @@ class TestSaveAndLoad:
         card = read_model(path)[1]
         assert card.architecture == architecture
         assert card.task == TARGETS[kind][0]
+        assert card.targets == tuple(np.atleast_1d(names_for(kind)))
         assert card.layout == X.layout
         assert card.n_adapters == 12
 
@@ -81,6 +84,22 @@ class TestSaveAndLoad:
         assert loaded["features"].n_jobs is None
         assert loaded.memory is None
         assert_same_answers(loaded, model, X)
+
+    def test_classes_of_numpys_type_of_text(self, X, path):
+        """As `pandas.Series` of a list of them has them."""
+        classes = np.array([np.str_("a"), np.str_("b")], dtype=object)
+        model = make_architecture("svd", device="cpu").set_params(model__max_epochs=1)
+        model.fit(X, classes[np.arange(12) % 2])
+        assert type(model.classes_[0]) is np.str_
+        save_model(model, path, X, targets="kind")
+        assert_same_answers(load_model(path), model, X)
+        assert read_model(path)[1].classes == ("a", "b")
+
+    def test_link_stays_a_link(self, X, path):
+        path.symlink_to("other.skops")
+        save_model(fitted(X), path, X, targets="kind")
+        assert path.is_symlink()
+        load_model(path.parent / "other.skops")
 
     def test_which_modules_an_adapter_may_lack(self, rng, path):
         pairs = [(rng.normal(size=(4, 2)), rng.normal(size=(3, 2))) for _ in range(12)]
@@ -179,7 +198,7 @@ class TestRefuses:
 
     def test_adapters_of_other_modules(self, X, path, rng, random_loras):
         other = random_loras(rng, 12, shapes=[(3, 2)])
-        self.refusal(fitted(X), path, other)
+        assert "(3, 2), but (" in self.refusal(fitted(X), path, other)
         assert "pass the LoRACollection" in self.refusal(fitted(X), path, X.read())
 
     def test_a_model_of_plain_rows(self, X, path, rng):
@@ -192,6 +211,24 @@ class TestRefuses:
         message = self.refusal(model, path, X)
         assert message.startswith("model has no place in a model file: it holds types that are not")
         assert "skorch.callbacks.scoring.EpochScoring" in message
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("random_state", np.random.RandomState(0)), ("device", torch.device("cpu"))],
+    )
+    def test_parameters_that_are_objects(self, X, path, name, value):
+        model = fitted(X).set_params(**{f"model__{name}": value})
+        assert "a RandomState or a torch.device, by set_params" in self.refusal(model, path, X)
+
+    def test_a_model_that_does_not_answer(self, X, path):
+        model = fitted(X)
+        model["model"].weights_ = {}
+        assert "its pipeline is not what" in self.refusal(model, path, X)
+
+    def test_without_skops(self, X, path, monkeypatch):
+        model = fitted(X)
+        monkeypatch.setitem(sys.modules, "skops.io", None)
+        assert "sklora[secure]" in self.refusal(model, path, X, kind=ModuleNotFoundError)
 
     def test_a_folder(self, X, tmp_path):
         assert "is a folder" in self.refusal(fitted(X), tmp_path, X)
