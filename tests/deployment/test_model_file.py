@@ -43,8 +43,11 @@ def names_for(kind):
 
 
 class TestSaveAndLoad:
-    @pytest.mark.parametrize("kind", TARGETS)
-    @pytest.mark.parametrize("architecture", ARCHITECTURES)
+    @pytest.mark.parametrize(
+        ("architecture", "kind"),
+        [(name, "multiclass") for name in ARCHITECTURES if name != "svd"]
+        + [("svd", kind) for kind in TARGETS],
+    )
     def test_answers_are_those_of_the_model(self, X, path, architecture, kind):
         model = fitted(X, architecture, kind)
         save_model(model, path, X, targets=names_for(kind))
