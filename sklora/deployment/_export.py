@@ -124,7 +124,7 @@ def program_inputs(estimator: GLNetEstimator, X: LoRACollection | ArrayLike) -> 
     layout = loras.layout
     if not layout.has_plain_rows:  # whose rank is 1
         layout = layout.with_ranks([max(layout.ranks)] * layout.n_modules)
-    flat = loras.with_layout(layout).read().astype(np.float64)
+    flat = loras.with_layout(layout).read(copy=False).astype(np.float64)
     factors = {
         name: tuple(map(torch.from_numpy, layout._factors_at(flat, place)))
         for place, name in enumerate(layout.names)

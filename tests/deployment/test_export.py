@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import dataclass
 from typing import Any
 
@@ -263,6 +264,18 @@ class TestProgram:
             program_inputs(GLNetClassifier(), exported.zoo([[1]]))
         with pytest.raises(ValueError, match="module"):
             program_inputs(exported.estimator, LoRACollection.from_factors([{"q": ([[1]], [[1]])}]))
+
+    def test_inputs_are_copied_once(self):
+        layout = LoRALayout([("q", 500, 500, 4)])
+        X = LoRACollection.from_array(np.ones((50, layout.width)), layout)
+        model = GLNetRegressor(max_epochs=1, device="cpu").fit(X[:5], np.arange(5.0))
+        tracemalloc.start()
+        try:
+            program_inputs(model, X)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 1.5 * 8 * len(X) * layout.width
 
     def test_one_rank_serves_all_modules(self):
         layout = LoRALayout([("q", 3, 2, 1), ("v", 4, 2, 2)])
