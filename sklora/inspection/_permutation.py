@@ -11,7 +11,6 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import check_scoring
 from sklearn.utils import Bunch, check_consistent_length, check_random_state, check_scalar
 from sklearn.utils.parallel import Parallel, delayed
-from sklearn.utils.validation import check_is_fitted
 
 from sklora._base import check_option
 from sklora._modules import side_slices
@@ -121,7 +120,6 @@ def module_importance(
         )
     if len(X) < 2:
         raise ValueError(f"{len(X)} adapters cannot be permuted; pass at least 2.")
-    check_is_fitted(estimator)
     check_consistent_length(X, y)
     scorer = check_scoring(estimator, scoring=scoring)
     baseline = scorer(estimator, X, y)

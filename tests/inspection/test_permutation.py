@@ -1,4 +1,5 @@
 import pickle
+import threading
 
 import joblib
 import numpy as np
@@ -223,6 +224,19 @@ class TestImportance:
         result = module_importance(model, *zoo, n_repeats=2, random_state=0)
         assert result.importances_mean.argmax() == PLANTED
 
+    def test_a_rule_that_is_never_fitted(self, zoo):
+        class Rule(BaseEstimator):
+            def fit(self, X, y=None):
+                return self
+
+            def predict(self, X):
+                return np.array([np.linalg.norm(adapter[NAMES[PLANTED]][0], 2) for adapter in X])
+
+        pair = zoo[0][:2], zoo[1][:2]
+        result = module_importance(Rule(), *pair, scoring="r2", n_repeats=9, random_state=0)
+        assert result.importances_mean[PLANTED] > 0
+        assert not np.delete(result.importances, PLANTED, axis=0).any()
+
     def test_network(self, zoo):
         X, y = zoo
         net = MLPNetRegressor(max_epochs=2, random_state=0).fit(X, y)
@@ -260,14 +274,16 @@ class TestImportance:
         with sklearn.config_context(transform_output="pandas", working_memory=0.25), threads:
             # Of names of columns that are not those of the fit, scikit-learn would warn.
             model = make_pipeline(SVDSpectrum(), RidgeCV()).fit(X, y)
-            memory = []
+            memory, workers = [], set()
 
             def scorer(*arguments):
+                workers.add(threading.get_ident())
                 memory.append(sklearn.get_config()["working_memory"])
                 return r2_score(y, model.predict(arguments[1]))
 
             module_importance(model, X, y, scoring=scorer, n_repeats=1, n_jobs=2)
         assert set(memory) == {0.25}
+        assert workers - {threading.get_ident()}
 
     def test_refused(self, zoo, model):
         X, y = zoo
@@ -285,6 +301,6 @@ class TestImportance:
         with pytest.raises(ValueError, match="1 adapters cannot be permuted"):
             module_importance(model, X[:1], y[:1])
         with pytest.raises(ValueError, match="inconsistent"):
-            module_importance(model, X, y[1:])
+            module_importance(model, X, y[:1], scoring=lambda *_: 1.0)
         with pytest.raises(NotFittedError):
             module_importance(MLPNetRegressor(), X, y)
