@@ -36,8 +36,8 @@ def has_loop(fine: NDArray[Any]) -> bool:
 
 def n_holes(fine: NDArray[Any], level: float) -> int:
     """Number of pieces of background that ink of more than this level encloses."""
-    pieces, n_pieces = ndimage.label(fine <= level)
-    sizes = np.bincount(pieces.ravel(), minlength=n_pieces + 1)
+    pieces, _ = ndimage.label(fine <= level)
+    sizes = np.bincount(pieces.ravel())
     sizes[[0, pieces[0, 0]]] = 0  # the ink, and the background at the image's edge
     return int((sizes >= SMALLEST_HOLE).sum())
 
