@@ -1,9 +1,10 @@
 """Zoos are trained in parts, kept, gone on with, and never trusted when they were changed."""
 
 import inspect
+import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -54,6 +55,12 @@ class Parabola:
         return flat.astype(np.float32), {"row": rows, "is_odd": rows % 2 == 1}
 
 
+class Processes(Parabola):
+    def train_part(self, base, part):
+        flat, labels = super().train_part(base, part)
+        return flat, labels | {"process": np.full(len(flat), os.getpid())}
+
+
 class Elsewhere(Parabola):
     """On another machine, where the base network comes out a little different."""
 
@@ -83,7 +90,15 @@ class TestTrainZoo:
 
     def test_processes_make_no_difference(self):
         with parallel_config(backend="loky"):
-            check(train_zoo(Parabola(), n_jobs=2))
+            zoo = train_zoo(Processes(), n_jobs=2)
+        check(zoo)
+        assert os.getpid() not in zoo.labels["process"]
+
+    def test_progress_is_that_of_the_adapters(self, monkeypatch):
+        done = []
+        monkeypatch.setattr(_zoos, "progress", lambda *_: nullcontext(done.append))
+        train_zoo(Parabola())
+        assert done == [3, 2, 2]
 
 
 class TestFetchZoo:
@@ -95,6 +110,13 @@ class TestFetchZoo:
         check(self.fetch(tmp_path, recipe))
         assert recipe.calls == ["base", 0, 1, 2]
         check(self.fetch(tmp_path, None, train_if_missing=False))
+
+    def test_folders_keep_their_names(self, tmp_path, monkeypatch):
+        """Under another name, what was trained for hours would be trained anew."""
+        monkeypatch.setattr(_zoos, "RECIPES_VERSION", 1)
+        self.fetch(tmp_path, Parabola())
+        settings = json.loads((tmp_path / "squares-e72571210c5b/settings.json").read_bytes())
+        assert settings == {"recipes_version": 1, **SETTINGS}
 
     def test_leaves_the_whole_zoo_alone(self, tmp_path):
         self.fetch(tmp_path, Parabola())
@@ -173,14 +195,15 @@ class TestFetchZoo:
         check(self.fetch(tmp_path, recipe))
         assert recipe.calls == [0, 1, 2]
 
-    @pytest.mark.parametrize("name", [_zoos.WEIGHTS, _zoos.LABELS, _zoos.BASE])
+    @pytest.mark.parametrize("name", [*_zoos.WHOLE, f"{_zoos.BASE}.sha256"])
     def test_a_changed_file_is_never_used(self, tmp_path, name):
         self.fetch(tmp_path, Parabola())
         (path,) = tmp_path.glob(f"*/{name}")
         content = bytearray(path.read_bytes())
-        content[-1] ^= 1
+        content[0] ^= 0x80
         path.write_bytes(content)
-        with pytest.warns(UserWarning, match=rf"{name}.*is not as it was written"):
+        file = name.removesuffix(".sha256")
+        with pytest.warns(UserWarning, match=rf"{file}.*is not as it was written"):
             zoo = self.fetch(tmp_path, Parabola())
         check(zoo)
 

@@ -1,3 +1,5 @@
+import sys
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -62,6 +64,8 @@ def test_error_bars_are_standard_deviations(rng):
     segments = display.bars_.errorbar[2][0].get_segments()
     spreads = [np.ptp(segment[:, 0]) / 2 for segment in segments]
     np.testing.assert_allclose(spreads, importances.std(axis=1))
+    assert [line.get_xdata() for line in display.ax_.lines] == [[0, 0]]
+    assert display.ax_.get_xlabel() == "decrease of the score"
 
 
 @pytest.mark.parametrize("n_modules", [1, 12, 40, 700])
@@ -70,6 +74,7 @@ def test_the_most_important_modules_have_labels_that_fit(n_modules, rng, overlap
     importances = rng.normal(size=(n_modules, 2))
     display = ModuleImportanceDisplay(importances=importances, names=names).plot()
     assert overlapping(display.figure_) == []
+    assert display.figure_.get_figheight() <= 8
     assert names[importances.mean(axis=1).argmax()].endswith(
         tuple(label for label in labels(display))
     )
@@ -103,6 +108,12 @@ def test_lists():
     display = ModuleImportanceDisplay(importances=[[1.0, 3.0]], names=["a"])
     [bar] = display.plot(bar_kw={"color": "red"}).bars_
     assert (bar.get_width(), bar.get_facecolor()) == (2, (1, 0, 0, 1))
+
+
+def test_without_matplotlib_nothing_is_computed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"^ModuleImportanceDisplay\.from_estimator requires"):
+        ModuleImportanceDisplay.from_estimator(None, None, None)
 
 
 def test_refused():
