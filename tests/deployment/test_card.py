@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import skops.io
@@ -47,7 +48,9 @@ class TestModelCard:
         return search.fit(zoo, targets("binary", 30), groups=np.arange(30) // 3)
 
     def test_search_over_the_grid(self, search, zoo, tmp_path):
+        figures = plt.get_fignums()
         card = model_card(search, tmp_path / "scores.png", targets=["style"])
+        assert plt.get_fignums() == figures
         card.save(tmp_path / "README.md")
         text = (tmp_path / "README.md").read_text()
         assert "A classification model for LoRA adapters, which predicts 'style'" in text
@@ -55,6 +58,8 @@ class TestModelCard:
         assert "5 modules, and 3 columns of side features" in text
         assert "3 folds, `cv=GroupKFold(n_splits=3" in text
         assert "![Comparison](scores.png)" in text
+        assert "\n### Scores\n" in text
+        assert "Model Plot" not in text
         assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
         modules = zip(*card.select("Modules").table.values(), strict=True)
         assert [*modules] == [*zoo.layout.modules]
@@ -85,7 +90,7 @@ class TestModelCard:
             GLNetClassifier(max_epochs=1, device="cpu"),
             Pipeline([("features", architecture_grid()[-1]["features"][0]), ("m", Ridge())]),
             make_pipeline(
-                FeatureUnion([("pca", PCA(2)), ("svd", SVDSpectrum(device="cpu"))]),
+                FeatureUnion([("pca", make_pipeline(PCA(2))), ("svd", SVDSpectrum(device="cpu"))]),
                 MLPNetClassifier(max_epochs=1, device="cpu"),
             ),
         ],
@@ -99,6 +104,7 @@ class TestModelCard:
         search = GridSearchCV(model, {}, cv=2).fit(zoo, y)
         text = model_card(search, tmp_path / "scores.png").render()
         assert "Other modules of an adapter are not read" in text
+        assert "Classes: '" not in text  # but 0 and 1
         for name, adapter in zip("ab", zoo, strict=False):
             factors = {**adapter, "another.to_q": (np.ones((3, 1)), np.ones((2, 1)))}
             write_adapter(tmp_path / "adapters" / name, factors, base_model="tiny")
@@ -123,13 +129,13 @@ class TestModelCard:
 
     def test_labels_of_an_estimator_of_scikit_learn(self, zoo, tmp_path):
         model = make_pipeline(SVDSpectrum(device="cpu"), DecisionTreeClassifier())
-        search = GridSearchCV(model, {}, cv=2).fit(zoo, targets("multilabel", 30))
-        text = model_card(search, tmp_path / "scores.png", targets=["a", "b", "c"]).render()
+        search = GridSearchCV(model, {}, cv=2).fit(zoo, targets("multilabel", 30)[:, :2])
+        text = model_card(search, tmp_path / "scores.png", targets=["a", "b"]).render()
         assert "A multilabel classification model" in text
         assert "A classification model" in model_card(search, tmp_path / "scores.png").render()
 
     def test_classes_are_no_labels(self, zoo, tmp_path):
-        model = GLNetClassifier(max_epochs=1, device="cpu")
+        model = make_pipeline(GLNetClassifier(max_epochs=1, device="cpu"))
         search = GridSearchCV(model, {}, cv=2).fit(zoo, targets("binary", 30))
         text = model_card(search, tmp_path / "scores.png", targets=["style", "content"]).render()
         assert "A classification model" in text
@@ -157,6 +163,8 @@ class TestModelCard:
         search = GridSearchCV(model, {}, cv=2).fit(X, targets("binary", 30))
         text = model_card(search, tmp_path / "scores.png").render()
         assert text.replace("\n", "").isprintable()
+        assert "The adapters are of" not in text
+        assert "Base model: not named." in text
         assert all(name in text for name in (r"a\n# Safe", r"\x1b&#91;2J", r"\u202egpj.exe"))
 
     def test_names_are_no_markup(self, tmp_path):
@@ -194,11 +202,12 @@ class TestModelCard:
     def test_search_over_one_pipeline(self, zoo, tmp_path):
         model = make_architecture("gl-net", "regression", device="cpu", random_state=0)
         search = GridSearchCV(model, {"model__max_epochs": [1, 2]}, cv=2)
-        search.fit(zoo, targets("one number", 30))
-        card = model_card(search, tmp_path / "scores.svg")
+        search.fit(zoo, targets("two numbers", 30))
+        card = model_card(search, tmp_path / "scores.svg", targets=["a", "b"])
         assert card.select("Model description").content.startswith("A regression model for LoRA ")
         scores = card.select("Model description/Evaluation Results/Scores").table
         assert scores["architecture"] == ["gl-net"]
+        assert scores["standard deviation over folds"] != ["one fold"]
 
     def test_transformed_targets(self, zoo, tmp_path):
         model = make_architecture("svd", "regression", device="cpu", random_state=0)
