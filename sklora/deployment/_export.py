@@ -240,12 +240,12 @@ def export_onnx(estimator: GLNetEstimator, path: str | os.PathLike[str]) -> None
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(_NO_ONNX.format(error.name)) from None
     check_place(path, f"path={os.fspath(path)!r}")
-    program = export_program(estimator)
-    if estimator.architecture_.get("spectrum"):
+    if getattr(estimator, "architecture_", {}).get("spectrum"):
         raise ValueError(
             "spectrum is True, but ONNX has no singular value decomposition. Use export_program, "
             "or fit with spectrum=False."
         )
+    program = export_program(estimator)
     layout = estimator.layout_
     names = [f"{module}:{letter}" for module in layout.names for letter in "UV"]
     output = "predictions" if isinstance(estimator, GLNetRegressor) else "probabilities"
