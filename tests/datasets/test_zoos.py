@@ -308,3 +308,7 @@ def test_settings_of_torch_make_no_difference(monkeypatch, tmp_path):
         found = [*zoos(tmp_path / "other")]
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    # Where these change, zoos do: RECIPES_VERSION is to be raised. Code depends on the machine.
+    spreads = [np.std(np.asarray(one)) for one in expected[:-1]]
+    known = [0.18623, 0.043227, 0.043227, 5.3357, 0.076326, 0.18623, 0.47325]
+    np.testing.assert_allclose(spreads, known, rtol=1e-2)
