@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from sklearn.pipeline import Pipeline
+from sklearn.utils.validation import check_is_fitted
 
 import sklora
 from sklora._base import warn_of_version
@@ -21,7 +22,7 @@ from sklora._files import replacing
 from sklora._modules import side_slices
 from sklora._schema import check_schema
 from sklora._stores import check_memory
-from sklora._untrusted import Refusal, parse_json, shown
+from sklora._untrusted import Refusal, few, parse_json, shown
 from sklora.architectures import ARCHITECTURES, set_both
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.estimators import GLNetClassifier, GLNetRegressor, MLPNetClassifier, MLPNetRegressor
@@ -54,11 +55,15 @@ TRUSTED_TYPES: tuple[str, ...] = tuple(
 )
 
 # What a model file may hold.
-FEATURIZERS = (DenseProduct, GLEquivariantProjection, OAlign, SVDSpectrum)
-NETS = {
+_FEATURIZERS = (DenseProduct, GLEquivariantProjection, OAlign, SVDSpectrum)
+_NETS = {
     "classification": (GLNetClassifier, MLPNetClassifier),
     "regression": (GLNetRegressor, MLPNetRegressor),
 }
+_NOT_HELD = (
+    "the step {!r} of model is of type {}, but a model file holds {} of sklora alone; store this "
+    "one with skops.io.dump."
+)
 
 CARD = "sklora.json"
 _FORMAT = "sklora model"
@@ -251,13 +256,39 @@ def columns_of(task: str, targets: Sequence[str], classes: Sequence[str | int] |
     twice = sorted(column for column, count in Counter(columns).items() if count > 1)
     if twice:
         raise ValueError(
-            f"predict would write two columns {', '.join(map(repr, twice[:3]))}; rename that "
-            "target, or give it once."
+            f"predict would write two columns {few(map(repr, twice))}; rename that target, or give "
+            "it once."
         )
     return columns
 
 
-def write_model(path: str | os.PathLike[str], model: Pipeline, card: ModelCard) -> None:
+def check_pipeline(model: Any) -> None:
+    """Check that a model is one for a model file, and fitted.
+
+    Raises
+    ------
+    ValueError
+        When it is no pipeline of a featurizer and a network of sklora.
+    sklearn.exceptions.NotFittedError
+        When the network is not fitted.
+    """
+    if not isinstance(model, Pipeline) or [*model.named_steps] != ["features", "model"]:
+        raise ValueError(
+            f"model is of type {type(model).__name__}, but a model file holds a Pipeline with the "
+            "steps 'features' and 'model'; pass one of make_architecture, or best_estimator_ of a "
+            "search over such."
+        )
+    features, estimator = model.named_steps.values()
+    if features != "passthrough" and not isinstance(features, _FEATURIZERS):
+        raise ValueError(_NOT_HELD.format("features", type(features).__name__, "featurizers"))
+    if not isinstance(estimator, _NETS["classification"] + _NETS["regression"]):
+        raise ValueError(_NOT_HELD.format("model", type(estimator).__name__, "networks"))
+    check_is_fitted(estimator)
+
+
+def write_model(
+    path: str | os.PathLike[str], model: Pipeline, card: ModelCard, *, check: bool = False
+) -> None:
     """Write a fitted pipeline and its card.
 
     The file appears under its name when it is complete. It is a skops file with one more member,
@@ -270,57 +301,33 @@ def write_model(path: str | os.PathLike[str], model: Pipeline, card: ModelCard) 
     model : Pipeline
         From `make_architecture`, fitted.
     card : ModelCard
+    check : bool, default=False
+        Whether to read the file before it gets its name: the model may be from elsewhere.
 
     Raises
     ------
     ValueError
-        When the card is too large.
+        When the card is too large, or, a `Refusal`, when the file could not be read.
     OSError
         When the file cannot be written.
     """
-    whole = model_file(model, card)
-    with replacing(os.path.realpath(path)) as file:
-        file.write(whole.getbuffer())
-
-
-def model_file(model: Pipeline, card: ModelCard) -> io.BytesIO:
-    """Make what `write_model` writes."""
     import skops.io
 
     text = card.to_json()
-    file = io.BytesIO()
-    skops.io.dump(model, file)
-    with zipfile.ZipFile(file, "a") as archive:
+    buffer = io.BytesIO()
+    skops.io.dump(model, buffer)
+    with zipfile.ZipFile(buffer, "a") as archive:
         archive.writestr(CARD, text)
-    return file
+    if check:
+        if types := _untrusted_types(buffer):
+            raise _foreign(types)
+        _read_pipeline(buffer, _read_card(buffer))
+    with replacing(os.path.realpath(path)) as file:
+        file.write(buffer.getbuffer())
 
 
 def read_model(path: str | os.PathLike[str]) -> tuple[Pipeline, ModelCard]:
-    """Read a file that `write_model` wrote.
-
-    Parameters
-    ----------
-    path : str or path-like
-
-    Returns
-    -------
-    model : Pipeline
-    card : ModelCard
-
-    Raises
-    ------
-    ModuleNotFoundError
-        When skops is missing.
-    ValueError
-        When the file is no such model, is damaged, or holds types that are not trusted.
-    OSError
-        When it cannot be opened.
-
-    Warns
-    -----
-    VersionWarning
-        When another minor version of sklora wrote it.
-    """
+    """Read a file of `write_model`, and its card; see `sklora.deployment.load_model`."""
     check_skops()
     with open(path, "rb") as file:
         try:
@@ -331,19 +338,6 @@ def read_model(path: str | os.PathLike[str]) -> tuple[Pipeline, ModelCard]:
             raise ValueError(
                 f"{os.fspath(path)} is damaged, or no model that sklora stored: {error}"
             ) from None
-
-
-def check_model_file(file: BinaryIO) -> None:
-    """Check that what `model_file` made can be read.
-
-    Raises
-    ------
-    Refusal
-        When it cannot.
-    """
-    if types := _untrusted_types(file):
-        raise _foreign(types)
-    _read_pipeline(file, _read_card(file))
 
 
 def _read_card(file: BinaryIO) -> ModelCard:
@@ -403,17 +397,17 @@ def _untrusted_types(file: BinaryIO) -> list[str]:
 
 
 def _fits(model: Any, card: ModelCard) -> bool:
-    """Tell whether a model is what its card says; it is left without `n_jobs`."""
-    if not isinstance(model, Pipeline) or [*model.named_steps] != ["features", "model"]:
-        return False
+    """Tell whether a model is what its card says; it is left without `n_jobs`.
+
+    Anything may be raised where it is no such pipeline, or an attribute is not what it has to be.
+    """
+    check_pipeline(model)
+    features, estimator = model.named_steps.values()
     if model.memory is not None or layout_of(model) != card.layout:
         return False
-    features, estimator = model.named_steps.values()
-    if not isinstance(estimator, NETS[card.task]):
+    if not isinstance(estimator, _NETS[card.task]):
         return False
     if features != "passthrough":
-        if not isinstance(features, FEATURIZERS):
-            return False
         features.n_jobs = None  # a forged one may start any number of threads, or never end
     # As a list, an array without bytes can take far more memory than its file.
     held = [*vars(estimator).values(), *getattr(features, "__dict__", {}).values()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import reprlib
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,13 @@ def printable(name: str) -> str:
 def counted(number: int, noun: str) -> str:
     """Give a number with its noun: 1 tensor, 2 tensors."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def few(names: Iterable[str]) -> str:
+    """Name the first of many."""
+    every = list(names)
+    more = f" and {len(every) - 3} more" if len(every) > 3 else ""
+    return ", ".join(every[:3]) + more
 
 
 def parse_json(

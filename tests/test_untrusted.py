@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from sklora._untrusted import Refusal, parse_json, shown
+from sklora._untrusted import Refusal, few, parse_json, shown
 
 
 def test_parse_json_is_bounded():
@@ -37,3 +37,8 @@ def test_shown_is_short_and_escaped():
     assert shown("é\x1b[2J") == r"'\xe9\x1b[2J'"
     assert shown("x" * 1000, 20) == f"'{'x' * 16}..."
     assert len(shown([["x" * 1000] * 1000] * 1000)) <= 80
+
+
+def test_few():
+    assert few("abc") == "a, b, c"
+    assert few("abcd") == "a, b, c and 1 more"

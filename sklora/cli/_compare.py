@@ -7,9 +7,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from sklora._untrusted import few
 from sklora.architectures import ARCHITECTURES
 from sklora.cli._fit import check_output
-from sklora.cli._output import FAILED, OK, CommandError, few, printable, result, say
+from sklora.cli._output import FAILED, OK, CommandError, printable, result, say
 from sklora.cli._reading import check_device
 from sklora.cli._scoring import Evaluation, Metric, evaluate, make_folds, make_metric, show_scores
 from sklora.cli._zoo import LabelledZoo, labelled_zoo

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sklora._untrusted import counted
-from sklora.cli._output import CommandError, few
+from sklora._untrusted import counted, few
+from sklora.cli._output import CommandError
 
 # What spreadsheets write in place of commas.
 _OTHER_MARKS = frozenset(";\t|")

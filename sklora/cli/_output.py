@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TextIO
 
 from sklora._progress import write
@@ -93,10 +93,3 @@ def _width(text: str) -> int:
     """Count the places that a terminal gives a text: two for a Chinese letter."""
     shown = (letter for letter in text if not unicodedata.combining(letter))
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in shown)
-
-
-def few(names: Iterable[str]) -> str:
-    """Name the first of many."""
-    every = list(names)
-    more = f" and {len(every) - 3} more" if len(every) > 3 else ""
-    return ", ".join(every[:3]) + more

@@ -12,10 +12,10 @@ import numpy as np
 
 from sklora._progress import track
 from sklora._stores import available_memory
-from sklora._untrusted import counted
+from sklora._untrusted import counted, few
 from sklora._zoofile import is_zoo
 from sklora.cli._labels import Labels, match, read_labels
-from sklora.cli._output import FAILED, CommandError, few, say
+from sklora.cli._output import FAILED, CommandError, say
 from sklora.cli._reading import read_together, reading_options, refuse
 from sklora.cli._targets import Targets, make_targets
 from sklora.collection import LoRACollection, check_numbers

@@ -8,31 +8,24 @@ from typing import Any
 
 from sklearn.base import is_regressor
 from sklearn.pipeline import Pipeline
-from sklearn.utils.validation import check_is_fitted
 
-from sklora._files import check_place, replacing
+from sklora._files import check_place
 from sklora._saved import (
-    FEATURIZERS,
-    NETS,
     ModelCard,
-    check_model_file,
+    check_pipeline,
     check_skops,
     columns_of,
     layout_of,
-    model_file,
     optional_parts,
     read_model,
+    write_model,
 )
 from sklora._untrusted import Refusal, counted, shown
+from sklora.architectures import ARCHITECTURES
 from sklora.collection import LoRACollection
 from sklora.estimators import GLNetClassifier, GLNetRegressor
+from sklora.inspection._architectures import architecture_name
 from sklora.io._plan import ReadOptions
-from sklora.transform import DenseProduct, OAlign, SVDSpectrum
-
-_NOT_HELD = (
-    "the step {!r} of model is of type {}, but a model file holds {} of sklora alone; store this "
-    "one with skops.io.dump."
-)
 
 
 def save_model(
@@ -100,17 +93,15 @@ def save_model(
     check_place(place, f"path={place!r}")
     card = _card(model, X, (targets,) if isinstance(targets, str) else tuple(targets))
     # What a cache of features was for is done; a forged one could run code.
-    whole = model_file(Pipeline([*model.named_steps.items()]), card)
+    pipeline = Pipeline([*model.named_steps.items()])
     try:
-        check_model_file(whole)
+        write_model(place, pipeline, card, check=True)
     except Refusal as error:
         raise ValueError(
             f"model has no place in a model file: {error} Leave out what is not sklora's, such as "
             "callbacks, a RandomState or a torch.device, by set_params, or store the pipeline with "
             "skops.io.dump."
         ) from None
-    with replacing(os.path.realpath(place)) as file:
-        file.write(whole.getbuffer())
 
 
 def load_model(path: str | os.PathLike[str]) -> Pipeline:
@@ -172,7 +163,7 @@ def load_model(path: str | os.PathLike[str]) -> Pipeline:
 
 
 def _card(model: Any, X: Any, targets: tuple[str, ...]) -> ModelCard:
-    _check_pipeline(model)
+    check_pipeline(model)
     if not isinstance(X, LoRACollection):
         raise ValueError(
             f"X is of type {type(X).__name__}; pass the LoRACollection that model was fitted on."
@@ -204,22 +195,6 @@ def _card(model: Any, X: Any, targets: tuple[str, ...]) -> ModelCard:
     )
 
 
-def _check_pipeline(model: Any) -> None:
-    """Check that a model is one for a model file, and fitted."""
-    if not isinstance(model, Pipeline) or [*model.named_steps] != ["features", "model"]:
-        raise ValueError(
-            f"model is of type {type(model).__name__}, but a model file holds a Pipeline with the "
-            "steps 'features' and 'model'; pass one of make_architecture, or best_estimator_ of a "
-            "search over such."
-        )
-    features, estimator = model.named_steps.values()
-    if features != "passthrough" and not isinstance(features, FEATURIZERS):
-        raise ValueError(_NOT_HELD.format("features", type(features).__name__, "featurizers"))
-    if not isinstance(estimator, NETS["classification"] + NETS["regression"]):
-        raise ValueError(_NOT_HELD.format("model", type(estimator).__name__, "networks"))
-    check_is_fitted(estimator)
-
-
 def _classes(estimator: Any) -> tuple[str | int, ...] | None:
     """Give the classes as JSON has them; None for labels."""
     if estimator.multilabel_:
@@ -235,11 +210,8 @@ def _classes(estimator: Any) -> tuple[str | int, ...] | None:
 
 
 def _architecture(model: Pipeline) -> str:
-    features, estimator = model.named_steps.values()
-    if isinstance(estimator, (GLNetClassifier, GLNetRegressor)):
-        return "gl-net"
-    if isinstance(features, OAlign):
-        return "o-align"
-    if isinstance(features, SVDSpectrum):
-        return "svd"
-    return "dense" if isinstance(features, DenseProduct) else "mlp"
+    name = architecture_name(model, {})
+    if name in ARCHITECTURES:
+        return name
+    # Other features before a network, such as projected factors.
+    return "gl-net" if isinstance(model["model"], (GLNetClassifier, GLNetRegressor)) else "mlp"

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from sklora.cli._output import few, printable, result, say, table, with_options
+from sklora.cli._output import printable, result, say, table, with_options
 
 
 class Terminal(io.StringIO):
@@ -66,8 +66,3 @@ def test_table(capsys):
 def test_columns_are_as_wide_as_they_look(capsys):
     table([("n", "m"), ("漢字", "1"), ("Ａ", "2"), ("e\u0301", "30")], "<>")
     assert capsys.readouterr().out == "n      m\n漢字   1\nＡ     2\ne\u0301     30\n"
-
-
-def test_few():
-    assert few("abc") == "a, b, c"
-    assert few("abcd") == "a, b, c and 1 more"
