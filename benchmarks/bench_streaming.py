@@ -23,8 +23,8 @@ from sklora import GLEquivariantProjection, LoRACollection, LoRALayout, SVDSpect
 # The attention of a transformer of width 1024, in rank 16.
 LAYOUT = LoRALayout([(f"{i}.{name}", 1024, 1024, 16) for i in range(4) for name in "qkvo"])
 FEATURIZERS = {
-    "SVDSpectrum": SVDSpectrum(device="cpu", n_jobs=2),
-    "GLEquivariantProjection": GLEquivariantProjection(8, random_state=0, device="cpu", n_jobs=2),
+    "SVDSpectrum": SVDSpectrum(device="cpu", n_jobs=4),
+    "GLEquivariantProjection": GLEquivariantProjection(8, random_state=0, device="cpu", n_jobs=4),
 }
 PIECE = 2**24
 
