@@ -1,7 +1,7 @@
 """Learn from LoRA weights with scikit-learn."""
 
 import sklora._process  # noqa: F401 (silent logging, and forks that can compute)
-from sklora._saved import TRUSTED_TYPES
+from sklora._pipelines import TRUSTED_TYPES
 from sklora.architectures import ARCHITECTURES, architecture_grid, make_architecture
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.estimators import (

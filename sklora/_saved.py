@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import os
@@ -12,58 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO
 
-import numpy as np
 from sklearn.pipeline import Pipeline
-from sklearn.utils.validation import check_is_fitted
 
 import sklora
 from sklora._base import warn_of_version
 from sklora._files import replacing
 from sklora._modules import side_slices
+from sklora._pipelines import TRUSTED_TYPES, fits, rebuilt
 from sklora._schema import check_schema
-from sklora._stores import check_memory
 from sklora._untrusted import Refusal, few, parse_json, shown
-from sklora.architectures import ARCHITECTURES, set_both
+from sklora.architectures import ARCHITECTURES
 from sklora.collection import LoRACollection, LoRALayout
-from sklora.estimators import GLNetClassifier, GLNetRegressor, MLPNetClassifier, MLPNetRegressor
 from sklora.io._plan import ReadOptions
 from sklora.io._read import read_options
 from sklora.io.containers import MODEL as SCHEMA
 from sklora.io.containers._zip import STORED, ZipArchive
-from sklora.transform import (
-    DenseProduct,
-    GLEquivariantProjection,
-    OAlign,
-    SVDSpectrum,
-    UpdateKernel,
-)
-
-TRUSTED_TYPES: tuple[str, ...] = tuple(
-    f"{type.__module__}.{type.__qualname__}"
-    for type in (
-        DenseProduct,
-        GLEquivariantProjection,
-        GLNetClassifier,
-        GLNetRegressor,
-        LoRALayout,
-        MLPNetClassifier,
-        MLPNetRegressor,
-        OAlign,
-        SVDSpectrum,
-        UpdateKernel,
-    )
-)
-
-# What a model file may hold.
-_FEATURIZERS = (DenseProduct, GLEquivariantProjection, OAlign, SVDSpectrum)
-_NETS = {
-    "classification": (GLNetClassifier, MLPNetClassifier),
-    "regression": (GLNetRegressor, MLPNetRegressor),
-}
-_NOT_HELD = (
-    "the step {!r} of model is of type {}, but a model file holds {} of sklora alone; store this "
-    "one with skops.io.dump."
-)
 
 CARD = "sklora.json"
 _FORMAT = "sklora model"
@@ -87,6 +49,8 @@ class ModelCard:
         One of `ARCHITECTURES`.
     layout : LoRALayout
         What the model was fitted on.
+    probabilities : bool
+        Whether it gives that of every class, or label.
     optional : tuple of str
         Modules and side features that some of the training adapters lacked.
     reading : ReadOptions
@@ -104,6 +68,7 @@ class ModelCard:
     classes: tuple[str | int, ...] | None
     architecture: str
     layout: LoRALayout
+    probabilities: bool
     optional: tuple[str, ...]
     reading: ReadOptions
     n_adapters: int
@@ -153,7 +118,7 @@ class ModelCard:
             raise Refusal(f"{CARD} has no layout, or does not say how adapters are read.")
         plain = {name: _frozen(card[name]) for name in _PLAIN}
         try:
-            columns_of(plain["task"], plain["targets"], plain["classes"])
+            columns_of(plain["targets"], plain["classes"], plain["probabilities"])
         except ValueError as error:
             raise Refusal(f"{CARD} has columns of one name: {shown(str(error), 200)}") from None
         return cls(**plain, layout=_layout(layout), reading=_reading(reading))
@@ -175,6 +140,7 @@ _PLAIN: dict[str, Callable[[Any], bool]] = {
     "targets": lambda value: _is_names(value) and len(value) > 0,
     "classes": _is_classes,
     "architecture": lambda value: value in ARCHITECTURES,
+    "probabilities": lambda value: type(value) is bool,
     "optional": _is_names,
     "n_adapters": lambda value: type(value) is int and value > 0,
     "scores": lambda value: value is None or isinstance(value, dict),
@@ -207,13 +173,6 @@ def _reading(state: Mapping[str, Any]) -> ReadOptions:
         ) from None
 
 
-def layout_of(model: Pipeline) -> LoRALayout:
-    """Give the layout that a fitted pipeline of `make_architecture` takes."""
-    features, estimator = model["features"], model["model"]
-    layout: LoRALayout = (estimator if features == "passthrough" else features).layout_
-    return layout
-
-
 def check_skops() -> None:
     """Check that models can be stored.
 
@@ -238,7 +197,9 @@ def optional_parts(loras: LoRACollection) -> tuple[str, ...]:
     return tuple(names)
 
 
-def columns_of(task: str, targets: Sequence[str], classes: Sequence[str | int] | None) -> list[str]:
+def columns_of(
+    targets: Sequence[str], classes: Sequence[str | int] | None, probabilities: bool
+) -> list[str]:
     """Name the columns of the predictions of a model.
 
     Raises
@@ -246,12 +207,13 @@ def columns_of(task: str, targets: Sequence[str], classes: Sequence[str | int] |
     ValueError
         When two of them have one name.
     """
-    if task == "regression":
-        inner = [*targets]
-    elif classes is not None:
-        inner = ["prediction", *(f"{name}:probability" for name in classes)]
+    shares = [f"{name}:probability" for name in classes or targets] if probabilities else []
+    if classes is not None:
+        inner = ["prediction", *shares]
+    elif probabilities:
+        inner = [column for pair in zip(targets, shares, strict=True) for column in pair]
     else:
-        inner = [column for name in targets for column in (name, f"{name}:probability")]
+        inner = [*targets]
     columns = ["path", *inner, "error"]
     twice = sorted(column for column, count in Counter(columns).items() if count > 1)
     if twice:
@@ -260,30 +222,6 @@ def columns_of(task: str, targets: Sequence[str], classes: Sequence[str | int] |
             "it once."
         )
     return columns
-
-
-def check_pipeline(model: Any) -> None:
-    """Check that a model is one for a model file, and fitted.
-
-    Raises
-    ------
-    ValueError
-        When it is no pipeline of a featurizer and a network of sklora.
-    sklearn.exceptions.NotFittedError
-        When the network is not fitted.
-    """
-    if not isinstance(model, Pipeline) or [*model.named_steps] != ["features", "model"]:
-        raise ValueError(
-            f"model is of type {type(model).__name__}, but a model file holds a Pipeline with the "
-            "steps 'features' and 'model'; pass one of make_architecture, or best_estimator_ of a "
-            "search over such."
-        )
-    features, estimator = model.named_steps.values()
-    if features != "passthrough" and not isinstance(features, _FEATURIZERS):
-        raise ValueError(_NOT_HELD.format("features", type(features).__name__, "featurizers"))
-    if not isinstance(estimator, _NETS["classification"] + _NETS["regression"]):
-        raise ValueError(_NOT_HELD.format("model", type(estimator).__name__, "networks"))
-    check_is_fitted(estimator)
 
 
 def write_model(
@@ -375,13 +313,12 @@ def _read_pipeline(file: BinaryIO, card: ModelCard) -> Pipeline:
         reason = f"{type(error).__name__}: {shown(str(error), 200)}"
         raise Refusal(f"skops cannot load it ({reason}).") from None
     try:
-        is_right = _fits(model, card)
+        is_right = fits(model, card)
     except Exception:  # parts of a forged model may be of any type
         is_right = False
     if not is_right:
         raise Refusal(f"its pipeline is not what {CARD} says.")
-    # Of the pipeline itself nothing but its steps is taken from the file.
-    return Pipeline([*model.named_steps.items()])
+    return rebuilt(model)
 
 
 def _foreign(types: Sequence[str]) -> Refusal:
@@ -394,54 +331,3 @@ def _untrusted_types(file: BinaryIO) -> list[str]:
     file.seek(0)
     types = skops.io.get_untrusted_types(data=file.read())
     return [name for name in types if name not in TRUSTED_TYPES]
-
-
-def _fits(model: Any, card: ModelCard) -> bool:
-    """Tell whether a model is what its card says; it is left without `n_jobs`.
-
-    Anything may be raised where it is no such pipeline, or an attribute is not what it has to be.
-    """
-    check_pipeline(model)
-    features, estimator = model.named_steps.values()
-    if model.memory is not None or layout_of(model) != card.layout:
-        return False
-    if not isinstance(estimator, _NETS[card.task]):
-        return False
-    if features != "passthrough":
-        features.n_jobs = None  # a forged one may start any number of threads, or never end
-    # As a list, an array without bytes can take far more memory than its file.
-    held = [*vars(estimator).values(), *getattr(features, "__dict__", {}).values()]
-    arrays = [value for value in held if isinstance(value, np.ndarray)]
-    if any(max(array.shape, default=0) > array.nbytes for array in arrays):
-        return False
-    if card.classes is not None and estimator.classes_.tolist() != list(card.classes):
-        return False
-    return _has_weights_for(estimator) and _answers(model, card)
-
-
-def _has_weights_for(estimator: Any) -> bool:
-    """Tell whether a forged number cannot ask for more layers than a file has weights."""
-    architecture, weights = estimator.architecture_, estimator.weights_
-    n_modules = sum(n_members for n_members, _, _ in architecture.get("groups", ()))
-    if n_modules and n_modules != len(weights["module_scale"]):
-        return False
-    return bool(architecture["n_layers"] <= len(weights))
-
-
-def _answers(model: Pipeline, card: ModelCard) -> bool:
-    """Tell whether a model predicts what its card says, of an adapter without any updates.
-
-    Anything may be raised where an attribute is missing, or is not what it has to be.
-    """
-    # A copy of its steps, for a device that is named may be that of another machine.
-    trial = Pipeline([(name, copy.copy(step)) for name, step in model.steps])
-    set_both(trial, device="cpu")
-    check_memory(1, card.layout.width, np.dtype(np.float64))
-    X = LoRACollection.from_array(np.zeros((1, card.layout.width)), card.layout)
-    n_values = 1 if card.classes is not None else len(card.targets)
-    predicted = trial.predict(X)
-    if card.task == "regression":
-        is_right = predicted.size == n_values and predicted.dtype == np.float64
-        return bool(is_right and np.isfinite(predicted).all())
-    shares = trial.predict_proba(X)
-    return bool(predicted.size == n_values and shares.size == len(card.classes or card.targets))

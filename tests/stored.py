@@ -5,8 +5,12 @@ import io
 import joblib
 import numpy as np
 import skops.io
+from sklearn.pipeline import Pipeline
 
-from sklora import TRUSTED_TYPES, make_architecture
+from sklora import TRUSTED_TYPES, architecture_grid, make_architecture
+from sklora._pipelines import layout_of
+from sklora._saved import ModelCard
+from sklora.io._plan import ReadOptions
 
 TARGETS = {
     "binary": ("classification", lambda n: np.arange(n) % 2),
@@ -18,10 +22,33 @@ TARGETS = {
 
 
 def fitted(loras, architecture="svd", kind="multiclass"):
-    """Fit for an epoch."""
+    """Fit for an epoch, or the kernel route of the grid."""
     task, targets = TARGETS[kind]
-    model = make_architecture(architecture, task, random_state=0, device="cpu")
-    return model.set_params(model__max_epochs=1).fit(loras, targets(len(loras)))
+    if architecture == "kernel":
+        steps = architecture_grid(task, device="cpu")[-1]
+        model = Pipeline([(name, steps[name][0]) for name in ("features", "model")])
+    else:
+        model = make_architecture(architecture, task, random_state=0, device="cpu")
+        model.set_params(model__max_epochs=1)
+    return model.fit(loras, targets(len(loras)))
+
+
+def card_of(model, kind="multiclass", **changes) -> ModelCard:
+    """What a file says of it."""
+    classes = model["model"].classes_ if TARGETS[kind][0] == "classification" else ()
+    options = {
+        "task": TARGETS[kind][0],
+        "targets": ("first", "second") if kind in ("multilabel", "two numbers") else ("first",),
+        "classes": tuple(classes.tolist()) if kind in ("binary", "multiclass") else None,
+        "architecture": "svd",
+        "layout": layout_of(model),
+        "probabilities": hasattr(model, "predict_proba"),
+        "optional": (),
+        "reading": ReadOptions(keys=("a_{module}", "b_{module}"), scale=2.0),
+        "n_adapters": 12,
+        "scores": {"metric": "accuracy", "scores": {"svd": [0.5, 0.75]}},
+    }
+    return ModelCard(**{**options, **changes})
 
 
 def by_skops(model):

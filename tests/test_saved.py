@@ -15,10 +15,10 @@ import sklora
 from sklora import ARCHITECTURES, TRUSTED_TYPES, make_architecture
 from sklora._base import VersionWarning
 from sklora._layout import LoRALayout
-from sklora._saved import CARD, ModelCard, layout_of, read_model, write_model
+from sklora._saved import CARD, read_model, write_model
 from sklora.io._plan import ReadOptions
 from sklora.transform import UpdateKernel
-from tests.stored import TARGETS, assert_same_answers, by_joblib, fitted
+from tests.stored import TARGETS, assert_same_answers, by_joblib, card_of, fitted
 
 
 @pytest.fixture
@@ -30,22 +30,6 @@ def loras(rng, random_loras):
 @pytest.fixture
 def make_model(loras):
     return partial(fitted, loras)
-
-
-def card_of(model, kind="multiclass", **changes) -> ModelCard:
-    classes = model["model"].classes_ if TARGETS[kind][0] == "classification" else ()
-    options = {
-        "task": TARGETS[kind][0],
-        "targets": ("first", "second") if kind in ("multilabel", "two numbers") else ("first",),
-        "classes": tuple(classes.tolist()) if kind in ("binary", "multiclass") else None,
-        "architecture": "svd",
-        "layout": layout_of(model),
-        "optional": (),
-        "reading": ReadOptions(keys=("a_{module}", "b_{module}"), scale=2.0),
-        "n_adapters": 12,
-        "scores": {"metric": "accuracy", "scores": {"svd": [0.5, 0.75]}},
-    }
-    return ModelCard(**{**options, **changes})
 
 
 def members_of(path) -> dict[str, bytes]:
@@ -300,6 +284,7 @@ class TestHostile:
             {"classes": []},
             {"architecture": "cnn"},
             {"architecture": {}},
+            {"probabilities": 1},
             {"layout": []},
             {"layout": {"modules": [], "side": [], "base_model": None}},
             {"layout": {"modules": [["q", 1, 1]], "side": [], "base_model": None}},
@@ -346,6 +331,7 @@ class TestHostile:
         [
             {"classes": ["a", "b", "d"]},
             {"classes": None, "targets": ["one", "two"]},
+            {"probabilities": False},
             {"layout": {"modules": [["q", 8, 6, 2]]}},
             {"layout": {"base_model": None}},
         ],

@@ -299,7 +299,7 @@ SMALL, LARGE = make(8), make(500)
 def save(how, kind, path):
     factors, X, model = SMALL if how == "well" else LARGE
     card = ModelCard(
-        "classification", ("y",), ("0", "1"), "svd", X.layout, (), ReadOptions(), 4, None
+        "classification", ("y",), ("0", "1"), "svd", X.layout, True, (), ReadOptions(), 4
     )
     if how == "full":  # a write beyond the limit fails, as one to a full disk does
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -9,14 +9,8 @@ from typing import Any
 from sklearn.pipeline import Pipeline
 
 from sklora._files import check_place
-from sklora._saved import (
-    ModelCard,
-    check_skops,
-    columns_of,
-    layout_of,
-    optional_parts,
-    write_model,
-)
+from sklora._pipelines import layout_of
+from sklora._saved import ModelCard, check_skops, columns_of, optional_parts, write_model
 from sklora._untrusted import counted
 from sklora.architectures import ARCHITECTURES, set_both
 from sklora.cli._output import OK, CommandError, say
@@ -50,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         classes=zoo.targets.classes,
         architecture=architecture,
         layout=layout_of(model),
+        probabilities=hasattr(model, "predict_proba"),
         optional=optional_parts(zoo.loras),
         reading=zoo.reading,
         n_adapters=len(zoo.loras),
@@ -102,8 +97,9 @@ def check_output(path: str) -> None:
 
 def _check_columns(zoo: LabelledZoo) -> None:
     """Check that the columns that `predict` will write have different names."""
+    targets = zoo.targets
     try:
-        columns_of(zoo.targets.task, zoo.targets.names, zoo.targets.classes)
+        columns_of(targets.names, targets.classes, targets.task == "classification")
     except ValueError as error:
         raise CommandError(str(error)) from None
 

@@ -10,9 +10,9 @@ import numpy as np
 import sklearn
 from sklearn.pipeline import Pipeline
 
+from sklora._pipelines import NETS, set_device
 from sklora._progress import track
 from sklora._saved import ModelCard, read_model
-from sklora.architectures import set_both
 from sklora.cli._output import FAILED, OK, CommandError, say, with_options
 from sklora.cli._predictions import Prediction, csv_writer, end_json, json_writer
 from sklora.cli._reading import OneByOne, check_device, reading_options
@@ -57,7 +57,7 @@ def _load(path: str, device: str) -> tuple[Pipeline, ModelCard]:
         raise CommandError(f"{path}: {error.strerror}.") from None
     except (ValueError, ModuleNotFoundError) as error:
         raise CommandError(str(error)) from None
-    set_both(model, device=device)
+    set_device(model, device)
     return model, card
 
 
@@ -165,14 +165,17 @@ def predict(model: Pipeline, loras: LoRACollection) -> list[Prediction]:
     """
     features = model[:-1].transform(loras)
     estimator: Any = model[-1]
-    # Once through the network for both, which is most of the work.
-    outputs = estimator._outputs(features)
-    values = estimator._predictions(outputs).reshape(len(loras), -1).tolist()
     probabilities: Sequence[Sequence[float]] = [[]] * len(loras)
-    if hasattr(estimator, "predict_proba"):
-        probabilities = estimator._probabilities(outputs).tolist()
-    paths = loras.ids.tolist()
+    if isinstance(estimator, NETS):
+        # Once through the network for both, which is most of the work.
+        outputs = estimator._outputs(features)
+        values = estimator._predictions(outputs)
+        if hasattr(estimator, "predict_proba"):
+            probabilities = estimator._probabilities(outputs).tolist()
+    else:
+        values = estimator.predict(features)
+    rows = values.reshape(len(loras), -1).tolist()
     return [
         Prediction(str(path), None, tuple(row), tuple(shares))
-        for path, row, shares in zip(paths, values, probabilities, strict=True)
+        for path, row, shares in zip(loras.ids.tolist(), rows, probabilities, strict=True)
     ]

@@ -40,7 +40,7 @@ class Prediction:
 
 def csv_writer(card: ModelCard) -> Callable[[Sequence[Prediction]], None]:
     """Write the names of the columns, and give a function that writes rows."""
-    columns = columns_of(card.task, card.targets, card.classes)
+    columns = columns_of(card.targets, card.classes, card.probabilities)
     _write_rows([columns])
 
     def write(predictions: Sequence[Prediction]) -> None:
@@ -52,7 +52,7 @@ def csv_writer(card: ModelCard) -> Callable[[Sequence[Prediction]], None]:
 def _cells(one: Prediction, card: ModelCard, n_columns: int) -> list[Value]:
     if one.error is not None:
         return [one.path, *[""] * (n_columns - 2), one.error]
-    if card.task == "classification" and card.classes is None:
+    if card.classes is None and card.probabilities:
         pairs = zip(one.values, one.probabilities, strict=True)
         return [one.path, *(value for pair in pairs for value in pair), ""]
     return [one.path, *one.values, *one.probabilities, ""]
@@ -93,7 +93,7 @@ def _entry(one: Prediction, card: ModelCard) -> dict[str, Any]:
         entry["prediction"] = one.values[0]
     else:
         entry["prediction"] = dict(zip(card.targets, one.values, strict=True))
-    if card.task == "classification":
+    if card.probabilities:
         names = [str(name) for name in card.classes or card.targets]
         entry["probability"] = dict(zip(names, one.probabilities, strict=True))
     return entry

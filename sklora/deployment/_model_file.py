@@ -10,12 +10,11 @@ from sklearn.base import is_regressor
 from sklearn.pipeline import Pipeline
 
 from sklora._files import check_place
+from sklora._pipelines import check_pipeline, layout_of, n_outputs_of, rebuilt
 from sklora._saved import (
     ModelCard,
-    check_pipeline,
     check_skops,
     columns_of,
-    layout_of,
     optional_parts,
     read_model,
     write_model,
@@ -44,7 +43,9 @@ def save_model(
     model : sklearn.pipeline.Pipeline
         From :func:`~sklora.make_architecture`, fitted on adapters, or `best_estimator_` of a search
         over such: the step ``features`` is a featurizer of sklora or ``"passthrough"``, and the
-        step ``model`` a network of sklora. Its `memory` is not stored.
+        step ``model`` a network of sklora; or both are those of the last entry of
+        :func:`~sklora.architecture_grid`, whose kernel brings all training adapters into the file.
+        Its `memory` is not stored.
     path : str or path-like
         Where to write.
     X : LoRACollection
@@ -92,10 +93,8 @@ def save_model(
     place = os.fspath(path)
     check_place(place, f"path={place!r}")
     card = _card(model, X, (targets,) if isinstance(targets, str) else tuple(targets))
-    # What a cache of features was for is done; a forged one could run code.
-    pipeline = Pipeline([*model.named_steps.items()])
     try:
-        write_model(place, pipeline, card, check=True)
+        write_model(place, rebuilt(model), card, check=True)
     except Refusal as error:
         raise ValueError(
             f"model has no place in a model file: {error} Leave out what is not sklora's, such as "
@@ -120,7 +119,8 @@ def load_model(path: str | os.PathLike[str]) -> Pipeline:
     -------
     sklearn.pipeline.Pipeline
         With the steps ``features`` and ``model``. The layout of the adapters that it takes is
-        `layout_` of the first step that is not ``"passthrough"``.
+        `layout_` of the first step that is not ``"passthrough"``; with a kernel, that of
+        ``["features"]["kernel"]``.
 
     Raises
     ------
@@ -174,31 +174,30 @@ def _card(model: Any, X: Any, targets: tuple[str, ...]) -> ModelCard:
             "model was fitted on plain rows, which no adapter file has; fit it on a LoRACollection."
         )
     layout.check_same_modules(X.layout)
-    task = "regression" if is_regressor(estimator) else "classification"
-    classes = _classes(estimator) if task == "classification" else None
-    n_targets = 1 if classes is not None else estimator.n_outputs_
+    n_outputs = n_outputs_of(estimator)
+    classes, n_targets = (None, n_outputs) if n_outputs else (_classes(estimator), 1)
     if len(targets) != n_targets or not all(isinstance(name, str) for name in targets):
         raise ValueError(
             f"targets is {list(targets)!r}; model predicts {counted(n_targets, 'value')} of each "
             "adapter, so give as many names."
         )
-    columns_of(task, targets, classes)
+    probabilities = hasattr(model, "predict_proba")
+    columns_of(targets, classes, probabilities)
     return ModelCard(
-        task=task,
+        task="regression" if is_regressor(estimator) else "classification",
         targets=targets,
         classes=classes,
         architecture=_architecture(model),
         layout=layout,
+        probabilities=probabilities,
         optional=optional_parts(X),
         reading=ReadOptions(),
         n_adapters=len(X),
     )
 
 
-def _classes(estimator: Any) -> tuple[str | int, ...] | None:
-    """Give the classes as JSON has them; None for labels."""
-    if estimator.multilabel_:
-        return None
+def _classes(estimator: Any) -> tuple[str | int, ...]:
+    """Give the classes as JSON has them."""
     classes = estimator.classes_.tolist()
     # Those of a pandas Series may be of NumPy's own type of text.
     if {str if isinstance(one, str) else type(one) for one in classes} not in ({str}, {int}):
@@ -210,7 +209,7 @@ def _classes(estimator: Any) -> tuple[str | int, ...] | None:
 
 
 def _architecture(model: Pipeline) -> str:
-    name = architecture_name(model, {})
+    name = architecture_name(model, {}).removesuffix(" (kernel)")
     if name in ARCHITECTURES:
         return name
     # Other features before a network, such as projected factors.

@@ -1,3 +1,4 @@
+import json
 import os
 import sys
 
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 import skops.io
 import torch
+from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV
@@ -46,7 +48,7 @@ class TestSaveAndLoad:
     @pytest.mark.parametrize(
         ("architecture", "kind"),
         [(name, "multiclass") for name in ARCHITECTURES if name != "svd"]
-        + [("svd", kind) for kind in TARGETS],
+        + [(name, kind) for name in ("svd", "kernel") for kind in TARGETS],
     )
     def test_answers_are_those_of_the_model(self, X, path, architecture, kind):
         model = fitted(X, architecture, kind)
@@ -55,7 +57,8 @@ class TestSaveAndLoad:
         assert_same_answers(loaded, model, X)
         assert_same_answers(skops.io.load(path, trusted=TRUSTED_TYPES), model, X)
         card = read_model(path)[1]
-        assert card.architecture == architecture
+        assert card.architecture == {"kernel": "dense"}.get(architecture, architecture)
+        assert card.probabilities == hasattr(model, "predict_proba")
         assert card.task == TARGETS[kind][0]
         assert card.targets == tuple(np.atleast_1d(names_for(kind)))
         assert card.layout == X.layout
@@ -129,6 +132,32 @@ class TestCommandLine:
         shares = np.array([row[2:5] for row in rows], float)
         np.testing.assert_allclose(shares, model.predict_proba(files), rtol=1e-6)
 
+    @pytest.mark.parametrize("kind", ["multiclass", "multilabel", "two numbers"])
+    def test_predicts_by_the_kernel_route(self, X, path, tmp_path, capsys, kind):
+        """Without probabilities, which it has not."""
+        for row in range(len(X)):
+            write_adapter(tmp_path / f"{row:02}", X[row])
+        files = read_adapters(tmp_path)
+        model = fitted(files, "kernel", kind)
+        save_model(model, path, files, targets=names_for(kind))
+        assert main(["predict", str(path), str(tmp_path / "*")]) == 0
+        header, *rows = [line.split(",") for line in capsys.readouterr().out.splitlines()]
+        names = ["prediction"] if kind == "multiclass" else names_for(kind)
+        assert header == ["path", *names, "error"]
+        expected = model.predict(files)
+        values = np.array([row[1:-1] for row in rows], expected.dtype).reshape(expected.shape)
+        if kind == "two numbers":
+            np.testing.assert_allclose(values, expected, rtol=1e-9)
+        else:
+            np.testing.assert_array_equal(values, expected)
+        assert main(["predict", "--json", str(path), str(tmp_path / "00")]) == 0
+        [entry] = json.loads(capsys.readouterr().out)
+        first = expected[0].tolist()
+        if kind != "multiclass":
+            first = dict(zip(names, first, strict=True))
+        assert entry.keys() == {"path", "prediction"}
+        assert entry["prediction"] == (pytest.approx(first) if kind == "two numbers" else first)
+
 
 class TestRefuses:
     def refusal(self, model, path, X, targets="kind", kind=ValueError) -> str:
@@ -153,16 +182,26 @@ class TestRefuses:
         assert "make_architecture, or best_estimator_" in message
 
     def test_other_steps(self, X, path):
-        kernel = make_architecture("svd", "regression")
-        kernel.set_params(
-            **{name: value[0] for name, value in architecture_grid("regression")[-1].items()}
-        )
-        kernel.fit(X, np.linspace(0, 1, 12))
-        assert "'features' of model is of type Pipeline" in self.refusal(kernel, path, X)
         ridge = make_architecture("svd").set_params(model=Ridge()).fit(X, np.arange(12.0))
         message = self.refusal(ridge, path, X)
         assert "'model' of model is of type Ridge" in message
         assert "skops.io.dump" in message
+        ridge.set_params(features=PCA(2)).fit(X, np.arange(12.0))
+        assert "'features' of model is of type PCA" in self.refusal(ridge, path, X)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"features__span__kernel": "linear"},
+            {"features__span": PCA(2)},
+            {"features__kernel": SVDSpectrum()},
+            {"model": MLPNetRegressor(max_epochs=1)},
+        ],
+        ids=str,
+    )
+    def test_other_kernel_routes(self, X, path, changes):
+        model = fitted(X, "kernel", "one number").set_params(**changes)
+        assert "the kernel route of architecture_grid" in self.refusal(model, path, X)
 
     def test_a_model_that_is_not_fitted(self, X, path):
         self.refusal(make_architecture("svd"), path, X, kind=NotFittedError)
@@ -189,7 +228,7 @@ class TestRefuses:
 
     @pytest.mark.timeout(60)
     def test_very_many_columns(self):
-        assert len(columns_of("regression", [*map(str, range(10**6))], None)) == 10**6 + 2
+        assert len(columns_of([*map(str, range(10**6))], None, False)) == 10**6 + 2
 
     @pytest.mark.parametrize("classes", [[False, True], [1.0, 2.0]])
     def test_classes_that_json_does_not_tell_apart(self, X, path, classes):

@@ -268,7 +268,9 @@ class TestGram:
     def test_a_stored_pipeline(self, X, tmp_path):
         model = make_architecture("dense", random_state=0, device="cpu")
         model.set_params(features__method="gram", model__max_epochs=1).fit(X, np.arange(9) % 2)
-        card = ModelCard("classification", ("y",), (0, 1), "dense", X.layout, (), ReadOptions(), 9)
+        card = ModelCard(
+            "classification", ("y",), (0, 1), "dense", X.layout, True, (), ReadOptions(), 9
+        )
         write_model(tmp_path / "m.skops", model, card)
         loaded, _ = read_model(tmp_path / "m.skops")
         np.testing.assert_array_equal(loaded.predict_proba(X), model.predict_proba(X))
