@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, is_classifier, is_regressor
 from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import KernelCenterer, LabelBinarizer
 from sklearn.utils.validation import check_is_fitted
 
 from sklora._stores import check_memory
@@ -155,9 +156,8 @@ def fits(model: Any, card: ModelCard) -> bool:
             return False
     if card.classes is not None and estimator.classes_.tolist() != list(card.classes):
         return False
-    if isinstance(estimator, NETS) and not _has_weights_for(estimator):
-        return False
-    return _answers(model, card)
+    is_whole = _has_weights_for(estimator) if isinstance(estimator, NETS) else _has_own_parts(model)
+    return is_whole and _answers(model, card)
 
 
 def _arrays(estimator: BaseEstimator) -> Iterator[NDArray[Any]]:
@@ -175,6 +175,14 @@ def _has_weights_for(estimator: Any) -> bool:
     if n_modules and n_modules != len(weights["module_scale"]):
         return False
     return bool(architecture["n_layers"] <= len(weights))
+
+
+def _has_own_parts(model: Pipeline) -> bool:
+    """Tell whether scikit-learn's steps call their own parts; forged ones may call anything."""
+    is_own = type(model["features"]["span"]._centerer) is KernelCenterer
+    if is_classifier(model["model"]):
+        is_own = is_own and type(model["model"]._label_binarizer) is LabelBinarizer
+    return is_own
 
 
 def _answers(model: Pipeline, card: ModelCard) -> bool:

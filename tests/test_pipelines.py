@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.preprocessing import FunctionTransformer
 
 from sklora._pipelines import fits, rebuilt, set_device
 from tests.stored import assert_same_answers, card_of, fitted
@@ -84,6 +85,17 @@ def test_other_numbers_of_targets(model, kind, targets):
 def test_forged_attributes(model, card, where, name, value):
     setattr(model.get_params()[where], name, value)
     assert is_refused(model, card)
+
+
+@pytest.mark.parametrize("kind", ["multilabel"], indirect=True)
+@pytest.mark.parametrize(
+    ("where", "name"), [("features__span", "_centerer"), ("model", "_label_binarizer")]
+)
+def test_parts_that_call_another_function(model, card, where, name):
+    part = FunctionTransformer(pytest.fail, pytest.fail)
+    part.y_type_ = "multilabel-indicator"
+    setattr(model.get_params()[where], name, part)
+    assert not fits(model, card)
 
 
 @pytest.mark.timeout(60)
