@@ -1,5 +1,8 @@
 """Learn from LoRA weights with scikit-learn."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 import sklora._process  # noqa: F401 (silent logging, and forks that can compute)
 from sklora._pipelines import TRUSTED_TYPES
 from sklora.architectures import ARCHITECTURES, architecture_grid, make_architecture
@@ -39,3 +42,25 @@ __all__ = [
     "make_architecture",
     "pairwise_update_kernel",
 ]
+
+_SUBMODULES = (
+    "datasets",
+    "deployment",
+    "estimators",
+    "inspection",
+    "io",
+    "linalg",
+    "nets",
+    "testing",
+    "transform",
+)
+
+if not TYPE_CHECKING:  # a checker would take any name for one of the package
+
+    def __getattr__(name):  # as those of scikit-learn, submodules are imported when they are named
+        if name in _SUBMODULES:
+            return import_module(f"sklora.{name}")
+        raise AttributeError(f"module 'sklora' has no attribute {name!r}")
+
+    def __dir__():
+        return sorted([*__all__, *_SUBMODULES, "__version__"])
