@@ -178,7 +178,7 @@ def _has_weights_for(estimator: Any) -> bool:
 
 
 def _has_own_parts(model: Pipeline) -> bool:
-    """Tell whether scikit-learn's steps call their own parts; forged ones may call anything."""
+    """Tell whether scikit-learn's steps call their own parts; forged ones may be any estimator."""
     is_own = type(model["features"]["span"]._centerer) is KernelCenterer
     if is_classifier(model["model"]):
         is_own = is_own and type(model["model"]._label_binarizer) is LabelBinarizer
