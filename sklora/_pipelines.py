@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, is_classifier, is_regressor
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import KernelCenterer, LabelBinarizer
@@ -151,21 +150,10 @@ def fits(model: Any, card: ModelCard) -> bool:
     for step in _estimators(model):
         if hasattr(step, "n_jobs"):
             step.n_jobs = None  # a forged one may start any number of threads, or never end
-        # As a list, an array without bytes can take far more memory than its file.
-        if any(max(array.shape, default=0) > array.nbytes for array in _arrays(step)):
-            return False
     if card.classes is not None and estimator.classes_.tolist() != list(card.classes):
         return False
     is_whole = _has_weights_for(estimator) if isinstance(estimator, NETS) else _has_own_parts(model)
     return is_whole and _answers(model, card)
-
-
-def _arrays(estimator: BaseEstimator) -> Iterator[NDArray[Any]]:
-    for value in vars(estimator).values():
-        if isinstance(value, np.ndarray):
-            yield value
-        elif isinstance(value, BaseEstimator):
-            yield from _arrays(value)
 
 
 def _has_weights_for(estimator: Any) -> bool:

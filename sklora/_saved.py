@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import zipfile
 from collections import Counter
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO
 
+from numpy.lib import format as npy
 from sklearn.pipeline import Pipeline
 
 import sklora
@@ -31,6 +33,10 @@ CARD = "sklora.json"
 _FORMAT = "sklora model"
 _VERSION = 1
 _MAX_CARD = 2**26
+# NumPy reads no longer header of an array.
+_MAX_HEADER = 2**15
+_READ_HEADER = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+_FEW_ITEMS = 2**16
 _NO_SKOPS = "models are stored with skops, which is missing: pip install 'sklora[secure]'."
 
 
@@ -295,9 +301,24 @@ def _read_card(file: BinaryIO) -> ModelCard:
             raise Refusal(f"{shown(name)} is compressed, as sklora stores nothing; unpack it.")
     schema, member = archive.members[SCHEMA], archive.members[CARD]
     check_schema(archive.unpack(schema, schema.size), schema.name)
+    for name, one in archive.members.items():
+        if name not in (CARD, SCHEMA):
+            _check_array(name, archive.unpack(one, min(one.size, _MAX_HEADER)), one.size)
     if member.size > _MAX_CARD:
         raise Refusal(f"{CARD} has {member.size} bytes, more than {_MAX_CARD}.")
     return ModelCard.from_json(archive.unpack(member, member.size))
+
+
+def _check_array(name: str, head: bytes | bytearray, size: int) -> None:
+    """Check that an array has not many items without bytes: what is made of them may have some."""
+    file = io.BytesIO(head)
+    try:
+        shape, _, _ = _READ_HEADER[npy.read_magic(file)](file)
+        n_items = math.prod(length for length in shape if length)
+    except Exception as error:  # of a forged one, NumPy may raise anything
+        raise Refusal(f"{shown(name)} is no array ({shown(repr(error), 200)}).") from None
+    if n_items > max(size, _FEW_ITEMS):
+        raise Refusal(f"{shown(name)} of {size} bytes has the shape {shown(str(shape), 100)}.")
 
 
 def _read_pipeline(file: BinaryIO, card: ModelCard) -> Pipeline:

@@ -219,24 +219,40 @@ class TestHostile:
             ("model", "classes_", np.empty(2**36, "V0")),
             ("model", "classes_", np.empty((3, 2**28, 0))),
             ("features", "n_values_", np.empty(2**28, "V0")),
+            ("model", "weights_", {"one": [np.empty(2**36, "V0")]}),
         ],
-        ids=["texts", "lists", "counts"],
+        ids=["texts", "lists", "counts", "weights"],
     )
     def test_arrays_without_bytes(self, tmp_path, make_model, step, name, value):
         model = make_model()
         card = card_of(model)
         setattr(model[step], name, value)
         write_model(tmp_path / "m.skops", model, card)
-        assert "its pipeline is not what" in self.refusal(tmp_path / "m.skops")
+        assert "bytes has the shape" in self.refusal(tmp_path / "m.skops")
 
-    @pytest.mark.parametrize("scale", [np.nan, np.inf])
-    def test_scale_of_targets_that_is_not_finite(self, tmp_path, make_model, scale):
-        """Outputs are checked before they are scaled."""
-        model = make_model("svd", "two numbers")
-        card = card_of(model, "two numbers")
-        model["model"].target_scale_ = np.array([1.0, scale])
-        write_model(tmp_path / "m.skops", model, card)
-        assert "its pipeline is not what" in self.refusal(tmp_path / "m.skops")
+    @pytest.mark.timeout(60)
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"",
+            b"nothing",
+            b"\x93NUMPY\x03\x00\x02\x00{}",
+            b"\x93NUMPY\x01\x00\x02\x00{}",
+            b"\x93NUMPY\x01\x00\x10\x27" + b"-" * 9999 + b"1",
+            b"\x93NUMPY\x02\x00\xff\xff\xff\xff{",
+        ],
+        ids=["empty", "text", "version", "no header", "deep", "long"],
+    )
+    def test_members_that_are_no_arrays(self, good, data):
+        write_zip(good, {**members_of(good), "x.npy": data})
+        assert "'x.npy' is no array (" in self.refusal(good)
+
+    def test_arrays_of_few_items_without_bytes(self, good):
+        """Such as sizes of modules where there are none."""
+        data = io.BytesIO()
+        np.save(data, np.empty((2**16, 0)))
+        write_zip(good, {**members_of(good), "x.npy": data.getvalue()})
+        read_model(good)
 
     @pytest.mark.timeout(60)
     def test_layout_that_names_the_last_of_many_modules_twice(self, good):
@@ -398,13 +414,6 @@ class TestHostile:
         model = make_model().set_params(features=UpdateKernel())
         self.swap(good, model.fit(loras, np.array(["a", "b", "c"])[np.arange(12) % 3]))
 
-    def test_classifier_of_numbers_is_no_regressor(self, tmp_path, make_model):
-        model = make_model()
-        model["model"].classes_ = np.arange(3.0)
-        card = card_of(model, task="regression", classes=None)
-        write_model(tmp_path / "m.skops", model, card)
-        assert "its pipeline is not what" in self.refusal(tmp_path / "m.skops")
-
     def test_pipeline_that_is_not_fitted(self, good):
         self.swap(good, make_architecture("svd"))
 
@@ -418,34 +427,6 @@ class TestHostile:
             model["model"].weights_[name] = np.zeros((3, 3))
         self.swap(good, model)
 
-    @pytest.mark.parametrize(
-        ("kind", "changes"),
-        [
-            ("multiclass", {"n_outputs_": 7}),
-            ("multiclass", {"multilabel_": True}),
-            ("multilabel", {"multilabel_": False}),
-            ("one number", {"target_mean_": np.zeros(2), "target_scale_": np.ones(2)}),
-            ("one number", {"target_mean_": None}),
-            ("one number", {"target_mean_": np.array("zero")}),
-            ("one number", {"target_mean_": np.array(1j)}),
-            ("two numbers", {"target_scale_": np.ones((2, 1))}),
-        ],
-        ids=str,
-    )
-    def test_what_outputs_mean(self, tmp_path, make_model, kind, changes):
-        model = make_model("gl-net", kind)
-        card = card_of(model, kind, architecture="gl-net")
-        vars(model["model"]).update(changes)
-        write_model(tmp_path / "m.skops", model, card)
-        assert "its pipeline is not what" in self.refusal(tmp_path / "m.skops")
-
-    @pytest.mark.parametrize("classes", ["ab", "abcd"])
-    def test_classes_that_no_output_is_for(self, tmp_path, make_model, classes):
-        model = make_model("gl-net")
-        model["model"].classes_ = np.array(list(classes))
-        write_model(tmp_path / "m.skops", model, card_of(model, architecture="gl-net"))
-        assert "its pipeline is not what" in self.refusal(tmp_path / "m.skops")
-
     def test_featurizer_that_is_not_fitted(self, good, make_model):
         model = make_model()
         del model["features"].n_values_
@@ -455,23 +436,6 @@ class TestHostile:
         model = make_model()
         model["model"].layout_ = LoRALayout.rows(3)
         self.swap(good, model)
-
-    @pytest.mark.parametrize(
-        ("architecture", "changes"),
-        [
-            ("svd", {"n_layers": 10**12}),
-            ("gl-net", {"n_layers": 10**12}),
-            # At this width, every module is a block of its own.
-            ("gl-net", {"groups": ((10**12, 8, 6),), "hidden_dim": 2**11}),
-        ],
-        ids=str,
-    )
-    def test_sizes_that_no_weights_are_for(self, tmp_path, make_model, architecture, changes):
-        """They are refused before anything is built of them."""
-        model = make_model(architecture)
-        model["model"].architecture_ |= changes
-        write_model(tmp_path / "m.skops", model, card_of(model, architecture=architecture))
-        assert "its pipeline is not what" in self.refusal(tmp_path / "m.skops")
 
     def swap(self, path, model):
         """Put another model under the card."""
