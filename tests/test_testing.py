@@ -246,7 +246,7 @@ class TestInvariance:
         assert_gauge_invariant(model, X, random_state=0)
 
     def test_large_columns_that_stay_hide_nothing(self, random_loras, rng):
-        X = random_loras(rng, side=[{"steps": 1e9}] * 8)
+        X = random_loras(rng, side=[{"steps": 1e12}] * 8)
         assert_gauge_invariant(SVDSpectrum(), X, random_state=0)
         with pytest.raises(AssertionError, match=r"not invariant to GL\(r\)"):
             assert_gauge_invariant(FunctionTransformer(factors), X, random_state=0)
@@ -258,6 +258,16 @@ class TestInvariance:
 
         X = random_loras(rng, dtype=np.float32)
         with pytest.raises(AssertionError, match=r"not invariant to GL\(r\)"):
+            assert_gauge_invariant(FunctionTransformer(mixed), X, random_state=0)
+
+    def test_the_column_that_is_furthest_beyond_its_tolerance_is_told(self, random_loras, rng):
+        def mixed(X):
+            off = [9e-5, 5e-5] if (factors(X) != first).any() else [0, 0]
+            return np.add([100.0, 1.0], off) * np.ones((len(X), 1))
+
+        X = random_loras(rng)
+        first = factors(X)
+        with pytest.raises(AssertionError, match="off by 5e-05, where at most 1e-05 is tolerated"):
             assert_gauge_invariant(FunctionTransformer(mixed), X, random_state=0)
 
     @pytest.mark.parametrize("seed", range(5))

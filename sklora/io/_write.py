@@ -237,8 +237,7 @@ def _kept(adapter: OpenAdapter, side: Mapping[str, NDArray[Any]]) -> dict[str, N
     for name in names:
         path, _, ending = name.rpartition(".lora_B.")
         if path in scales and ending.split(".")[-1] == "bias":
-            bias = tensors[name]
-            tensors[name] = (bias * np.asarray(scales[path], bias.dtype)).astype(bias.dtype)
+            tensors[name] = tensors[name] * np.asarray(scales[path], tensors[name].dtype)
     places = {name: (tensor, size) for name, tensor, size in adapter.plan.side}
     places |= _canonical(places)
     for name, vector in side.items():

@@ -178,6 +178,14 @@ def test_a_model_that_skops_stored_is_no_adapter(tree):
     assert report.error == "it is a model that skops stored, not an adapter; name adapters."
 
 
+def test_a_zip_file_with_arrays_among_others_is_found(tree):
+    tree("zoo/a.safetensors")
+    with zipfile.ZipFile("zoo/b.npz", "w") as archive:
+        for name in ("notes.txt", "q.npy"):
+            archive.writestr(name, b"")
+    assert found("zoo") == ["zoo/a.safetensors", "zoo/b.npz"]
+
+
 def test_a_zip_file_that_cannot_be_opened_is_taken_for_what_its_name_says(tree):
     tree("zoo/a.safetensors")
     for name in ("b.npz", "b.zip"):
@@ -187,9 +195,9 @@ def test_a_zip_file_that_cannot_be_opened_is_taken_for_what_its_name_says(tree):
 
 def test_a_dangling_link_is_taken_for_what_its_name_says(tree):
     tree("zoo/a.safetensors")
-    Path("zoo/b.safetensors").symlink_to("nothing")
-    Path("zoo/README.md").symlink_to("nothing")
-    assert found("zoo") == ["zoo/a.safetensors", "zoo/b.safetensors"]
+    for name in ("b.safetensors", "c.ckpt", "README.md"):
+        Path("zoo", name).symlink_to("nothing")
+    assert found("zoo") == ["zoo/a.safetensors", "zoo/b.safetensors", "zoo/c.ckpt"]
 
 
 def test_a_folder_that_cannot_be_listed_is_found_so_that_it_is_refused(tree, monkeypatch):
