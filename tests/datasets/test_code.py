@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 import sysconfig
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ class TestTexts:
 
     def test_a_package_without_source_is_missing(self, tmp_path):
         (tmp_path / "json").mkdir()
-        (tmp_path / "json" / "__init__.py").write_text("x = 1\n" * 100)
+        (tmp_path / "json" / "__init__.py").write_text("x = 1\n" * 1500)  # nearly enough
         with pytest.raises(FileNotFoundError, match="'json'"):
             _code._read_source(tmp_path, "json")
 
@@ -207,6 +208,20 @@ class TestMakeCodeLoras:
         np.testing.assert_array_equal(np.asarray(first.data), np.asarray(same.data))
         np.testing.assert_array_equal(first.source_losses, same.source_losses)
         assert not np.array_equal(np.asarray(first.data), np.asarray(other.data))
+        assert not np.array_equal(first.base["embed"], other.base["embed"])
+
+    def test_numbers_stay(self, monkeypatch):
+        """Where these change, zoos do: RECIPES_VERSION is to be raised."""
+        draw = partial(np.random.RandomState(0).randint, len(_code.SYMBOLS), dtype=np.uint8)
+        texts = _code.Texts(*(draw(size=(20, n, 65)) for n in (12, 2, 2)))
+        monkeypatch.setattr(_code, "read_texts", lambda stdlib: texts)
+        monkeypatch.setattr(_code, "read_general", lambda stdlib: draw(size=1000))
+        zoo = make_code_loras(2, random_state=0, verbose=0, **TINY)
+        names = ("learning_rate", "weight_decay", "n_epochs", "lora_dropout", "source_losses")
+        found = [zoo.data, zoo.base["embed"], zoo.base["lm_head"], *(zoo[name] for name in names)]
+        known = [0.19598, 0.49630, 0.48042, 0.0034417, 0.0059009, 0.5, 0.075, 0.101468]
+        spreads = [np.std(np.asarray(one)) for one in found]
+        np.testing.assert_allclose(spreads, known, rtol=1e-2)
 
     def test_every_adapter_was_trained(self):
         X, y = make_code_loras(4, random_state=0, verbose=0, return_X_y=True, **TINY)
