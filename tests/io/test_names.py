@@ -229,11 +229,13 @@ def test_the_unet_in_its_authors_names(unet):
 @pytest.mark.parametrize(
     ("path", "name"),
     [
+        ("unet.input_blocks.0.0.op", "unet.input_blocks.0.0.op"),
         ("unet.input_blocks.1.2", "unet.input_blocks.1.2"),
         ("unet.input_blocks.12.0.in_layers.2", "unet.input_blocks.12.0.in_layers.2"),
         ("unet.input_blocks.01.0.in_layers.2", "unet.input_blocks.01.0.in_layers.2"),
         ("unet.input_blocks.3.0.in_layers.2", "unet.input_blocks.3.0.in_layers.2"),
         ("unet.input_blocks.3.0.op.weight", "unet.input_blocks.3.0.op.weight"),
+        ("unet.output_blocks.12.1.proj_in", "unet.output_blocks.12.1.proj_in"),
         ("unet.middle_block.3.conv", "unet.middle_block.3.conv"),
         ("unet.middle_block.0.in_layers.7", "unet.mid_block.resnets.0.in_layers.7"),
     ],
@@ -423,6 +425,7 @@ def test_words_of_newer_transformers(path):
 def test_unknown_words_stay_joined():
     assert canonical_name("lora_unet_blocks_0_my_new_part") == "transformer.blocks.0.my_new_part"
     assert canonical_name("lycoris_some_module_0_to_q") == "some_module.0.to_q"
+    assert canonical_name("lycoris_some.to_q") == "lycoris_some.to_q"  # not of LyCORIS: it has dots
 
 
 # Pieces that the rules look at, so that random names meet them.
