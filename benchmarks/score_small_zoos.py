@@ -56,6 +56,8 @@ parser.add_argument("--adapters", type=int, nargs="+", default=[30, 60, 100, 200
 parser.add_argument("--draws", type=int, default=8)
 parser.add_argument("--steps", type=int, help="in an epoch, about, for all networks")
 args = parser.parse_args()
+if max(args.adapters) > 250:
+    parser.error("argument --adapters: 250 of the 500 adapters are kept for the test")
 if args.steps:
     for name in ("GLNetClassifier", "GLNetRegressor", "MLPNetClassifier", "MLPNetRegressor"):
         getattr(sklora.estimators, name)._least_steps = args.steps
