@@ -353,6 +353,13 @@ class TestManyTargets:
         model = MultiOutputClassifier(gl_net()).fit(X, np.column_stack([y, 1 - y]))
         assert model.predict(X).shape == (48, 2)
 
+    @pytest.mark.parametrize(("method", "n_kept"), [("predict_proba", 1), ("decision_function", 2)])
+    def test_stacking_of_two_labels(self, method, n_kept, X, y):
+        """Scikit-learn drops one of two probabilities, also where they are of two labels."""
+        stack = StackingClassifier([("svd", svd())], svd()[1], cv=2, stack_method=method)
+        stack.fit(X, np.column_stack([y, np.roll(y, 1)]))
+        assert stack.final_estimator_.n_features_in_ == n_kept
+
     def test_chains_come_after_the_featurizer(self, rows):
         """A chain adds columns, which a layout has no place for."""
         X, y = rows
