@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import re
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +130,14 @@ def check_question(paper, question):
             assert (X.ranks == int(test.removeprefix("rank "))).all()
 
 
+@pytest.fixture
+def own_peak():
+    """Have the peak of memory begin anew, where the system can: other tests had theirs."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+@pytest.mark.usefixtures("own_peak")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in EXPECTED]
 )
@@ -142,7 +152,7 @@ def test_a_script_runs_and_reports_every_score(
     assert chart.exists() == (name == "figure4")
     assert json.loads(output.read_text())["results"] == json.loads(json.dumps(report["results"]))
     assert report["seconds"] > 0
-    assert report["peak_memory_gb"] > 0  # of this process, with the tests before
+    assert 0 < report["peak_memory_gb"] < 6
     assert list(report["results"]) == list(EXPECTED[name])
     assert any(splits) == (name == "table3")
     for question in questions:
