@@ -23,6 +23,7 @@ TARGETS = {
     "varied": {"attributes": "classification", "score": "regression"},
     "code": {"sources": "classification", "loss": "regression"},
 }
+N_ADAPTERS, N_TESTED = 500, 250
 
 
 def candidates(task, seed):
@@ -46,7 +47,7 @@ def candidates(task, seed):
 def score(model, zoo, target, n_adapters, seed):
     """Train on some adapters, and give the accuracy or R2 on others."""
     rows, y = np.random.RandomState(seed).permutation(len(zoo.data)), zoo[target]
-    train, test = rows[:n_adapters], rows[-250:]
+    train, test = rows[:n_adapters], rows[-N_TESTED:]
     predicted = model.fit(zoo.data[train], y[train]).predict(zoo.data[test])
     return r2_score(y[test], predicted) if y.dtype.kind == "f" else (predicted == y[test]).mean()
 
@@ -56,15 +57,15 @@ parser.add_argument("--adapters", type=int, nargs="+", default=[30, 60, 100, 200
 parser.add_argument("--draws", type=int, default=8)
 parser.add_argument("--steps", type=int, help="in an epoch, about, for all networks")
 args = parser.parse_args()
-if max(args.adapters) > 250:
-    parser.error("argument --adapters: 250 of the 500 adapters are kept for the test")
+if max(args.adapters) > N_ADAPTERS - N_TESTED:
+    parser.error(f"argument --adapters: {N_TESTED} of {N_ADAPTERS} adapters are kept for the test")
 if args.steps:
     for name in ("GLNetClassifier", "GLNetRegressor", "MLPNetClassifier", "MLPNetRegressor"):
         getattr(sklora.estimators, name)._least_steps = args.steps
 
 zoos = {
-    "varied": make_varied_digits_loras(500, random_state=1),
-    "code": make_code_loras(500, random_state=1),
+    "varied": make_varied_digits_loras(N_ADAPTERS, random_state=1),
+    "code": make_code_loras(N_ADAPTERS, random_state=1),
 }
 for zoo_name, zoo in zoos.items():
     for target, task in TARGETS[zoo_name].items():
