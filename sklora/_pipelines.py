@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sklearn.base import BaseEstimator, is_classifier, is_regressor
+from sklearn.base import is_classifier, is_regressor
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import KernelCenterer, LabelBinarizer
 from sklearn.utils.validation import check_is_fitted
 
 from sklora._stores import check_memory
+from sklora.architectures import estimators_of, set_all
 from sklora.collection import LoRACollection, LoRALayout
 from sklora.estimators import GLNetClassifier, GLNetRegressor, MLPNetClassifier, MLPNetRegressor
 from sklora.transform import (
@@ -97,39 +98,25 @@ def rebuilt(model: Pipeline, change: Callable[[Any], Any] = lambda step: step) -
     )
 
 
-def _estimators(model: Pipeline) -> Iterator[BaseEstimator]:
-    for step in model.named_steps.values():
-        if isinstance(step, Pipeline):
-            yield from _estimators(step)
-        elif step != "passthrough":
-            yield step
-
-
 def layout_of(model: Pipeline) -> LoRALayout:
     """Give the layout that a fitted pipeline takes."""
-    layout: LoRALayout = next(_estimators(model)).layout_
+    layout: LoRALayout = next(estimators_of(model)).layout_
     return layout
-
-
-def set_device(model: Pipeline, device: str) -> None:
-    """Set where those steps compute that can do so on a GPU."""
-    for step in _estimators(model):
-        if hasattr(step, "device"):
-            step.set_params(device=device)
 
 
 def n_outputs_of(estimator: Any) -> int:
     """Count the labels or numbers that a fitted last step gives; 0 if it gives one class."""
-    is_net = isinstance(estimator, NETS)
-    if is_classifier(estimator):
-        is_multilabel = (
-            estimator.multilabel_
-            if is_net
-            else estimator._label_binarizer.y_type_.startswith("multilabel")
-        )
-        if not is_multilabel:
-            return 0
-    return int(estimator.n_outputs_) if is_net else len(np.atleast_2d(estimator.coef_))
+    if is_classifier(estimator) and not _is_multilabel(estimator):
+        return 0
+    if isinstance(estimator, NETS):
+        return int(estimator.n_outputs_)
+    return len(np.atleast_2d(estimator.coef_))
+
+
+def _is_multilabel(estimator: Any) -> bool:
+    if isinstance(estimator, NETS):
+        return bool(estimator.multilabel_)
+    return bool(estimator._label_binarizer.y_type_.startswith("multilabel"))
 
 
 def fits(model: Any, card: ModelCard) -> bool:
@@ -147,9 +134,7 @@ def fits(model: Any, card: ModelCard) -> bool:
         return False
     if n_outputs_of(estimator) != (len(card.targets) if card.classes is None else 0):
         return False
-    for step in _estimators(model):
-        if hasattr(step, "n_jobs"):
-            step.n_jobs = None  # a forged one may start any number of threads, or never end
+    set_all(model, n_jobs=None)  # a forged one may start any number of threads, or never end
     if card.classes is not None and estimator.classes_.tolist() != list(card.classes):
         return False
     is_whole = _has_weights_for(estimator) if isinstance(estimator, NETS) else _has_own_parts(model)
@@ -180,7 +165,7 @@ def _answers(model: Pipeline, card: ModelCard) -> bool:
     """
     # A copy of its steps, for a device that is named may be that of another machine.
     trial = rebuilt(model, copy.copy)
-    set_device(trial, "cpu")
+    set_all(trial, device="cpu")
     check_memory(1, card.layout.width, np.dtype(np.float64))
     X = LoRACollection.from_array(np.zeros((1, card.layout.width)), card.layout)
     n_values = 1 if card.classes is not None else len(card.targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -72,15 +73,23 @@ def make_architecture(
     check_option("task", task, _MODELS)
     steps = _steps(architecture, task, device, random_state)
     model = Pipeline(list(steps.items()), memory=memory)
-    set_both(model, verbose=verbose)
+    set_all(model, verbose=verbose)
     return model
 
 
-def set_both(model: Pipeline, **parameters: Any) -> None:
-    """Set parameters that features and model of one of the architectures share."""
+def estimators_of(model: Pipeline) -> Iterator[BaseEstimator]:
+    """Give the estimators of a pipeline, and of the pipelines in it, in their order."""
     for step in model.named_steps.values():
-        if step != "passthrough":
-            step.set_params(**parameters)
+        if isinstance(step, Pipeline):
+            yield from estimators_of(step)
+        elif step != "passthrough":
+            yield step
+
+
+def set_all(model: Pipeline, **parameters: Any) -> None:
+    """Set parameters of those estimators of a pipeline that have them."""
+    for step in estimators_of(model):
+        step.set_params(**{name: parameters[name] for name in parameters if hasattr(step, name)})
 
 
 def architecture_grid(

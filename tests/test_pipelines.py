@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from sklearn.preprocessing import FunctionTransformer
 
-from sklora._pipelines import fits, rebuilt, set_device
+from sklora._pipelines import fits, rebuilt
+from sklora.architectures import set_all
 from tests.stored import assert_same_answers, card_of, fitted
 
 
@@ -103,7 +104,7 @@ class TestKernelRoute:
 
     def test_device(self, model, card):
         """One of another machine does not keep a model from being read."""
-        set_device(model, "cuda:99")
+        set_all(model, device="cuda:99")
         assert model["features"]["kernel"].device == "cuda:99"
         assert fits(model, card)
         assert model["features"]["kernel"].device == "cuda:99"

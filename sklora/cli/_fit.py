@@ -12,7 +12,7 @@ from sklora._files import check_place
 from sklora._pipelines import layout_of
 from sklora._saved import ModelCard, check_skops, columns_of, optional_parts, write_model
 from sklora._untrusted import counted
-from sklora.architectures import ARCHITECTURES, set_both
+from sklora.architectures import ARCHITECTURES, set_all
 from sklora.cli._output import OK, CommandError, say
 from sklora.cli._reading import check_device
 from sklora.cli._scoring import (
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     say(f"training {architecture} on all adapters")
     model = new_model(architecture, zoo, args).fit(zoo.loras, zoo.targets.y)
     _say_epochs(model)
-    set_both(model, verbose=0)  # whoever loads it may be no person
+    set_all(model, verbose=0)  # whoever loads it may be no person
     card = ModelCard(
         task=zoo.targets.task,
         targets=zoo.targets.names,

@@ -10,9 +10,10 @@ import numpy as np
 import sklearn
 from sklearn.pipeline import Pipeline
 
-from sklora._pipelines import NETS, set_device
+from sklora._pipelines import NETS
 from sklora._progress import track
 from sklora._saved import ModelCard, read_model
+from sklora.architectures import set_all
 from sklora.cli._output import FAILED, OK, CommandError, say, with_options
 from sklora.cli._predictions import Prediction, csv_writer, end_json, json_writer
 from sklora.cli._reading import OneByOne, check_device, reading_options
@@ -57,7 +58,7 @@ def _load(path: str, device: str) -> tuple[Pipeline, ModelCard]:
         raise CommandError(f"{path}: {error.strerror}.") from None
     except (ValueError, ModuleNotFoundError) as error:
         raise CommandError(str(error)) from None
-    set_device(model, device)
+    set_all(model, device=device)
     return model, card
 
 
